@@ -1,0 +1,171 @@
+"""Ring replay whose capacity is a number, not a shape.
+
+Data comes in blocks of ``[time, envs]``, one an iteration. ``blocks`` of them are allocated, and
+iteration i is always written at ``i % blocks``, whatever a run's capacity. Capacity only limits how
+far back sampling looks, so runs of any capacity share one program and one contiguous write, and a
+run of capacity c draws exactly what a buffer allocated for c would.
+
+Rows are addressed newest first: index 0 is the first row of the newest block. Anything below the
+number of valid rows is thereby written, whole, and not yet overwritten.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+Block = Any
+"""A pytree of arrays ``[time, envs, ...]``."""
+
+Storage = Any
+"""The same tree with arrays ``[blocks, time, envs, ...]``."""
+
+
+def init(block: Block, blocks: int) -> Storage:
+    """Allocates room for ``blocks`` blocks like ``block`` (arrays or their shapes)."""
+    return jax.tree.map(lambda x: jnp.zeros((blocks, *x.shape), x.dtype), block)
+
+
+def add(storage: Storage, block: Block, iteration: ArrayLike) -> Storage:
+    """Writes the block of one iteration over the oldest one.
+
+    Args:
+        storage: as made by ``init``.
+        block: one iteration's data.
+        iteration: number of blocks written before, >= 0; the same for all runs of a program, so
+            that the write stays one contiguous slice under ``vmap``.
+    """
+
+    def write(stored: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_index_in_dim(
+            stored, new.astype(stored.dtype), iteration % stored.shape[0], axis=0
+        )
+
+    return jax.tree.map(write, storage, block)
+
+
+def num_valid(iteration: ArrayLike, capacity: ArrayLike, block_size: int) -> Array:
+    """Rows to draw from once iteration ``iteration`` is written.
+
+    Args:
+        iteration: index of the newest block.
+        capacity: rows kept, a positive multiple of ``block_size`` and at most the allocation.
+        block_size: rows a block.
+    """
+    return jnp.minimum((jnp.asarray(iteration) + 1) * block_size, capacity)
+
+
+def draw_uniform(key: Array, num_batches: int, batch_size: int, valid: ArrayLike) -> Array:
+    """Newest-first indices drawn with replacement.
+
+    Args:
+        key: PRNG key.
+        num_batches: batches drawn.
+        batch_size: indices a batch.
+        valid: rows to draw from, >= 1, broadcast against ``[batch_size]``.
+
+    Returns:
+        ``[num_batches, batch_size]`` int32.
+    """
+    return jax.random.randint(key, (num_batches, batch_size), 0, valid)
+
+
+def draw_shuffled(key: Array, num_batches: int, batch_size: int, valid: ArrayLike) -> Array:
+    """Newest-first indices drawn without replacement until the rows are used up, then again.
+
+    Rows are put in a random order, cut into whole batches, and put in a new order when fewer than a
+    batch are left. The cost depends on the number of indices drawn, not on ``valid``.
+
+    Args:
+        key: PRNG key.
+        num_batches: batches drawn.
+        batch_size: indices a batch.
+        valid: rows to draw from, a scalar >= ``batch_size``.
+
+    Returns:
+        ``[num_batches, batch_size]`` int32.
+    """
+    batches_per_epoch = jnp.asarray(valid) // batch_size
+    batch = jnp.arange(num_batches)
+    first = (batch % batches_per_epoch) * batch_size
+    position = first[:, None] + jnp.arange(batch_size)
+    # An epoch holds at least one batch, so num_batches keys are enough.
+    epoch_keys = jax.random.bits(key, (num_batches, *_KEY_SHAPE), jnp.uint32)
+    batch_keys = epoch_keys[batch // batches_per_epoch]
+    return jax.vmap(permute, in_axes=(0, 0, None))(batch_keys, position, valid)
+
+
+_ROUNDS = 4
+_KEY_SHAPE = (_ROUNDS, 2)
+
+
+def permute(words: Array, index: Array, size: ArrayLike) -> Array:
+    """Where a pseudo-random permutation of ``0 .. size - 1`` sends each index.
+
+    The permutation of a traced size is never written down: each index goes through rounds of
+    invertible arithmetic on the next power of two, again and again until it falls below ``size``
+    (cycle walking), which is a permutation because every step is invertible.
+
+    Args:
+        words: ``[4, 2]`` uint32 random words, the permutation's key.
+        index: integers in ``[0, size)``, any shape.
+        size: 1 .. 2^31 - 1.
+
+    Returns:
+        int32, shape of ``index``.
+    """
+    size = jnp.asarray(size, jnp.uint32)
+    bits = 32 - jax.lax.clz(size - 1)
+    # 32 bits are never needed, so that the shift below stays defined.
+    mask = (jnp.uint32(1) << bits) - 1
+    shift = (bits + 1) // 2
+
+    def scramble(x: Array) -> Array:
+        for multiplier, offset in words:
+            x = (x * (multiplier | 1) + offset) & mask
+            # With one bit or none the half-width shift could be 0, and x ^ x is not invertible.
+            x = x ^ (x >> jnp.maximum(shift, 1))
+        return x
+
+    walked = jax.lax.while_loop(
+        lambda x: jnp.any(x >= size),
+        lambda x: jnp.where(x >= size, scramble(x), x),
+        scramble(index.astype(jnp.uint32)),
+    )
+    return walked.astype(jnp.int32)
+
+
+def take_rows(storage: Storage, index: Array, iteration: ArrayLike) -> tuple[Block, Array]:
+    """Gathers single rows.
+
+    Args:
+        storage: arrays ``[blocks, time, envs, ...]``.
+        index: ``[n]`` newest-first row indices.
+        iteration: index of the newest block.
+
+    Returns:
+        arrays ``[n, ...]``, and each row's age in iterations, ``[n]``.
+    """
+    blocks, time, envs = jax.tree.leaves(storage)[0].shape[:3]
+    age = index // (time * envs)
+    row = (iteration - age) % blocks * (time * envs) + index % (time * envs)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:])[row], storage), age
+
+
+def take_segments(storage: Storage, index: Array, iteration: ArrayLike) -> tuple[Block, Array]:
+    """Gathers whole rollouts of single environments.
+
+    Args:
+        storage: arrays ``[blocks, time, envs, ...]``.
+        index: ``[n]`` newest-first segment indices; a block holds ``envs`` segments.
+        iteration: index of the newest block.
+
+    Returns:
+        arrays ``[time, n, ...]``, and each segment's age in iterations, ``[n]``.
+    """
+    blocks, _, envs = jax.tree.leaves(storage)[0].shape[:3]
+    age = index // envs
+    block = (iteration - age) % blocks
+    return jax.tree.map(lambda x: x[block, :, index % envs].swapaxes(0, 1), storage), age

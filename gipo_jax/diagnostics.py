@@ -1,0 +1,86 @@
+"""Health of the importance ratios: how much of the replay data still teaches anything.
+
+Definitions follow GIPO's utilization metrics. U = u is the objective's effective weight, an age is
+counted in iterations (versions of the policy that acted).
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+NEAR_ZERO = 1e-3
+"""Effective weights below this count as contributing nothing."""
+
+CLIP_EPS = 0.2
+"""Interval of PPO that ``clip_fraction`` refers to, for every objective."""
+
+NEW_AGE, OLD_AGE = 2, 10
+"""Data is new up to the one age and old from the other."""
+
+
+def effective_sample_size(weight: Array, where: Array | None = None) -> Array:
+    """(sum u)^2 / (n sum u^2) in [0, 1]; 0 where every weight is 0, NaN over no samples.
+
+    Args:
+        weight: effective weights, any shape.
+        where: bool, same shape; the samples that count.
+    """
+    where = jnp.ones_like(weight, bool) if where is None else where
+    # Scaled by the largest, so that neither square overflows nor underflows.
+    largest = jnp.max(jnp.abs(weight), where=where, initial=0.0)
+    scaled = weight / jnp.where(largest > 0, largest, 1.0)
+    total = jnp.sum(scaled, where=where)
+    squares = jnp.sum(scaled**2, where=where)
+    count = jnp.sum(where)
+    size = total**2 / jnp.where(squares > 0, squares, 1.0) / jnp.maximum(count, 1)
+    return jnp.where(count > 0, size, jnp.nan)
+
+
+def utilization(
+    log_ratio: Array, advantage: Array, weight: Array, trust_weight: Array, age: ArrayLike
+) -> dict[str, Array]:
+    """Utilization of one batch drawn from replay.
+
+    Args:
+        log_ratio: x, ``[batch, tokens]``.
+        advantage: A, same shape.
+        weight: effective weight u, same shape.
+        trust_weight: u / r, same shape.
+        age: iterations since the sample was acted, ``[batch, 1]``.
+
+    Returns:
+        scalars. ``ess`` and ``near_zero_fraction`` (also of new and old data apart: ``_new``,
+        ``_old``), ``clip_fraction`` (what PPO with eps 0.2 would ignore), ``suppressed_fraction``
+        (trust weight below 1e-3), ``mean_weight`` (of u), ``old_share`` and ``old_gradient_share``
+        (of the sum of u and of abs(u A)), ``d95`` (95th percentile of abs(x)), ``policy_age`` and
+        ``policy_age_max``. NaN where a group is empty.
+    """
+    age = jnp.broadcast_to(age, log_ratio.shape)
+    new, old = age <= NEW_AGE, age >= OLD_AGE
+    near_zero = jnp.abs(weight) < NEAR_ZERO
+    ratio = jnp.exp(log_ratio)
+    clipped = ((ratio > 1 + CLIP_EPS) & (advantage > 0)) | (
+        (ratio < 1 - CLIP_EPS) & (advantage < 0)
+    )
+    gradient = jnp.abs(weight * advantage)
+    return {
+        "ess": effective_sample_size(weight),
+        "ess_new": effective_sample_size(weight, new),
+        "ess_old": effective_sample_size(weight, old),
+        "near_zero_fraction": jnp.mean(near_zero),
+        "near_zero_fraction_new": jnp.mean(near_zero, where=new),
+        "near_zero_fraction_old": jnp.mean(near_zero, where=old),
+        "clip_fraction": jnp.mean(clipped),
+        "suppressed_fraction": jnp.mean(trust_weight < NEAR_ZERO),
+        "mean_weight": jnp.mean(weight),
+        "old_share": jnp.sum(weight, where=old) / jnp.sum(weight),
+        "old_gradient_share": jnp.sum(gradient, where=old) / jnp.sum(gradient),
+        "d95": jnp.percentile(jnp.abs(log_ratio), 95),
+        "policy_age": jnp.mean(age.astype(jnp.float32)),
+        "policy_age_max": jnp.max(age).astype(jnp.float32),
+    }
+
+
+def explained_variance(target: Array, prediction: Array) -> Array:
+    """1 - Var[target - prediction] / Var[target]; NaN where the target does not vary."""
+    return 1 - jnp.var(target - prediction) / jnp.var(target)

@@ -1,0 +1,155 @@
+"""gymnax environments behind one small interface: arrays in, arrays out, endings kept apart."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnax.environments import spaces
+from jax import Array
+
+from gipo_jax.config import Config, ConfigError
+
+
+class Step(NamedTuple):
+    """One environment step. ``obs`` follows an automatic reset, ``final_obs`` precedes it.
+
+    Attributes:
+        state: environment state after any reset.
+        obs: ``[*obs_shape]``, what the next action is chosen from.
+        reward: ``[]``, float32.
+        terminated: ``[]``, bool; the episode ended by its own rules.
+        truncated: ``[]``, bool; the time limit cut it, and it did not terminate.
+        final_obs: ``[*obs_shape]``, the observation the step led to.
+    """
+
+    state: Any
+    obs: Array
+    reward: Array
+    terminated: Array
+    truncated: Array
+    final_obs: Array
+
+
+class Environment(NamedTuple):
+    """A single environment instance as pure functions; batch them with ``jax.vmap``.
+
+    Attributes:
+        name: gymnax's name.
+        reset: ``key -> obs, state``.
+        step: ``key, state, action -> Step``.
+        obs_shape: shape of an observation.
+        obs_dtype: type observations are stored in.
+        action_shape: shape of the action ``step`` takes.
+        num_actions: number of discrete actions; None with a Box.
+        action_low: ``[action_dim]`` lower bounds of a Box; None with discrete actions.
+        action_high: upper bounds likewise.
+        max_episode_steps: time limit in steps.
+    """
+
+    name: str
+    reset: Callable[[Array], tuple[Array, Any]]
+    step: Callable[[Array, Any, Array], Step]
+    obs_shape: tuple[int, ...]
+    obs_dtype: Any
+    action_shape: tuple[int, ...]
+    num_actions: int | None
+    action_low: np.ndarray | None
+    action_high: np.ndarray | None
+    max_episode_steps: int
+
+
+def make(config: Config) -> Environment:
+    """Builds the environment a configuration names.
+
+    Args:
+        config: uses ``env`` (a gymnax name or environment object), ``max_episode_steps`` and
+            ``time_limit_is_death``.
+
+    Raises:
+        ConfigError: no such environment, or spaces that no network here reads.
+    """
+    env, params = _load(config.env)
+    name = config.env if isinstance(config.env, str) else env.name
+    if config.max_episode_steps is not None:
+        params = params.replace(max_steps_in_episode=config.max_episode_steps)
+
+    obs_space, action_space = env.observation_space(params), env.action_space(params)
+    encode, obs_shape, obs_dtype = _observations(name, obs_space)
+    num_actions, low, high = _actions(name, action_space)
+
+    def reset(key: Array) -> tuple[Array, Any]:
+        obs, state = env.reset(key, params)
+        return encode(obs), _strong(state)
+
+    def step(key: Array, state: Any, action: Array) -> Step:
+        obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
+        terminated, truncated = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)
+        if config.time_limit_is_death:
+            terminated = terminated | truncated
+        return Step(
+            state=_strong(state),
+            obs=encode(obs),
+            reward=jnp.asarray(reward, jnp.float32),
+            terminated=terminated,
+            truncated=truncated & ~terminated,
+            final_obs=encode(info["final_observation"]),
+        )
+
+    return Environment(
+        name=name,
+        reset=reset,
+        step=step,
+        obs_shape=obs_shape,
+        obs_dtype=obs_dtype,
+        action_shape=tuple(action_space.shape),
+        num_actions=num_actions,
+        action_low=low,
+        action_high=high,
+        max_episode_steps=int(params.max_steps_in_episode),
+    )
+
+
+def _load(env: Any) -> tuple[Any, Any]:
+    if not isinstance(env, str):
+        return env, env.default_params
+    if env not in gymnax.registered_envs:
+        raise ConfigError("env", env, f"one of {', '.join(gymnax.registered_envs)}")
+    try:
+        return gymnax.make(env)
+    except OSError as error:
+        reason = f"an environment whose data can be loaded ({env} could not: {error})"
+        raise ConfigError("env", env, reason) from error
+
+
+def _observations(
+    name: str, space: Any
+) -> tuple[Callable[[Array], Array], tuple[int, ...], np.dtype]:
+    """How to encode an observation, and the shape and type it then has."""
+    if isinstance(space, spaces.Discrete):
+        return lambda obs: jax.nn.one_hot(obs, space.n), (space.n,), np.dtype(np.float32)
+    if not isinstance(space, spaces.Box):
+        valid = "an environment with Box or Discrete observations"
+        raise ConfigError("env", name, f"{valid}, not {type(space).__name__}")
+    # MinAtar's planes are zeros and ones: a byte each in replay instead of four.
+    dtype = np.dtype(np.bool_ if name.endswith("-MinAtar") else np.float32)
+    return lambda obs: jnp.asarray(obs, dtype), tuple(space.shape), dtype
+
+
+def _actions(name: str, space: Any) -> tuple[int | None, np.ndarray | None, np.ndarray | None]:
+    """Number of discrete actions, or the bounds of a Box, flattened."""
+    if isinstance(space, spaces.Discrete):
+        return int(space.n), None, None
+    if not isinstance(space, spaces.Box):
+        valid = "an environment with Discrete or Box actions"
+        raise ConfigError("env", name, f"{valid}, not {type(space).__name__}")
+    low = np.broadcast_to(np.asarray(space.low, np.float32), space.shape).ravel()
+    high = np.broadcast_to(np.asarray(space.high, np.float32), space.shape).ravel()
+    return None, low, high
+
+
+def _strong(state: Any) -> Any:
+    """Drops weak types, which would make a restored state compile anew."""
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.asarray(x).dtype), state)

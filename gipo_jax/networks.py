@@ -1,0 +1,276 @@
+"""Policy and value networks (flax), and the action heads that turn outputs into distributions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gipo_jax.config import Config, ConfigError
+from gipo_jax.environments import Environment
+
+Params = Any
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "elu": nn.elu,
+}
+
+
+class ActionHead(NamedTuple):
+    """A factorised action distribution; every function works on any leading shape.
+
+    An action is ``num_tokens`` independent tokens. ``outputs`` has shape
+    ``[..., num_tokens, output_width]``, actions and log-probabilities ``[..., num_tokens]``.
+
+    Attributes:
+        num_tokens: action dimensions; 1 for discrete actions.
+        output_width: network outputs for each token.
+        discrete: whether tokens are categories.
+        noise: ``key, leading shape -> noise`` that ``sample`` consumes.
+        sample: ``outputs, noise -> action``.
+        mode: ``outputs -> most likely action``.
+        log_prob: ``outputs, action -> log-probability`` of each token.
+        entropy: ``outputs -> entropy`` of each token, in nats.
+        to_env: ``action -> what the environment's step takes``.
+    """
+
+    num_tokens: int
+    output_width: int
+    discrete: bool
+    noise: Callable[[Array, tuple[int, ...]], Array]
+    sample: Callable[[Array, Array], Array]
+    mode: Callable[[Array], Array]
+    log_prob: Callable[[Array, Array], Array]
+    entropy: Callable[[Array], Array]
+    to_env: Callable[[Array], Array]
+
+
+def make_head(config: Config, env: Environment) -> ActionHead:
+    """The head for an environment's actions.
+
+    Raises:
+        ConfigError: ``action_head`` does not fit the action space.
+    """
+    if env.num_actions is not None:
+        if config.action_head == "gaussian":
+            raise ConfigError(
+                "action_head",
+                config.action_head,
+                f"'auto' or 'tokens', because {env.name} has discrete actions",
+            )
+        return _categorical(1, env.num_actions, lambda action: action[..., 0])
+
+    assert env.action_low is not None and env.action_high is not None
+    low, high = env.action_low, env.action_high
+    bounded = bool(np.all(np.isfinite(low)) and np.all(np.isfinite(high)))
+
+    def shaped(action: Array) -> Array:
+        return action.reshape(*action.shape[:-1], *env.action_shape)
+
+    if config.action_head == "gaussian":
+        centre, half = ((low + high) / 2, (high - low) / 2) if bounded else (0.0, 1.0)
+        return _gaussian(
+            len(low), lambda action: shaped(jnp.clip(centre + half * action, low, high))
+        )
+    if not bounded:
+        raise ConfigError(
+            "action_head",
+            config.action_head,
+            f"'gaussian', because {env.name} has unbounded actions",
+        )
+    step = (high - low) / (config.num_bins - 1)
+    return _categorical(len(low), config.num_bins, lambda action: shaped(low + step * action))
+
+
+def _categorical(num_tokens: int, bins: int, to_env: Callable[[Array], Array]) -> ActionHead:
+    def noise(key: Array, shape: tuple[int, ...]) -> Array:
+        return jax.random.uniform(key, (*shape, num_tokens))
+
+    def sample(logits: Array, uniform: Array) -> Array:
+        # Inverse of the distribution function: one random number a token instead of one a bin.
+        cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
+        token = jnp.sum(uniform[..., None] >= cumulative, axis=-1, dtype=jnp.int32)
+        return jnp.minimum(token, bins - 1)
+
+    def log_prob(logits: Array, action: Array) -> Array:
+        # A one-hot product: the gradient of a gather is a scatter, which is serial on CPU.
+        chosen = jnp.sum(logits * jax.nn.one_hot(action, bins, dtype=logits.dtype), axis=-1)
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    def entropy(logits: Array) -> Array:
+        log_probs = jax.nn.log_softmax(logits)
+        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+
+    def mode(logits: Array) -> Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    return ActionHead(
+        num_tokens, bins, True, noise, sample, mode, log_prob, entropy, to_env
+    )  # fmt: skip
+
+
+def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
+    def noise(key: Array, shape: tuple[int, ...]) -> Array:
+        return jax.random.normal(key, (*shape, dimensions))
+
+    def sample(outputs: Array, normal: Array) -> Array:
+        return outputs[..., 0] + jnp.exp(outputs[..., 1]) * normal
+
+    def log_prob(outputs: Array, action: Array) -> Array:
+        mean, log_std = outputs[..., 0], outputs[..., 1]
+        scaled = (action - mean) * jnp.exp(-log_std)
+        return -0.5 * scaled**2 - log_std - 0.5 * np.log(2 * np.pi)
+
+    def entropy(outputs: Array) -> Array:
+        return outputs[..., 1] + 0.5 * np.log(2 * np.pi * np.e)
+
+    return ActionHead(
+        dimensions, 2, False, noise, sample, lambda outputs: outputs[..., 0], log_prob, entropy,
+        to_env,
+    )  # fmt: skip
+
+
+class Torso(nn.Module):
+    """Hidden layers: for planes a 3 x 3 convolution first, then dense layers."""
+
+    hidden_sizes: tuple[int, ...]
+    activation: str
+    layer_norm: bool
+    planes: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        activation = _ACTIVATIONS[self.activation]
+        if self.planes:
+            # A dense layer over patches: a convolution whose kernels differ by run, as under vmap,
+            # is a grouped convolution, which XLA does slowly on CPU.
+            height, width = x.shape[-3] - 2, x.shape[-2] - 2
+            patches = jnp.concatenate(
+                [x[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)], -1
+            )
+            x = nn.relu(_dense(16, np.sqrt(2.0))(patches))
+            x = x.reshape(*x.shape[:-3], -1)
+        for size in self.hidden_sizes:
+            x = activation(_dense(size, np.sqrt(2.0))(x))
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+        return x
+
+
+class PolicyOutput(nn.Module):
+    """Last layer of the policy; a Gaussian's spread does not depend on the observation."""
+
+    num_tokens: int
+    width: int
+    discrete: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        if self.discrete:
+            outputs = _dense(self.num_tokens * self.width, 0.01)(x)
+            return outputs.reshape(*x.shape[:-1], self.num_tokens, self.width)
+        mean = _dense(self.num_tokens, 0.01)(x)
+        log_std = self.param("log_std", nn.initializers.constant(-0.5), (self.num_tokens,))
+        return jnp.stack([mean, jnp.broadcast_to(log_std, mean.shape)], axis=-1)
+
+
+def _dense(size: int, scale: float) -> nn.Dense:
+    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))
+
+
+class Network(NamedTuple):
+    """Policy and value as pure functions of ``params = {"policy": ..., "value": ...}``.
+
+    With a shared torso its parameters are in the policy's group. Observations are floats of shape
+    ``[..., *obs_shape]``.
+
+    Attributes:
+        init: ``key -> params``.
+        policy: ``params, obs -> outputs [..., num_tokens, output_width]``.
+        value: ``params, obs -> [...]``.
+        both: ``params, obs -> outputs, value``, the torso computed once where it is shared.
+    """
+
+    init: Callable[[Array], Params]
+    policy: Callable[[Params, Array], Array]
+    value: Callable[[Params, Array], Array]
+    both: Callable[[Params, Array], tuple[Array, Array]]
+
+
+def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Network:
+    """Builds the network of a configuration.
+
+    Separate towers take ``hidden_sizes`` each. A shared torso takes all but the last of them, and
+    policy and value have a last hidden layer of their own. ``value_hidden_sizes`` replaces the
+    value's part.
+    """
+    planes = len(obs_shape) == 3
+    obs_rank = len(obs_shape)
+    shared, own = config.hidden_sizes[:-1], config.hidden_sizes[-1:]
+    if not config.shared_torso:
+        shared, own = (), config.hidden_sizes
+    value_own = config.value_hidden_sizes or own
+
+    def layers(sizes: tuple[int, ...], first: bool) -> Torso:
+        return Torso(sizes, config.activation, config.layer_norm, planes and first)
+
+    torso = layers(shared, first=True)
+    policy_tower = layers(own, first=not config.shared_torso)
+    value_tower = layers(value_own, first=not config.shared_torso)
+    policy_output = PolicyOutput(head.num_tokens, head.output_width, head.discrete)
+    value_output = _dense(1, 1.0)
+
+    def flat(obs: Array) -> Array:
+        if planes:
+            return obs
+        return obs.reshape(*obs.shape[: obs.ndim - obs_rank], -1)
+
+    def features(params: Params, obs: Array) -> Array:
+        if not config.shared_torso:
+            return flat(obs)
+        return torso.apply(params["policy"]["torso"], flat(obs))
+
+    def policy_from(params: Params, x: Array) -> Array:
+        x = policy_tower.apply(params["policy"]["tower"], x)
+        return policy_output.apply(params["policy"]["output"], x)
+
+    def value_from(params: Params, x: Array) -> Array:
+        if config.shared_torso and config.detach_value:
+            x = jax.lax.stop_gradient(x)
+        x = value_tower.apply(params["value"]["tower"], x)
+        return value_output.apply(params["value"]["output"], x)[..., 0]
+
+    def init(key: Array) -> Params:
+        key_torso, key_policy, key_output, key_value, key_value_output = jax.random.split(key, 5)
+        x = flat(jnp.zeros(obs_shape))
+        params: Params = {"policy": {}, "value": {}}
+        if config.shared_torso:
+            params["policy"]["torso"], x = _init(torso, key_torso, x)
+        params["policy"]["tower"], hidden = _init(policy_tower, key_policy, x)
+        params["policy"]["output"], _ = _init(policy_output, key_output, hidden)
+        params["value"]["tower"], hidden = _init(value_tower, key_value, x)
+        params["value"]["output"], _ = _init(value_output, key_value_output, hidden)
+        return params
+
+    def both(params: Params, obs: Array) -> tuple[Array, Array]:
+        x = features(params, obs)
+        return policy_from(params, x), value_from(params, x)
+
+    return Network(
+        init=init,
+        policy=lambda params, obs: policy_from(params, features(params, obs)),
+        value=lambda params, obs: value_from(params, features(params, obs)),
+        both=both,
+    )
+
+
+def _init(module: nn.Module, key: Array, x: Array) -> tuple[Params, Array]:
+    """Parameters of a module, and its output's shape as zeros for the module after it."""
+    output, params = module.init_with_output(key, x)
+    return params, jnp.zeros_like(output)

@@ -1,0 +1,125 @@
+"""Acting: a fixed number of steps in parallel environments, and evaluation episodes."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gipo_jax.environments import Environment
+from gipo_jax.networks import ActionHead
+
+Policy = Callable[[Array], Array]
+"""Observations ``[n, *obs_shape]`` as the environment gives them -> the head's outputs."""
+
+
+class Transition(NamedTuple):
+    """Steps of parallel environments; every array starts ``[time, envs]``.
+
+    ``final_obs`` is where the step led, before any reset; ``obs`` of the next row follows the reset.
+    """
+
+    obs: Array
+    action: Array
+    behavior_log_prob: Array
+    reward: Array
+    terminated: Array
+    truncated: Array
+    final_obs: Array
+
+
+class EnvStates(NamedTuple):
+    """Environments in mid-episode.
+
+    Attributes:
+        state: the environments' own states.
+        obs: ``[envs, *obs_shape]``.
+        episode_return: ``[envs]`` reward so far in the current episode.
+    """
+
+    state: Any
+    obs: Array
+    episode_return: Array
+
+
+def reset(env: Environment, key: Array, num_envs: int) -> EnvStates:
+    """Starts ``num_envs`` environments."""
+    obs, state = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    return EnvStates(state, obs, jnp.zeros(num_envs))
+
+
+def collect(
+    env: Environment, head: ActionHead, policy: Policy, envs: EnvStates, key: Array, length: int
+) -> tuple[EnvStates, Transition, Array, Array]:
+    """Acts for ``length`` steps in each environment.
+
+    Returns:
+        the environments afterwards, transitions ``[length, envs]``, and of the episodes that ended
+        meanwhile the sum of their returns and their number, scalars.
+    """
+    num_envs = envs.obs.shape[0]
+    key_noise, key_env = jax.random.split(key)
+    noise = head.noise(key_noise, (length, num_envs))
+    env_keys = jax.random.split(key_env, (length, num_envs))
+
+    def step(envs: EnvStates, inputs: tuple[Array, Array]) -> tuple[EnvStates, Any]:
+        noise, keys = inputs
+        outputs = policy(envs.obs)
+        action = head.sample(outputs, noise)
+        stepped = jax.vmap(env.step)(keys, envs.state, head.to_env(action))
+        transition = Transition(
+            obs=envs.obs,
+            action=action,
+            behavior_log_prob=head.log_prob(outputs, action),
+            reward=stepped.reward,
+            terminated=stepped.terminated,
+            truncated=stepped.truncated,
+            final_obs=stepped.final_obs,
+        )
+        done = stepped.terminated | stepped.truncated
+        episode_return = envs.episode_return + stepped.reward
+        finished = jnp.where(done, episode_return, 0.0)
+        running = jnp.where(done, 0.0, episode_return)
+        return EnvStates(stepped.state, stepped.obs, running), (transition, finished, done)
+
+    envs, (transitions, finished, done) = jax.lax.scan(step, envs, (noise, env_keys))
+    return envs, transitions, jnp.sum(finished), jnp.sum(done)
+
+
+def evaluate(
+    env: Environment, head: ActionHead, policy: Policy, key: Array, episodes: int
+) -> tuple[Array, Array]:
+    """Mean return of fresh episodes, acting greedily and by sampling.
+
+    Args:
+        episodes: episodes of each kind, >= 1.
+
+    Returns:
+        mean undiscounted return with the most likely actions, and with sampled ones.
+    """
+    key_reset, key_steps = jax.random.split(key)
+    greedy = jnp.arange(2 * episodes) < episodes
+    started = reset(env, key_reset, 2 * episodes)
+    running = jnp.ones(2 * episodes, bool)
+
+    def step(carry: tuple[EnvStates, Array, Array]) -> tuple[EnvStates, Array, Array]:
+        envs, running, time = carry
+        key_noise, key_env = jax.random.split(jax.random.fold_in(key_steps, time))
+        outputs = policy(envs.obs)
+        sampled = head.sample(outputs, head.noise(key_noise, (2 * episodes,)))
+        action = jnp.where(greedy[:, None], head.mode(outputs), sampled)
+        keys = jax.random.split(key_env, 2 * episodes)
+        stepped = jax.vmap(env.step)(keys, envs.state, head.to_env(action))
+        returns = envs.episode_return + jnp.where(running, stepped.reward, 0.0)
+        running = running & ~stepped.terminated & ~stepped.truncated
+        return EnvStates(stepped.state, stepped.obs, returns), running, time + 1
+
+    # The environment's own limit ends every episode; the bound is for one that forgets to.
+    ended, _, _ = jax.lax.while_loop(
+        lambda carry: jnp.any(carry[1]) & (carry[2] < env.max_episode_steps),
+        step,
+        (started, running, jnp.int32(0)),
+    )
+    returns = ended.episode_return
+    return jnp.mean(returns[:episodes]), jnp.mean(returns[episodes:])
