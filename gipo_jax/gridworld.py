@@ -1,0 +1,244 @@
+"""Exact bias and variance of policy-gradient estimators in a 2x2 GridWorld (arXiv:2603.03955).
+
+States S0 top-left, S1 top-right, S2 bottom-left; the goal, bottom-right, is absorbing. Actions up,
+down, left, right are deterministic, and a step off the grid stays. A step from a non-goal state
+costs 1. Values come from a linear solve and expectations from sums over four actions, in float64,
+so that nothing here is estimated.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array
+from numpy.typing import ArrayLike, NDArray
+
+from gipo_jax import objectives
+from gipo_jax.config import ConfigError
+
+Floats = NDArray[np.float64]
+
+ACTIONS = ("up", "down", "left", "right")
+GOAL = 3
+NEXT_STATE = np.array([[0, 2, 0, 1], [1, GOAL, 0, 1], [0, 2, 2, GOAL]])
+"""State reached from each non-goal state by each action, ``[3, 4]``."""
+
+
+def softmax(logits: ArrayLike) -> Floats:
+    """Probabilities ``[..., 4]`` of logits ``[..., 4]``."""
+    shifted = np.exp(np.asarray(logits, float) - np.max(logits, axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def _mixture(uniform: float, right: float, down: float) -> Floats:
+    row = np.full(4, uniform / 4) + right * softmax([0, 0, 0, 1]) + down * softmax([0, 1, 0, 0])
+    return np.tile(row, (3, 1))
+
+
+TARGET: Floats = np.tile(softmax([0, 1, 0, 1]), (3, 1))
+"""The paper's target policy, ``[3, 4]``: leans to down and right in every state."""
+
+BEHAVIORS: dict[str, Floats] = {
+    "A": _mixture(1.0, 0.0, 0.0),
+    "B": _mixture(0.4, 0.3, 0.3),
+    "C": _mixture(0.2, 0.4, 0.4),
+}
+"""The paper's three behaviour policies, ``[3, 4]`` each; A is uniform, C nearest to the target."""
+
+
+class VectorStudy(NamedTuple):
+    """Bias and variance of the gradient with respect to all twelve logits.
+
+    Attributes:
+        bias: Euclidean distance between the estimator's mean and No-Clip's.
+        variance: trace of the estimator's covariance, for one sample.
+        bias_on_policy: distance between the estimator's mean and the gradient that the target's own
+            states and actions give. No-Clip has this bias too: no per-sample ratio corrects for the
+            states that the behaviour visits.
+        zero_gradient: whether every sample's gradient is exactly zero.
+    """
+
+    bias: float
+    variance: float
+    bias_on_policy: float
+    zero_gradient: bool
+
+
+def values(policy: ArrayLike, gamma: float = 0.9) -> tuple[Floats, Floats]:
+    """Exact V ``[3]`` and advantage ``[3, 4]`` of a policy ``[3, 4]``, gamma in [0, 1).
+
+    Raises:
+        ConfigError: the policy is no table of probabilities, or gamma is outside [0, 1).
+    """
+    policy = _check_table("policy", policy)
+    if not 0 <= gamma < 1:
+        raise ConfigError("gamma", gamma, "a number in [0, 1)")
+    value: Floats = np.linalg.solve(np.eye(3) - gamma * _transition(policy), -np.ones(3))
+    # The goal is worth 0, so its column is appended as such.
+    action_value: Floats = -1 + gamma * np.append(value, 0.0)[NEXT_STATE]
+    return value, action_value - value[:, None]
+
+
+def state_distribution(policy: ArrayLike, start: int = 0) -> Floats:
+    """Share of an episode's steps spent in each non-goal state, ``[3]``, beginning at ``start``.
+
+    Undiscounted: it is the distribution of states in a replay buffer that the policy filled.
+
+    Raises:
+        ConfigError: no table of probabilities, no such state, or a policy that may never reach the
+            goal from ``start``.
+    """
+    policy = _check_table("policy", policy)
+    _check_index("start", start, 3)
+    try:
+        visits = np.linalg.solve((np.eye(3) - _transition(policy)).T, np.eye(3)[start])
+    except np.linalg.LinAlgError as error:
+        raise ConfigError(
+            "policy", policy.tolist(), "a policy that reaches the goal from every state"
+        ) from error
+    return visits / visits.sum()
+
+
+def sample_gradients(
+    target: ArrayLike,
+    behavior: ArrayLike,
+    objective: str | objectives.Objective,
+    state: int = 0,
+    action: int = 3,
+    gamma: float = 0.9,
+) -> Floats:
+    """g(a) = u A d log pi(a|state) / d logit(state, action), ``[4]``: one value per sampled action.
+
+    Arguments and errors as in ``bias_variance``.
+    """
+    _check_index("state", state, 3)
+    _check_index("action", action, 4)
+    target, weight, advantage = _weights(target, behavior, objective, gamma)
+    score = np.eye(4)[:, action] - target[state, action]
+    return weight[state] * advantage[state] * score
+
+
+def bias_variance(
+    target: ArrayLike,
+    behavior: ArrayLike,
+    objective: str | objectives.Objective,
+    state: int = 0,
+    action: int = 3,
+    gamma: float = 0.9,
+) -> tuple[float, float]:
+    """Exact bias and variance of one logit's policy gradient, sampled from the behaviour policy.
+
+    bias = |E g - E g_NoClip| and variance = Var g over a ~ behavior(. | state), with g as in
+    ``sample_gradients`` and the exact advantage of the target policy.
+
+    Args:
+        target: action probabilities pi, ``[3, 4]``.
+        behavior: action probabilities mu, ``[3, 4]``.
+        objective: name or any per-sample objective ``f(log_ratio, advantage)``.
+        state: row of the logit, in [0, 3).
+        action: column of the logit, in [0, 4).
+        gamma: discount, in [0, 1).
+
+    Returns:
+        (bias, variance).
+
+    Raises:
+        ConfigError: a table, index or discount outside its range.
+
+    >>> from gipo_jax import objectives
+    >>> bias, variance = bias_variance(TARGET, BEHAVIORS["A"], objectives.no_clip)
+    >>> round(bias, 6), round(variance, 6)
+    (0.0, 0.016488)
+    """
+    sampled = sample_gradients(target, behavior, objective, state, action, gamma)
+    reference = sample_gradients(target, behavior, objectives.no_clip, state, action, gamma)
+    probability = np.asarray(behavior, float)[state]
+    mean = probability @ sampled
+    return float(abs(mean - probability @ reference)), float(probability @ (sampled - mean) ** 2)
+
+
+def vector_bias_variance(
+    target: ArrayLike,
+    behavior: ArrayLike,
+    objective: str | objectives.Objective,
+    gamma: float = 0.9,
+    start: int = 0,
+) -> VectorStudy:
+    """The same study for all logits at once, over the states that the behaviour policy visits.
+
+    A sample is (state, action) with the state from ``state_distribution(behavior, start)`` and the
+    action from ``behavior``; its gradient has an entry for each of the twelve logits.
+
+    Raises:
+        ConfigError: as in ``bias_variance`` and ``state_distribution``.
+    """
+    target, weight, advantage = _weights(target, behavior, objective, gamma)
+    behavior = np.asarray(behavior, float)
+    probability = state_distribution(behavior, start)[:, None] * behavior
+
+    # score[s, a, s', b] = d log pi(a|s) / d logit(s', b)
+    score = np.zeros((3, 4, 3, 4))
+    for s in range(3):
+        score[s, :, s, :] = np.eye(4) - target[s]
+
+    def mean(sample_weight: Floats, distribution: Floats) -> Floats:
+        return np.einsum("sa,sa,satb->tb", distribution, sample_weight * advantage, score)
+
+    _, no_clip, _ = _weights(target, behavior, objectives.no_clip, gamma)
+    on_policy = state_distribution(target, start)[:, None] * target
+    sampled = (weight * advantage)[:, :, None, None] * score
+    center = mean(weight, probability)
+    return VectorStudy(
+        bias=float(np.linalg.norm(center - mean(no_clip, probability))),
+        variance=float(np.einsum("sa,satb->", probability, (sampled - center) ** 2)),
+        bias_on_policy=float(np.linalg.norm(center - mean(np.ones((3, 4)), on_policy))),
+        zero_gradient=bool(np.all(sampled[probability > 0] == 0)),
+    )
+
+
+def pareto(bias: ArrayLike, variance: ArrayLike) -> NDArray[np.bool_]:
+    """True where no other point is at least as good in both and better in one; shape ``[n]``."""
+    points = np.stack([np.asarray(bias, float), np.asarray(variance, float)], axis=-1)
+    no_worse = np.all(points[None] <= points[:, None], axis=-1)
+    better = np.any(points[None] < points[:, None], axis=-1)
+    return ~np.any(no_worse & better, axis=1)
+
+
+def _weights(
+    target: ArrayLike, behavior: ArrayLike, objective: str | objectives.Objective, gamma: float
+) -> tuple[Floats, Floats, Floats]:
+    """Checked target, effective weights and advantages, ``[3, 4]`` each."""
+    target = _check_table("target", target)
+    behavior = _check_table("behavior", behavior)
+    _, advantage = values(target, gamma)
+    # A ratio of 0, or an action that the behaviour never takes, becomes a finite number whose
+    # weight is 0 in float32, or whose probability is.
+    floor = 1e-44
+    log_ratio = np.log(np.maximum(target, floor)) - np.log(np.maximum(behavior, floor))
+    log_ratio = np.clip(log_ratio, -80, 80)
+    function = objectives.spec(objective).function if isinstance(objective, str) else objective
+
+    def per_sample(log_ratio: Array, advantage: Array) -> Array:
+        return function(log_ratio, advantage)
+
+    weight = objectives.gradient_weight(per_sample, log_ratio, advantage)
+    return target, np.where(target > 0, np.asarray(weight, float), 0.0), advantage
+
+
+def _transition(policy: Floats) -> Floats:
+    """Probability ``[3, 3]`` of moving between non-goal states."""
+    return np.einsum("sa,sat->st", policy, np.eye(4)[NEXT_STATE])[:, :GOAL]
+
+
+def _check_table(field: str, table: ArrayLike) -> Floats:
+    array = np.asarray(table, float)
+    valid = "probabilities of shape (3, 4) whose rows sum to 1"
+    if array.shape != (3, 4):
+        raise ConfigError(field, f"array of shape {array.shape}", valid)
+    if not (np.all(array >= 0) and np.allclose(array.sum(axis=1), 1, atol=1e-6)):
+        raise ConfigError(field, array.tolist(), valid)
+    return array
+
+
+def _check_index(field: str, index: int, size: int) -> None:
+    if index not in range(size):
+        raise ConfigError(field, index, f"an integer from 0 to {size - 1}")
