@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from gipo_jax import objectives
 from gipo_jax.config import ConfigError
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 
 ACTIONS = ("up", "down", "left", "right")
 GOAL = 3

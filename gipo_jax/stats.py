@@ -14,7 +14,7 @@ import scipy.sparse.csgraph
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
