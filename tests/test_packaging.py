@@ -1,0 +1,141 @@
+"""The package installs what it imports, runs from anywhere, and the README's code works."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Declared though nothing here imports them; pyproject.toml says why.
+NOT_IMPORTED = {"jaxlib", "six"}
+
+
+def _names(requirements: Iterable[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
+def _imported(folder: str) -> dict[str, str]:
+    """Distributions that the folder's files import, each with one of the files."""
+    distributions = importlib.metadata.packages_distributions()
+    local = {path.stem for path in ROOT.glob("*/*.py")} | {path.name for path in ROOT.iterdir()}
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules: list[str] = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module or ""]
+            for top in {module.partition(".")[0] for module in modules}:
+                if top in sys.stdlib_module_names or top in local:
+                    continue
+                # Several distributions may share a top name, as plugins do; the shortest owns it.
+                owner = min(distributions.get(top, [top]), key=len)
+                found.setdefault(canonicalize_name(owner), f"{path.relative_to(ROOT)}")
+    return found
+
+
+def test_dependencies_are_the_imports() -> None:
+    declared = _names(PROJECT["dependencies"])
+    optional = _names(PROJECT["optional-dependencies"]["tensorboard"])
+    imported = _imported("gipo_jax")
+    undeclared = {name: path for name, path in imported.items() if name not in declared | optional}
+    assert not undeclared, "imported but not declared"
+    used = imported.keys() | _imported("experiments").keys() | _imported("scripts").keys()
+    assert declared - used == NOT_IMPORTED, "declared but not imported"
+
+
+@pytest.mark.parametrize("folder", ["scripts", "experiments", "tests"])
+def test_tools_need_only_the_dev_extra(folder: str) -> None:
+    extras = PROJECT["optional-dependencies"]
+    known = _names([*PROJECT["dependencies"], *extras["dev"], *extras["tensorboard"]])
+    # packaging comes with pytest, which declares it.
+    undeclared = {k: v for k, v in _imported(folder).items() if k not in known | {"packaging"}}
+    assert not undeclared
+
+
+def test_every_requirement_is_pinned_within_its_range() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {
+        canonicalize_name(name): version
+        for name, _, version in (line.partition("==") for line in lines if "==" in line)
+    }
+    extras = PROJECT["optional-dependencies"].values()
+    for line in [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if name == "gipo-jax":
+            continue
+        assert name in pins, f"{name} is not pinned"
+        assert requirement.specifier.contains(pins[name]), f"{line} leaves out {pins[name]}"
+
+
+def test_environment_holds_the_pinned_versions() -> None:
+    """What an installed requirement needs in turn is pinned too, at the version installed."""
+    text = (ROOT / "constraints.txt").read_text()
+    pins = {canonicalize_name(n): v for n, v in re.findall(r"^([\w.-]+)==(\S+)$", text, re.M)}
+    seen: set[str] = set()
+    pending = [canonicalize_name(name) for name in _names(PROJECT["dependencies"])]
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        distribution = importlib.metadata.distribution(name)
+        assert pins.get(name) == distribution.version, name
+        for line in distribution.requires or []:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                pending.append(canonicalize_name(requirement.name))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, "-m", "gipo_jax", "--help"],
+        [str(Path(sys.executable).parent / "gipo-jax"), "--help"],
+    ],
+    ids=["module", "script"],
+)
+def test_runs_outside_the_checkout(command: list[str], tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sweep" in done.stdout
+
+
+def test_setup_says_what_is_missing(tmp_path: Path) -> None:
+    """A machine whose only Python is too old gets one clear line and no half-made environment."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    old = tools / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    for tool in ("bash", "dirname"):
+        path = subprocess.run(["which", tool], capture_output=True, text=True, check=True).stdout
+        (tools / tool).symlink_to(path.strip())
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "setup.sh")],
+        env={"PATH": str(tools), "VENV": str(tmp_path / "venv")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("setup: needs Python 3.11")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "venv").exists()
