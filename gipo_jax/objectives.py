@@ -35,7 +35,7 @@ from jax.typing import ArrayLike
 from gipo_jax.config import KERNELS, ConfigError
 
 Objective = Callable[..., Any]
-InitialState = Callable[[Mapping[str, ArrayLike]], Array]
+InitialState = Callable[[Mapping[str, ArrayLike]], Any]
 
 INPUTS = {
     "behavior_log_prob": "log mu(a|s), same shape as log_ratio",
