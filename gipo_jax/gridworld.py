@@ -112,9 +112,10 @@ def sample_gradients(
     """
     _check_index("state", state, 3)
     _check_index("action", action, 4)
-    target, weight, advantage = _weights(target, behavior, objective, gamma)
-    score = np.eye(4)[:, action] - target[state, action]
-    return weight[state] * advantage[state] * score
+    target, behavior = _check_table("target", target), _check_table("behavior", behavior)
+    _, advantage = values(target, gamma)
+    weight = _weight(target, behavior, advantage, objective)
+    return (weight * advantage)[state] * _score(target)[state, :, state, action]
 
 
 def bias_variance(
@@ -150,10 +151,13 @@ def bias_variance(
     (0.0, 0.016488)
     """
     sampled = sample_gradients(target, behavior, objective, state, action, gamma)
-    reference = sample_gradients(target, behavior, objectives.no_clip, state, action, gamma)
-    probability = np.asarray(behavior, float)[state]
-    mean = probability @ sampled
-    return float(abs(mean - probability @ reference)), float(probability @ (sampled - mean) ** 2)
+    target, behavior = np.asarray(target, float), np.asarray(behavior, float)
+    _, advantage = values(target, gamma)
+    mean = behavior[state] @ sampled
+    # mu r = pi wherever mu acts at all.
+    corrected = np.where(behavior > 0, target, 0.0)[state] * advantage[state]
+    no_clip = corrected @ _score(target)[state, :, state, action]
+    return float(abs(mean - no_clip)), float(behavior[state] @ (sampled - mean) ** 2)
 
 
 def vector_bias_variance(
@@ -171,26 +175,24 @@ def vector_bias_variance(
     Raises:
         ConfigError: as in ``bias_variance`` and ``state_distribution``.
     """
-    target, weight, advantage = _weights(target, behavior, objective, gamma)
-    behavior = np.asarray(behavior, float)
-    probability = state_distribution(behavior, start)[:, None] * behavior
+    target, behavior = _check_table("target", target), _check_table("behavior", behavior)
+    _, advantage = values(target, gamma)
+    states = state_distribution(behavior, start)[:, None]
+    probability = states * behavior
+    score = _score(target)
 
-    # score[s, a, s', b] = d log pi(a|s) / d logit(s', b)
-    score = np.zeros((3, 4, 3, 4))
-    for s in range(3):
-        score[s, :, s, :] = np.eye(4) - target[s]
+    def mean(weighted: Floats) -> Floats:
+        return np.einsum("sa,satb->tb", weighted * advantage, score)
 
-    def mean(sample_weight: Floats, distribution: Floats) -> Floats:
-        return np.einsum("sa,sa,satb->tb", distribution, sample_weight * advantage, score)
-
-    _, no_clip, _ = _weights(target, behavior, objectives.no_clip, gamma)
-    on_policy = state_distribution(target, start)[:, None] * target
+    weight = _weight(target, behavior, advantage, objective)
+    center = mean(probability * weight)
+    no_clip = mean(states * np.where(behavior > 0, target, 0.0))
+    on_policy = mean(state_distribution(target, start)[:, None] * target)
     sampled = (weight * advantage)[:, :, None, None] * score
-    center = mean(weight, probability)
     return VectorStudy(
-        bias=float(np.linalg.norm(center - mean(no_clip, probability))),
+        bias=float(np.linalg.norm(center - no_clip)),
         variance=float(np.einsum("sa,satb->", probability, (sampled - center) ** 2)),
-        bias_on_policy=float(np.linalg.norm(center - mean(np.ones((3, 4)), on_policy))),
+        bias_on_policy=float(np.linalg.norm(center - on_policy)),
         zero_gradient=bool(np.all(sampled[probability > 0] == 0)),
     )
 
@@ -203,25 +205,28 @@ def pareto(bias: ArrayLike, variance: ArrayLike) -> NDArray[np.bool_]:
     return ~np.any(no_worse & better, axis=1)
 
 
-def _weights(
-    target: ArrayLike, behavior: ArrayLike, objective: str | objectives.Objective, gamma: float
-) -> tuple[Floats, Floats, Floats]:
-    """Checked target, effective weights and advantages, ``[3, 4]`` each."""
-    target = _check_table("target", target)
-    behavior = _check_table("behavior", behavior)
-    _, advantage = values(target, gamma)
-    # A ratio of 0, or an action that the behaviour never takes, becomes a finite number whose
-    # weight is 0 in float32, or whose probability is.
-    floor = 1e-44
-    log_ratio = np.log(np.maximum(target, floor)) - np.log(np.maximum(behavior, floor))
-    log_ratio = np.clip(log_ratio, -80, 80)
+def _weight(
+    target: Floats, behavior: Floats, advantage: Floats, objective: str | objectives.Objective
+) -> Floats:
+    """Effective weights u ``[3, 4]``; 0 for actions that the target never takes."""
     function = objectives.spec(objective).function if isinstance(objective, str) else objective
 
     def per_sample(log_ratio: Array, advantage: Array) -> Array:
         return function(log_ratio, advantage)
 
-    weight = objectives.gradient_weight(per_sample, log_ratio, advantage)
-    return target, np.where(target > 0, np.asarray(weight, float), 0.0), advantage
+    # An action outside a support gets some finite ratio: its weight or its probability is 0.
+    tiny = 1e-300
+    log_ratio = np.log(np.maximum(target, tiny)) - np.log(np.maximum(behavior, tiny))
+    weight = objectives.gradient_weight(per_sample, np.clip(log_ratio, -80, 80), advantage)
+    return np.where(target > 0, np.asarray(weight, float), 0.0)
+
+
+def _score(target: Floats) -> Floats:
+    """score[s, a, t, b] = d log pi(a|s) / d logit(t, b), ``[3, 4, 3, 4]``."""
+    score = np.zeros((3, 4, 3, 4))
+    for s in range(3):
+        score[s, :, s, :] = np.eye(4) - target[s]
+    return score
 
 
 def _transition(policy: Floats) -> Floats:

@@ -1,0 +1,17 @@
+"""What is studied. One module an experiment: its question, its grid, and how to draw it.
+
+A module has ``QUESTION`` (one line), ``run(store, preset)``, which measures and stores tables, and
+``draw(store)``, which makes figures from stored tables only. Mechanics live in ``gipo_jax``.
+"""
+
+from types import ModuleType
+
+from experiments import bounds, gridworld, trust_weights
+
+PRESETS = ("quick", "committed", "full")
+"""Scales: a check in minutes, the results in this repository, and what a GPU should run."""
+
+REGISTRY: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module for module in (trust_weights, gridworld, bounds)
+}
+"""Experiments by name, in the order in which they run."""

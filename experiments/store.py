@@ -1,0 +1,129 @@
+"""Where an experiment's tables and figures live, and the manifest that ties them together.
+
+OUT/data/TABLE.csv          what a run measured; all that drawing reads
+OUT/figures/FIGURE.png|pdf  what drawing made of it
+OUT/tables/FIGURE.csv       the numbers that a figure shows
+OUT/sweeps/SWEEP/           folders of `gipo-jax sweep`, from which tables were taken
+OUT/manifest.json           figure -> command, data files and checksums
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from gipo_jax import plots
+
+
+class DataError(Exception):
+    """Stored data cannot be used. The message is one line: file, problem, what would help."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, as hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Store:
+    """The tables and figures of one experiment inside a folder that several experiments share.
+
+    Args:
+        out: the folder.
+        experiment: name of the experiment.
+        command: the command line, for the manifest.
+    """
+
+    def __init__(self, out: Path, experiment: str, command: str) -> None:
+        self.out = out
+        self.experiment = experiment
+        self.command = command
+        self._read: dict[str, dict[str, str]] = {}
+        self.figures: list[Path] = []
+
+    def write(self, table: str, frame: pd.DataFrame, digits: int = 8) -> Path:
+        """Stores a table as ``data/<table>.csv`` with this many significant digits."""
+        path = self.out / "data" / f"{table}.csv"
+        _write_csv(path, frame, digits)
+        self._record("data", {self._name(path): {"command": self.command, "sha256": sha256(path)}})
+        return path
+
+    def read(self, table: str, columns: Sequence[str]) -> pd.DataFrame:
+        """Reads a stored table.
+
+        Raises:
+            DataError: it is missing, damaged or lacks one of ``columns``.
+        """
+        path = self.out / "data" / f"{table}.csv"
+        if not path.is_file():
+            raise DataError(path, f"missing; run experiment {self.experiment!r} first")
+        name, checksum = self._name(path), sha256(path)
+        entry = self._manifest()["data"].get(name, {"command": self.command, "sha256": checksum})
+        if checksum != entry["sha256"]:
+            raise DataError(path, "does not match its checksum in manifest.json; restore or rerun")
+        try:
+            frame = pd.read_csv(path)
+        except (ValueError, UnicodeDecodeError) as error:
+            raise DataError(path, f"not a readable table ({error})".replace("\n", " ")) from error
+        absent = [column for column in columns if column not in frame]
+        if absent:
+            raise DataError(path, f"lacks the column {absent[0]!r}; rerun {self.experiment!r}")
+        if frame.empty:
+            raise DataError(path, f"holds no rows; rerun {self.experiment!r}")
+        self._read[name] = entry
+        return frame
+
+    def save(self, figure: Figure, name: str, numbers: pd.DataFrame) -> None:
+        """Stores a figure drawn from the tables read so far, and the numbers it shows."""
+        paths = plots.save(figure, self.out / "figures" / name)
+        table = self.out / "tables" / f"{name}.csv"
+        _write_csv(table, numbers, 6)
+        entries = {
+            self._name(path): {
+                "experiment": self.experiment,
+                "sha256": sha256(path),
+                "numbers": self._name(table),
+                "data": dict(self._read),
+            }
+            for path in paths
+        }
+        self._record("figures", entries)
+        self.figures.extend(paths)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.out).as_posix()
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.out / "manifest.json"
+        if not path.exists():
+            return {"data": {}, "figures": {}}
+        try:
+            manifest = json.loads(path.read_text())
+            return {"data": dict(manifest["data"]), "figures": dict(manifest["figures"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(path, "not a manifest; restore it, or delete it and rerun") from error
+
+    def _record(self, section: str, entries: dict[str, Any]) -> None:
+        manifest = self._manifest()
+        manifest[section] |= entries
+        manifest[section] = dict(sorted(manifest[section].items()))
+        _replace(self.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _write_csv(path: Path, frame: pd.DataFrame, digits: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, frame.to_csv(index=False, float_format=f"%.{digits}g", lineterminator="\n"))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a whole file or, when interrupted, nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, newline="\n")
+    os.replace(partial, path)
