@@ -97,8 +97,8 @@ def draw(store: Store) -> None:
         axes[0, 1].set_ylabel("bias  |E g - E g No-Clip|")
         caption = (
             f"Exact values, {what}. Curves run over σ, PPO's ε and SAPO's τ; large markers are"
-            "\nthe published settings (σ = 0.1, 0.3, 0.5, 1, 2; ε = 0.2; τ = 1 and 2), ringed where "
-            "none of these is better in both."
+            "\nthe published settings (σ = 0.1, 0.3, 0.5, 1, 2; ε = 0.2; τ = 1 and 2), "
+            "ringed where none of these is better in both."
         )
         if table.zero_gradient.any():
             caption += " Red crosses: every sample's gradient is exactly zero."
