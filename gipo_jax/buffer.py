@@ -54,7 +54,9 @@ def num_valid(iteration: ArrayLike, capacity: ArrayLike, block_size: int) -> Arr
         capacity: rows kept, a positive multiple of ``block_size`` and at most the allocation.
         block_size: rows a block.
     """
-    return jnp.minimum((jnp.asarray(iteration) + 1) * block_size, capacity)
+    # In blocks: rows written in a long run overflow 32 bits.
+    blocks = jnp.minimum(jnp.asarray(iteration) + 1, jnp.asarray(capacity) // block_size)
+    return blocks * block_size
 
 
 def draw_uniform(key: Array, num_batches: int, batch_size: int, valid: ArrayLike) -> Array:
@@ -82,15 +84,16 @@ def draw_shuffled(key: Array, num_batches: int, batch_size: int, valid: ArrayLik
         key: PRNG key.
         num_batches: batches drawn.
         batch_size: indices a batch.
-        valid: rows to draw from, a scalar >= ``batch_size``.
+        valid: rows to draw from, a scalar >= 1. Fewer than a batch of them are repeated evenly.
 
     Returns:
         ``[num_batches, batch_size]`` int32.
     """
-    batches_per_epoch = jnp.asarray(valid) // batch_size
+    batches_per_epoch = jnp.maximum(jnp.asarray(valid) // batch_size, 1)
     batch = jnp.arange(num_batches)
     first = (batch % batches_per_epoch) * batch_size
-    position = first[:, None] + jnp.arange(batch_size)
+    # The remainder keeps positions below valid, without which the walk in permute might not end.
+    position = (first[:, None] + jnp.arange(batch_size)) % valid
     # An epoch holds at least one batch, so num_batches keys are enough.
     epoch_keys = jax.random.bits(key, (num_batches, *_KEY_SHAPE), jnp.uint32)
     batch_keys = epoch_keys[batch // batches_per_epoch]

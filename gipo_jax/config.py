@@ -35,8 +35,8 @@ def setting(default: Any, help: str, valid: str, check: Callable[[Any], bool]) -
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _integer(low: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+def _integer(low: int, below: float = math.inf) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v < below
 
 
 def _one_of(*names: str) -> Callable[[Any], bool]:
@@ -212,9 +212,9 @@ class Config:
 class HParams:
     """Traced settings: scalars that only change numbers, so that a sweep can stack them."""
 
-    seed: ArrayLike = setting(0, "seed of the run", "an integer >= 0", _integer(0))
+    seed: ArrayLike = setting(0, "seed of the run", "an integer in [0, 2^31)", _integer(0, 2**31))
     buffer_size: ArrayLike = setting(
-        512, "transitions kept for replay", "an integer >= 1", _integer(1)
+        512, "transitions kept for replay", "an integer in [1, 2^31)", _integer(1, 2**31)
     )
     learning_rate: ArrayLike = setting(
         1e-3, "learning rate of the policy", "a finite number > 0", _positive
@@ -242,7 +242,10 @@ class HParams:
         0.5, "global gradient norm, for policy and value apart", "a finite number > 0", _positive
     )
     warmup_iterations: ArrayLike = setting(
-        0, "iterations of linear learning-rate warm-up", "an integer >= 0", _integer(0)
+        0,
+        "iterations of linear learning-rate warm-up",
+        "an integer in [0, 2^31)",
+        _integer(0, 2**31),
     )
     reward_scale: ArrayLike = setting(
         1.0, "factor on rewards before learning", "a finite number > 0", _positive

@@ -83,4 +83,5 @@ def utilization(
 
 def explained_variance(target: Array, prediction: Array) -> Array:
     """1 - Var[target - prediction] / Var[target]; NaN where the target does not vary."""
-    return 1 - jnp.var(target - prediction) / jnp.var(target)
+    variance = jnp.var(target)
+    return 1 - jnp.var(target - prediction) / jnp.where(variance > 0, variance, jnp.nan)

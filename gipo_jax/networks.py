@@ -95,8 +95,9 @@ def _categorical(num_tokens: int, bins: int, to_env: Callable[[Array], Array]) -
     def sample(logits: Array, uniform: Array) -> Array:
         # Inverse of the distribution function: one random number a token instead of one a bin.
         cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
-        token = jnp.sum(uniform[..., None] >= cumulative, axis=-1, dtype=jnp.int32)
-        return jnp.minimum(token, bins - 1)
+        # Scaled by the rounded total, so that no number falls behind the last bin.
+        threshold = uniform[..., None] * cumulative[..., -1:]
+        return jnp.sum(threshold >= cumulative, axis=-1, dtype=jnp.int32)
 
     def log_prob(logits: Array, action: Array) -> Array:
         # A one-hot product: the gradient of a gather is a scatter, which is serial on CPU.

@@ -204,7 +204,8 @@ class Algorithm:
         shapes = jax.eval_shape(self.train_step, state, hparams, start)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         state, sums = jax.lax.fori_loop(start, stop, step, (state, zeros))
-        metrics = {k: v / (jnp.asarray(stop) - start) for k, v in sums.items()}
+        learned = jnp.maximum(jnp.asarray(stop) - jnp.maximum(start, self._first_update), 0)
+        metrics = {k: v / learned for k, v in sums.items()}
         metrics["episode_return"] = state.return_sum / state.episodes
         metrics["episodes"] = state.episodes
 
@@ -257,13 +258,20 @@ class Algorithm:
         )
         return kept._replace(advantage=advantage, value_target=value_target)
 
+    @property
+    def _first_update(self) -> int:
+        """First iteration that updates: without replacement, once replay holds a whole batch."""
+        if self.config.sampling == "uniform":
+            return 0
+        return -(-self.config.batch_size // self.config.block_size) - 1
+
     def _learn(
         self, state: TrainState, hparams: HParams, iteration: ArrayLike, key: Array
     ) -> tuple[Learner, Metrics]:
         """The update phase. Updates wait until replay holds a batch drawn without replacement."""
         config = self.config
         updates = config.updates_per_iteration * config.reuse_per_batch
-        indices = self._draw(key, hparams, iteration, config.updates_per_iteration)
+        indices = self._draw(key, hparams, iteration, config.updates_per_iteration, config.sampling)
 
         def update(learner: Learner, count: Array) -> tuple[Learner, Metrics]:
             index = indices[count // config.reuse_per_batch]
@@ -286,23 +294,25 @@ class Algorithm:
                 for name, x in metrics.items()
             }
 
-        if config.sampling == "uniform" or config.batch_size <= config.block_size:
+        if self._first_update == 0:
             return learn(state.learner)
         shapes = jax.eval_shape(learn, state.learner)[1]
         return jax.lax.cond(
-            (jnp.asarray(iteration) + 1) * config.block_size >= config.batch_size,
+            jnp.asarray(iteration) >= self._first_update,
             learn,
             lambda learner: (learner, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)),
             state.learner,
         )
 
-    def _draw(self, key: Array, hparams: HParams, iteration: ArrayLike, batches: int) -> Array:
+    def _draw(
+        self, key: Array, hparams: HParams, iteration: ArrayLike, batches: int, sampling: str
+    ) -> Array:
         """Newest-first indices of rows, or of segments, ``[batches, per batch]``."""
         config = self.config
         rows = 1 if config.advantage_mode == "stored" else config.rollout_length
         size, block = config.batch_size // rows, config.block_size // rows
         valid = buffer.num_valid(iteration, hparams.buffer_size, config.block_size) // rows
-        draw = buffer.draw_shuffled if config.sampling == "shuffled" else buffer.draw_uniform
+        draw = buffer.draw_shuffled if sampling == "shuffled" else buffer.draw_uniform
         key_all, key_recent = jax.random.split(key)
         index = draw(key_all, batches, size, valid)
         recent = buffer.draw_uniform(key_recent, batches, size, block)
@@ -482,7 +492,8 @@ class Algorithm:
         self, state: TrainState, hparams: HParams, iteration: ArrayLike, key: Array
     ) -> Metrics:
         """Utilization of a fresh sample of replay under the policy as it now is."""
-        index = self._draw(key, hparams, iteration, 1)[0]
+        # With replacement, because replay may not hold a whole batch yet.
+        index = self._draw(key, hparams, iteration, 1, "uniform")[0]
         batch = self._sample(state, state.learner.params, hparams, index, iteration)
         outputs, value = self.network.both(state.learner.params, batch.obs)
         log_prob = self.head.log_prob(outputs, batch.action)
@@ -494,7 +505,7 @@ class Algorithm:
             log_ratio,
             jnp.broadcast_to(self._advantage(batch), log_ratio.shape),
             result.weight,
-            result.weight * jnp.exp(-log_ratio),
+            result.weight * jnp.exp(-jnp.maximum(log_ratio, -80.0)),
             batch.age[:, None],
         ) | {"explained_variance": diagnostics.explained_variance(batch.value_target, value)}
 
@@ -564,7 +575,8 @@ def make_hparams(
         valid = sorted(spec.params) + sorted(fields - {"objective_params"})
         raise ConfigError(name, own.get(name, overrides.get(name)), f"one of {', '.join(valid)}")
     overrides.setdefault("learning_rate", _DEFAULTS.learning_rate)
-    overrides.setdefault("value_learning_rate", overrides["learning_rate"])
+    if overrides.get("value_learning_rate") is None:
+        overrides["value_learning_rate"] = overrides["learning_rate"]
     hparams = HParams(**overrides, objective_params=spec.params | own)
     check_fields(hparams)
     objectives.check_params(config.objective, hparams.objective_params)
@@ -603,9 +615,12 @@ def train(config: Config, hparams: HParams) -> tuple[TrainState, Metrics]:
 
 
 def _optimizer(hparams: HParams) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.clip_by_global_norm(hparams.max_grad_norm),  # type: ignore[arg-type]
-        optax.scale_by_adam(eps=1e-5),
+    # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
+    return optax.flatten(
+        optax.chain(
+            optax.clip_by_global_norm(hparams.max_grad_norm),  # type: ignore[arg-type]
+            optax.scale_by_adam(eps=1e-5),
+        )
     )
 
 
