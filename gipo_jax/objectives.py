@@ -21,6 +21,7 @@ overflow, and the two objectives that square it take a lower ``max_log_ratio``. 
 passes its gradient on, so the effective weight beyond the bound is the one at the bound.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -552,8 +553,11 @@ def spec(objective: str | Objective) -> Spec:
         if objective not in REGISTRY:
             raise ConfigError("objective", objective, f"one of {', '.join(REGISTRY)}")
         objective = REGISTRY[objective]
-    name = getattr(objective, "__name__", type(objective).__name__)
-    declared: Declaration = getattr(objective, "declaration", Declaration())
+    inner = objective
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", type(inner).__name__)
+    declared: Declaration = getattr(inner, "declaration", Declaration())
     try:
         parameters = dict(inspect.signature(objective).parameters)
     except (TypeError, ValueError):

@@ -151,7 +151,7 @@ def test_effective_weight_equals_its_formula(name: str, batch: str) -> None:
         x = np.random.default_rng(0).normal(0, 0.3, x.size)
     inputs = inputs_for(name, x.size)
     expected = REFERENCE[name](x, advantage, **inputs)
-    weight = objectives.gradient_weight(name, x, advantage, **inputs)
+    weight = jax.jit(partial(objectives.gradient_weight, name))(x, advantage, **inputs)
     np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-6 if name == "spo" else 1e-12)
     if name == "m2po":
         assert 0 < np.count_nonzero(weight) < weight.size
@@ -439,7 +439,7 @@ def test_gradient_at_zero_advantage_of_those_that_keep_one() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(x=log_ratios, advantage=advantages)
 def test_jit_equals_eager(name: str, x: list[float], advantage: list[float]) -> None:
     eager = value_and_gradient(name, jnp.array(x), jnp.array(advantage), {})
@@ -453,8 +453,9 @@ def test_vmap_over_parameters_equals_a_loop(name: str) -> None:
     defaults = objectives.spec(name).params
     lanes = [{key: value * factor for key, value in defaults.items()} for factor in (0.5, 1, 2)]
     stacked = {key: jnp.array([lane[key] for lane in lanes]) for key in defaults}
-    batched = jax.vmap(lambda params: value_and_gradient(name, x, advantage, params))(stacked)
-    alone = [value_and_gradient(name, x, advantage, lane) for lane in lanes]
+    evaluate = jax.jit(partial(value_and_gradient, name, x, advantage))
+    batched = jax.jit(jax.vmap(evaluate))(stacked)
+    alone = [evaluate(lane) for lane in lanes]
     np.testing.assert_allclose(batched[0], jnp.stack([a[0] for a in alone]), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(batched[1], jnp.stack([a[1] for a in alone]), rtol=1e-5, atol=1e-7)
     # Parameters that did nothing would pass the comparison above.
@@ -495,6 +496,12 @@ def test_a_plain_function_is_an_objective() -> None:
     assert spec.kind == "per-sample" and not spec.positive and spec.initial_state is None
     weight = objectives.gradient_weight(mine, jnp.array([0.0, 1.0]), 3.0, power=0.5)
     np.testing.assert_allclose(weight, 0.5 * np.exp([0.0, 0.5]), rtol=1e-6)
+
+
+def test_a_partial_keeps_what_its_function_declares() -> None:
+    spec = objectives.spec(partial(objectives.dppo_kl, delta=0.1))
+    assert spec.name == "dppo_kl" and spec.discrete_only
+    assert spec.params == {"delta": 0.1, "max_ratio": 20.0}
 
 
 def no_advantage(log_ratio: jax.Array, weight: float = 1.0) -> jax.Array:
