@@ -22,8 +22,8 @@ def gae(
 ) -> tuple[Array, Array]:
     """Generalised advantage estimation (arXiv:1506.02438, equation 16).
 
-    delta = r + gamma (1 - terminated) V(final_obs) - V(obs); the sum of (gamma lambda)^k delta stops
-    at the end of an episode, whatever ended it.
+    delta = r + gamma (1 - terminated) V(final_obs) - V(obs); the sum of (gamma lambda)^k delta
+    stops at the end of an episode, whatever ended it.
 
     Args:
         reward: ``[time, ...]``.

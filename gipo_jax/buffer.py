@@ -28,7 +28,7 @@ def init(block: Block, blocks: int) -> Storage:
     return jax.tree.map(lambda x: jnp.zeros((blocks, *x.shape), x.dtype), block)
 
 
-def add(storage: Storage, block: Block, iteration: ArrayLike) -> Storage:
+def add(storage: Storage, block: Block, iteration: int | Array) -> Storage:
     """Writes the block of one iteration over the oldest one.
 
     Args:
@@ -46,7 +46,7 @@ def add(storage: Storage, block: Block, iteration: ArrayLike) -> Storage:
     return jax.tree.map(write, storage, block)
 
 
-def num_valid(iteration: ArrayLike, capacity: ArrayLike, block_size: int) -> Array:
+def num_valid(iteration: int | Array, capacity: ArrayLike, block_size: int) -> Array:
     """Rows to draw from once iteration ``iteration`` is written.
 
     Args:
@@ -140,7 +140,7 @@ def permute(words: Array, index: Array, size: ArrayLike) -> Array:
     return walked.astype(jnp.int32)
 
 
-def take_rows(storage: Storage, index: Array, iteration: ArrayLike) -> tuple[Block, Array]:
+def take_rows(storage: Storage, index: Array, iteration: int | Array) -> tuple[Block, Array]:
     """Gathers single rows.
 
     Args:
@@ -157,7 +157,7 @@ def take_rows(storage: Storage, index: Array, iteration: ArrayLike) -> tuple[Blo
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:])[row], storage), age
 
 
-def take_segments(storage: Storage, index: Array, iteration: ArrayLike) -> tuple[Block, Array]:
+def take_segments(storage: Storage, index: Array, iteration: int | Array) -> tuple[Block, Array]:
     """Gathers whole rollouts of single environments.
 
     Args:

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.typing import ArrayLike
+
+Scalar = float | jax.Array
+"""A Python number, or an array of them where runs are stacked."""
 
 
 class ConfigError(ValueError):
@@ -212,54 +214,54 @@ class Config:
 class HParams:
     """Traced settings: scalars that only change numbers, so that a sweep can stack them."""
 
-    seed: ArrayLike = setting(0, "seed of the run", "an integer in [0, 2^31)", _integer(0, 2**31))
-    buffer_size: ArrayLike = setting(
+    seed: Scalar = setting(0, "seed of the run", "an integer in [0, 2^31)", _integer(0, 2**31))
+    buffer_size: Scalar = setting(
         512, "transitions kept for replay", "an integer in [1, 2^31)", _integer(1, 2**31)
     )
-    learning_rate: ArrayLike = setting(
+    learning_rate: Scalar = setting(
         1e-3, "learning rate of the policy", "a finite number > 0", _positive
     )
-    value_learning_rate: ArrayLike = setting(
+    value_learning_rate: Scalar = setting(
         None,
         "learning rate of the value function; by default the policy's",
         "a finite number > 0",
         _positive,
     )
-    gamma: ArrayLike = setting(0.99, "discount", "a number in [0, 1]", _unit)
-    gae_lambda: ArrayLike = setting(
+    gamma: Scalar = setting(0.99, "discount", "a number in [0, 1]", _unit)
+    gae_lambda: Scalar = setting(
         0.95, "decay of generalised advantage estimation", "a number in [0, 1]", _unit
     )
-    entropy_coef: ArrayLike = setting(
+    entropy_coef: Scalar = setting(
         0.0, "weight of the entropy bonus", "a finite number >= 0", _not_negative
     )
-    kl_coef: ArrayLike = setting(
+    kl_coef: Scalar = setting(
         0.0, "weight of the penalty KL(behavior || policy)", "a finite number >= 0", _not_negative
     )
-    value_coef: ArrayLike = setting(
+    value_coef: Scalar = setting(
         0.5, "weight of the squared value error", "a finite number > 0", _positive
     )
-    max_grad_norm: ArrayLike = setting(
+    max_grad_norm: Scalar = setting(
         0.5, "global gradient norm, for policy and value apart", "a finite number > 0", _positive
     )
-    warmup_iterations: ArrayLike = setting(
+    warmup_iterations: Scalar = setting(
         0,
         "iterations of linear learning-rate warm-up",
         "an integer in [0, 2^31)",
         _integer(0, 2**31),
     )
-    reward_scale: ArrayLike = setting(
+    reward_scale: Scalar = setting(
         1.0, "factor on rewards before learning", "a finite number > 0", _positive
     )
-    recent_fraction: ArrayLike = setting(
+    recent_fraction: Scalar = setting(
         0.0, "part of each batch drawn from the newest iteration only", "a number in [0, 1]", _unit
     )
-    ess_lr_power: ArrayLike = setting(
+    ess_lr_power: Scalar = setting(
         0.0,
         "policy learning rate times (ESS / batch) to this power; 0.5 is the square-root rule",
         "a finite number >= 0",
         _not_negative,
     )
-    objective_params: dict[str, ArrayLike] = dataclasses.field(default_factory=dict)
+    objective_params: dict[str, Scalar] = dataclasses.field(default_factory=dict)
 
 
 def check_fields(settings: Any) -> None:

@@ -235,17 +235,17 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     def features(params: Params, obs: Array) -> Array:
         if not config.shared_torso:
             return flat(obs)
-        return torso.apply(params["policy"]["torso"], flat(obs))
+        return _apply(torso, params["policy"]["torso"], flat(obs))
 
     def policy_from(params: Params, x: Array) -> Array:
-        x = policy_tower.apply(params["policy"]["tower"], x)
-        return policy_output.apply(params["policy"]["output"], x)
+        x = _apply(policy_tower, params["policy"]["tower"], x)
+        return _apply(policy_output, params["policy"]["output"], x)
 
     def value_from(params: Params, x: Array) -> Array:
         if config.shared_torso and config.detach_value:
             x = jax.lax.stop_gradient(x)
-        x = value_tower.apply(params["value"]["tower"], x)
-        return value_output.apply(params["value"]["output"], x)[..., 0]
+        x = _apply(value_tower, params["value"]["tower"], x)
+        return _apply(value_output, params["value"]["output"], x)[..., 0]
 
     def init(key: Array) -> Params:
         key_torso, key_policy, key_output, key_value, key_value_output = jax.random.split(key, 5)
@@ -269,6 +269,11 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
         value=lambda params, obs: value_from(params, features(params, obs)),
         both=both,
     )
+
+
+def _apply(module: nn.Module, params: Params, x: Array) -> Array:
+    output: Any = module.apply(params, x)
+    return output
 
 
 def _init(module: nn.Module, key: Array, x: Array) -> tuple[Params, Array]:

@@ -10,12 +10,12 @@ class Normalizer(NamedTuple):
     """Moments of all observations seen so far.
 
     Attributes:
-        count: number of observations.
+        total: number of observations.
         mean: ``[*obs_shape]``.
         squares: ``[*obs_shape]``, sum of squared deviations from the mean.
     """
 
-    count: Array
+    total: Array
     mean: Array
     squares: Array
 
@@ -30,20 +30,20 @@ def update(normalizer: Normalizer, obs: Array) -> Normalizer:
     obs = obs.astype(jnp.float32).reshape(-1, *normalizer.mean.shape)
     added = obs.shape[0]
     mean = jnp.mean(obs, axis=0)
-    count = normalizer.count + added
+    total = normalizer.total + added
     delta = mean - normalizer.mean
     return Normalizer(
-        count,
-        normalizer.mean + delta * added / count,
+        total,
+        normalizer.mean + delta * added / total,
         normalizer.squares
         + jnp.sum((obs - mean) ** 2, axis=0)
-        + delta**2 * normalizer.count * added / count,
+        + delta**2 * normalizer.total * added / total,
     )
 
 
 def normalize(normalizer: Normalizer, obs: Array) -> Array:
     """Standardises observations ``[..., *obs_shape]`` and bounds them to [-10, 10]."""
-    variance = normalizer.squares / jnp.maximum(normalizer.count, 1.0)
-    scale = jnp.where(normalizer.count > 0, jnp.sqrt(variance + 1e-8), 1.0)
+    variance = normalizer.squares / jnp.maximum(normalizer.total, 1.0)
+    scale = jnp.where(normalizer.total > 0, jnp.sqrt(variance + 1e-8), 1.0)
     standard = (obs - normalizer.mean) / scale
-    return jnp.where(normalizer.count > 0, jnp.clip(standard, -10.0, 10.0), obs)
+    return jnp.where(normalizer.total > 0, jnp.clip(standard, -10.0, 10.0), obs)

@@ -17,7 +17,7 @@ Policy = Callable[[Array], Array]
 class Transition(NamedTuple):
     """Steps of parallel environments; every array starts ``[time, envs]``.
 
-    ``final_obs`` is where the step led, before any reset; ``obs`` of the next row follows the reset.
+    ``final_obs`` is where the step led, before any reset; the next row's ``obs`` follows it.
     """
 
     obs: Array

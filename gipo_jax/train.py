@@ -1,8 +1,8 @@
 """The algorithm: act, store, learn from replay. Pure functions of one run, to jit, vmap and scan.
 
 One iteration (``train_step``) acts with the current policy, labels the new data with advantages,
-adds it to replay, and makes ``updates_per_iteration`` updates from samples of replay. All randomness
-comes from ``fold_in(run key, iteration)``, so a run never depends on the runs beside it.
+adds it to replay, and makes ``updates_per_iteration`` updates from samples of replay. All
+randomness comes from ``fold_in(run key, iteration)``, so a run never depends on the runs beside it.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.lax import stop_gradient
-from jax.typing import ArrayLike
 
 from gipo_jax import advantages, buffer, diagnostics, environments, networks, normalizer, objectives
 from gipo_jax import rollout as rollouts
@@ -82,7 +81,7 @@ class TrainState(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A labelled sample of replay; arrays ``[batch, ...]``, log-probabilities ``[batch, tokens]``."""
+    """A labelled sample of replay; arrays ``[batch, ...]``, the behavior's ``[batch, tokens]``."""
 
     obs: Array
     action: Array
@@ -141,7 +140,7 @@ class Algorithm:
         )
 
     def train_step(
-        self, state: TrainState, hparams: HParams, iteration: ArrayLike
+        self, state: TrainState, hparams: HParams, iteration: int | Array
     ) -> tuple[TrainState, Metrics]:
         """One iteration: act, store, learn.
 
@@ -180,7 +179,7 @@ class Algorithm:
         return state, metrics
 
     def chunk(
-        self, state: TrainState, hparams: HParams, start: ArrayLike, stop: ArrayLike
+        self, state: TrainState, hparams: HParams, start: int | Array, stop: int | Array
     ) -> tuple[TrainState, Metrics]:
         """Iterations ``start .. stop - 1``, then evaluation and diagnostics: one logged point.
 
@@ -266,12 +265,12 @@ class Algorithm:
         return -(-self.config.batch_size // self.config.block_size) - 1
 
     def _learn(
-        self, state: TrainState, hparams: HParams, iteration: ArrayLike, key: Array
+        self, state: TrainState, hparams: HParams, iteration: int | Array, key: Array
     ) -> tuple[Learner, Metrics]:
         """The update phase. Updates wait until replay holds a batch drawn without replacement."""
         config = self.config
         updates = config.updates_per_iteration * config.reuse_per_batch
-        indices = self._draw(key, hparams, iteration, config.updates_per_iteration, config.sampling)
+        indices = self._draw(key, hparams, iteration, config.updates_per_iteration)
 
         def update(learner: Learner, count: Array) -> tuple[Learner, Metrics]:
             index = indices[count // config.reuse_per_batch]
@@ -304,15 +303,13 @@ class Algorithm:
             state.learner,
         )
 
-    def _draw(
-        self, key: Array, hparams: HParams, iteration: ArrayLike, batches: int, sampling: str
-    ) -> Array:
+    def _draw(self, key: Array, hparams: HParams, iteration: int | Array, batches: int) -> Array:
         """Newest-first indices of rows, or of segments, ``[batches, per batch]``."""
         config = self.config
         rows = 1 if config.advantage_mode == "stored" else config.rollout_length
         size, block = config.batch_size // rows, config.block_size // rows
         valid = buffer.num_valid(iteration, hparams.buffer_size, config.block_size) // rows
-        draw = buffer.draw_shuffled if sampling == "shuffled" else buffer.draw_uniform
+        draw = buffer.draw_shuffled if config.sampling == "shuffled" else buffer.draw_uniform
         key_all, key_recent = jax.random.split(key)
         index = draw(key_all, batches, size, valid)
         recent = buffer.draw_uniform(key_recent, batches, size, block)
@@ -324,7 +321,7 @@ class Algorithm:
         params: Any,
         hparams: HParams,
         index: Array,
-        iteration: ArrayLike,
+        iteration: int | Array,
     ) -> Batch:
         """Gathers a batch and gives it advantages and value targets."""
         if self.config.advantage_mode == "stored":
@@ -403,8 +400,8 @@ class Algorithm:
         learner: Learner,
         batch: Batch,
         hparams: HParams,
-        iteration: ArrayLike,
-        scale: ArrayLike,
+        iteration: int | Array,
+        scale: Array,
     ) -> tuple[Learner, Metrics]:
         """One update of policy and value."""
 
@@ -450,7 +447,7 @@ class Algorithm:
         return learner, metrics
 
     def _update_value(
-        self, learner: Learner, batch: Batch, hparams: HParams, iteration: ArrayLike
+        self, learner: Learner, batch: Batch, hparams: HParams, iteration: int | Array
     ) -> tuple[Learner, Metrics]:
         """One update of the value function alone; it neither runs nor changes the policy's part."""
 
@@ -475,7 +472,7 @@ class Algorithm:
             params=learner.params | {"value": value}, opt_state=learner.opt_state | {"value": opt}
         ), metrics
 
-    def _schedule(self, hparams: HParams, iteration: ArrayLike) -> Array:
+    def _schedule(self, hparams: HParams, iteration: int | Array) -> Array:
         """Factor on the learning rates: linear warm-up, then the configured decay."""
         total = self.config.num_iterations
         done = jnp.asarray(iteration, jnp.float32)
@@ -489,11 +486,10 @@ class Algorithm:
         return warm
 
     def _diagnose(
-        self, state: TrainState, hparams: HParams, iteration: ArrayLike, key: Array
+        self, state: TrainState, hparams: HParams, iteration: int | Array, key: Array
     ) -> Metrics:
         """Utilization of a fresh sample of replay under the policy as it now is."""
-        # With replacement, because replay may not hold a whole batch yet.
-        index = self._draw(key, hparams, iteration, 1, "uniform")[0]
+        index = self._draw(key, hparams, iteration, 1)[0]
         batch = self._sample(state, state.learner.params, hparams, index, iteration)
         outputs, value = self.network.both(state.learner.params, batch.obs)
         log_prob = self.head.log_prob(outputs, batch.action)
@@ -513,7 +509,7 @@ class Algorithm:
         config, env, head = self.config, self.env, self.head
         lead = (config.rollout_length, config.num_envs)
 
-        def like(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        def like(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
             return jax.ShapeDtypeStruct((*lead, *shape), dtype)
 
         obs, token = like(env.obs_shape, env.obs_dtype), (head.num_tokens,)
@@ -527,7 +523,7 @@ class Algorithm:
                 truncated=like((), jnp.bool_),
                 final_obs=obs,
             )
-        rows = config.max_buffer_size or _DEFAULTS.buffer_size
+        rows = config.max_buffer_size or int(_DEFAULTS.buffer_size)
         return buffer.init(block, rows // config.block_size)
 
 
@@ -618,14 +614,14 @@ def _optimizer(hparams: HParams) -> optax.GradientTransformation:
     # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
     return optax.flatten(
         optax.chain(
-            optax.clip_by_global_norm(hparams.max_grad_norm),  # type: ignore[arg-type]
+            optax.clip_by_global_norm(hparams.max_grad_norm),
             optax.scale_by_adam(eps=1e-5),
         )
     )
 
 
 def _apply(
-    learner: Learner, group: str, grads: Any, hparams: HParams, rate: ArrayLike
+    learner: Learner, group: str, grads: Any, hparams: HParams, rate: Array
 ) -> tuple[Any, Any, Array]:
     """One optimizer step of a parameter group: its parameters, optimizer state, gradient norm."""
     params, grads = learner.params[group], grads[group]
@@ -648,7 +644,7 @@ def _kl_pull(log_ratio: Array) -> Array:
     return stop_gradient(jnp.minimum(jnp.exp(log_ratio), 20.0) - 1) * log_ratio
 
 
-def _keep_finite(state: TrainState, learner: Learner, iteration: ArrayLike) -> TrainState:
+def _keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
     """Takes the new learner, unless it or an earlier one is not finite."""
     sums = [jnp.sum(x) for x in jax.tree.leaves(learner.params)]
     finite = jnp.all(jnp.isfinite(jnp.stack(sums)))
