@@ -186,7 +186,7 @@ class Config:
         lambda v: v is None or _integer(1)(v),
     )
     schedule: str = setting(
-        "constant",
+        "linear",
         "learning-rate decay over the run",
         f"one of {', '.join(SCHEDULES)}",
         _one_of(*SCHEDULES),
@@ -219,7 +219,7 @@ class HParams:
         512, "transitions kept for replay", "an integer in [1, 2^31)", _integer(1, 2**31)
     )
     learning_rate: Scalar = setting(
-        1e-3, "learning rate of the policy", "a finite number > 0", _positive
+        6e-4, "learning rate of the policy", "a finite number > 0", _positive
     )
     value_learning_rate: Scalar = setting(
         None,
