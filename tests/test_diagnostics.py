@@ -1,0 +1,94 @@
+"""Utilization metrics against plain NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gipo_jax import diagnostics
+
+BATCH, TOKENS = 200, 2
+
+
+def batch(seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    log_ratio = random.normal(size=(BATCH, TOKENS), scale=0.8)
+    advantage = random.normal(size=(BATCH, TOKENS))
+    trust_weight = np.exp(-(log_ratio**2) / 0.1)
+    return {
+        "log_ratio": log_ratio.astype(np.float32),
+        "advantage": advantage.astype(np.float32),
+        "weight": (trust_weight * np.exp(log_ratio)).astype(np.float32),
+        "trust_weight": trust_weight.astype(np.float32),
+        "age": random.integers(0, 20, size=(BATCH, 1)).astype(np.int32),
+    }
+
+
+def ess(weight: np.ndarray) -> float:
+    weight = weight.astype(float)
+    return weight.sum() ** 2 / (weight.size * (weight**2).sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_utilization_is_numpy(seed: int) -> None:
+    data = batch(seed)
+    x, a, u = data["log_ratio"], data["advantage"], data["weight"]
+    age = np.broadcast_to(data["age"], x.shape)
+    new, old = age <= 2, age >= 10
+    assert new.any() and old.any() and (~new & ~old).any()
+    ratio = np.exp(x)
+    dead = ((ratio > 1.2) & (a > 0)) | ((ratio < 0.8) & (a < 0))
+    expected = {
+        "ess": ess(u),
+        "ess_new": ess(u[new]),
+        "ess_old": ess(u[old]),
+        "near_zero_fraction": np.mean(u < 1e-3),
+        "near_zero_fraction_new": np.mean(u[new] < 1e-3),
+        "near_zero_fraction_old": np.mean(u[old] < 1e-3),
+        "clip_fraction": dead.mean(),
+        "suppressed_fraction": np.mean(data["trust_weight"] < 1e-3),
+        "mean_weight": u.mean(),
+        "old_share": u[old].sum() / u.sum(),
+        "old_gradient_share": np.abs(u * a)[old].sum() / np.abs(u * a).sum(),
+        "d95": np.percentile(np.abs(x), 95),
+        "policy_age": age.mean(),
+        "policy_age_max": age.max(),
+    }
+    assert 0 < expected["near_zero_fraction"] < 1 and 0 < expected["clip_fraction"] < 1
+    result = jax.jit(diagnostics.utilization)(**data)
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(result[name], value, rtol=1e-4, err_msg=name)
+        assert result[name].shape == () and result[name].dtype == jnp.float32
+
+
+def test_an_empty_group_is_not_a_number() -> None:
+    data = batch(0) | {"age": np.zeros((BATCH, 1), np.int32)}
+    result = diagnostics.utilization(**data)
+    for name in ("ess_old", "near_zero_fraction_old"):
+        assert np.isnan(result[name])
+    assert result["old_share"] == 0
+    np.testing.assert_allclose(result["ess_new"], result["ess"], rtol=1e-5)
+
+
+def test_effective_sample_size_at_its_ends() -> None:
+    size = diagnostics.effective_sample_size
+    np.testing.assert_allclose(size(jnp.full(50, 3.0)), 1, rtol=1e-6)
+    np.testing.assert_allclose(size(jnp.eye(50)[0]), 1 / 50, rtol=1e-6)
+    assert size(jnp.zeros(50)) == 0
+    assert np.isnan(size(jnp.ones(50), jnp.zeros(50, bool)))
+    # Squares of these overflow, or vanish, in float32.
+    np.testing.assert_allclose(size(jnp.array([1e30, 1e30])), 1, rtol=1e-6)
+    np.testing.assert_allclose(size(jnp.array([1e-30, 1e-30])), 1, rtol=1e-6)
+
+
+def test_explained_variance() -> None:
+    random = np.random.default_rng(0)
+    target = random.normal(size=300).astype(np.float32)
+    prediction = (target + 0.5 * random.normal(size=300) + 3).astype(np.float32)
+    expected = 1 - np.var(target - prediction) / np.var(target)
+    explained = diagnostics.explained_variance
+    np.testing.assert_allclose(explained(target, prediction), expected, rtol=1e-4)
+    np.testing.assert_allclose(explained(target, target), 1)
+    np.testing.assert_allclose(explained(target, jnp.zeros(300)), 0, atol=1e-6)
+    assert np.isnan(explained(jnp.ones(300), prediction))
