@@ -6,12 +6,13 @@ A module has ``QUESTION`` (one line), ``run(store, preset)``, which measures and
 
 from types import ModuleType
 
-from experiments import bounds, gridworld, trust_weights
+from experiments import bounds, gridworld, objective_family, trust_weights
 
 PRESETS = ("quick", "committed", "full")
 """Scales: a check in minutes, the results in this repository, and what a GPU should run."""
 
 REGISTRY: dict[str, ModuleType] = {
-    module.__name__.rpartition(".")[2]: module for module in (trust_weights, gridworld, bounds)
+    module.__name__.rpartition(".")[2]: module
+    for module in (trust_weights, gridworld, bounds, objective_family)
 }
 """Experiments by name, in the order in which they run."""

@@ -1,0 +1,98 @@
+"""The family experiment end to end at a tiny size, and its objective of many objectives."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments import objective_family as family  # noqa: E402
+from experiments.store import Store  # noqa: E402
+from gipo_jax import objectives, plots, results, sweep  # noqa: E402
+
+TASK = "Catch-bsuite"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A folder in which the experiment ran with one task and one seed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family, "TASKS", (TASK,))
+        patch.setattr(family, "FRESH", 32)
+        patch.setattr(family, "STALE", 128)
+        patch.setattr(family, "SCALES", {"quick": {"seeds": 1, "total_steps": 16 * 32}})
+        small = {"num_envs": 4, "rollout_length": 8, "batch_size": 32, "num_logs": 2}
+        patch.setattr(family, "SETTINGS", family.SETTINGS | small)
+        made = Store(tmp_path_factory.mktemp("family"), "objective_family", "test")
+        family.run(made, "quick")
+        with plots.style():
+            family.draw(made)
+        # Run again: everything is there already, and stays.
+        before = (made.out / "data" / "objective_family.csv").read_bytes()
+        family.run(made, "quick")
+        assert (made.out / "data" / "objective_family.csv").read_bytes() == before
+    return made
+
+
+def test_every_objective_is_measured_and_drawn(store: Store) -> None:
+    table = pd.read_csv(store.out / "data" / "objective_family.csv")
+    assert sorted(table.groupby("objective").buffer_size.unique().map(len).unique()) == [2]
+    assert list(dict.fromkeys(table.objective)) == list(objectives.REGISTRY)
+    assert (table.status == "done").all()
+    ranking = pd.read_csv(store.out / "tables" / "objective_family.csv")
+    assert len(ranking) == 2 * len(objectives.REGISTRY)
+    assert (ranking.low <= ranking.iqm).all() and (ranking.iqm <= ranking.high).all()
+    for name in ("objective_family", "objective_family_weights"):
+        assert (store.out / "figures" / f"{name}.png").stat().st_size > 10_000
+
+
+def test_one_of_many_trains_as_it_does_alone(store: Store, tmp_path: Path) -> None:
+    name = "r2vpo"
+    folder = store.out / "sweeps" / f"objective_family_{TASK}_quick"
+    runs = results.read_runs(folder)
+    mine = runs[(runs.which == family.NAMES.index(name)) & (runs.buffer_size == 128)]
+    together = results.read_metrics(folder).set_index("run").loc[mine.run.item()]
+    small = {"num_envs": 4, "rollout_length": 8, "batch_size": 32, "num_logs": 2}
+    alone = sweep.expand(
+        env=TASK,
+        objective=name,
+        buffer_size=128,
+        total_steps=16 * 32,
+        **family.SETTINGS | small,
+    )
+    sweep.run(alone, tmp_path / "alone")
+    metrics = results.read_metrics(tmp_path / "alone").set_index("run").loc[0]
+    for column in ("episode_return", "policy_loss", "kl", "grad_norm"):
+        np.testing.assert_allclose(together[column], metrics[column], rtol=1e-3, err_msg=column)
+
+
+def test_weights_of_known_samples() -> None:
+    u = family.weights().set_index(["objective", "advantage", "log_ratio"])["u"]
+    assert u["gipo", 1.0, 1.0] == pytest.approx(np.exp(0.5), rel=1e-5)
+    assert u["tis", -1.0, 3.0] == pytest.approx(2)
+    assert u["awr", 1.0, 0.0] == pytest.approx(20)
+    # The start of the phase, not r = 1, is where GePPO's interval lies.
+    assert u["geppo", 1.0, 0.5] == pytest.approx(np.exp(0.5), rel=1e-5)
+    assert u["geppo", -1.0, 0.0] == 0
+    # The reference batch is mild, so that M2PO keeps the middle and drops the edge.
+    assert u["m2po", 1.0, 0.0] == pytest.approx(1) and u["m2po", 1.0, 3.0] == 0
+
+
+def test_a_run_without_a_finished_episode_counts_as_the_worst() -> None:
+    frame = pd.DataFrame(
+        {
+            "env": ["a"] * 4,
+            "objective": ["x", "x", "y", "y"],
+            "buffer_size": [8] * 4,
+            "seed": [0, 1, 0, 1],
+            "final_return": [1.0, np.nan, 5.0, 9.0],
+        }
+    )
+    methods, scores = family.scores(frame)
+    assert methods == [("x", 8), ("y", 8)]
+    # Means 1 and 7 are the ends of the scale.
+    np.testing.assert_allclose(scores[..., 0], np.array([[0, 0], [4 / 6, 8 / 6]]))
