@@ -1,0 +1,233 @@
+"""Checkpoints of a running sweep: all arrays and the progress, written whole or not at all.
+
+Arrays go through orbax, of which nothing is seen outside this module. Around it: a checkpoint gets
+its final name only when complete, every file has a checksum, and the last two are kept, so that a
+damaged one can be passed over.
+"""
+
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+FORMAT = 1
+"""Version of what a checkpoint holds; another version is refused."""
+
+KEEP = 2
+
+ARRAYS = "arrays"
+_PROGRESS = "progress.json"
+_MANIFEST = "manifest.json"
+_TEMPORARY = "incomplete-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or used. The message is one line."""
+
+
+def save(directory: Path, progress: dict[str, Any], state: Any | None, process: int = 0) -> Path:
+    """Writes a checkpoint next to earlier ones, of which the newest but one is dropped.
+
+    Args:
+        directory: folder of checkpoints.
+        progress: JSON-serialisable.
+        state: pytree of arrays, or None.
+        process: index of the calling process; each has a folder of its own.
+
+    Raises:
+        CheckpointError: it could not be written; earlier checkpoints are as they were.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover)
+        present = _numbers(directory)
+        name = f"{max(present, default=0) + 1:08d}"
+        temporary = directory / f"{_TEMPORARY}{name}"
+        temporary.mkdir()
+        if state is not None:
+            write_arrays(temporary / ARRAYS, state, process)
+        stored = {"format": FORMAT, "progress": progress, "arrays": state is not None}
+        _write_synced(temporary / _PROGRESS, json.dumps(stored))
+        _write_synced(temporary / _MANIFEST, json.dumps(_checksums(temporary)))
+        temporary.replace(directory / name)
+        _sync_folder(directory)
+        for number in present[: len(present) - KEEP + 1]:
+            shutil.rmtree(directory / f"{number:08d}")
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot write a checkpoint to {directory}: {_line(error)}"
+        ) from error
+    return directory / name
+
+
+def newest(directory: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its progress; None when none was ever completed.
+
+    Args:
+        directory: folder of checkpoints.
+        warn: called with one line for each damaged checkpoint passed over.
+
+    Raises:
+        CheckpointError: all are damaged, or it is of another version.
+    """
+    numbers = _numbers(directory)
+    for number in reversed(numbers):
+        path = directory / f"{number:08d}"
+        problem = _damage(path)
+        if problem is None:
+            stored = json.loads((path / _PROGRESS).read_text())
+            if stored["format"] != FORMAT:
+                raise CheckpointError(
+                    f"checkpoint {path} has format {stored['format']};"
+                    f" this version of gipo_jax reads format {FORMAT}"
+                )
+            return path, stored["progress"]
+        warn(f"checkpoint {path.name} is damaged ({problem}); going back to an earlier one")
+    if numbers:
+        raise CheckpointError(
+            f"no checkpoint in {directory} is whole; delete that folder to start the sweep over"
+        )
+    return None
+
+
+def write_arrays(path: Path, tree: Any, process: int = 0) -> None:
+    """Writes a pytree of arrays as an orbax checkpoint.
+
+    Args:
+        path: folder to make.
+        tree: arrays, keys included; leaves without elements are left out.
+        process: index of the calling process, which writes alone.
+    """
+    leaves = {name: x for name, x in _flatten(tree).items() if np.size(x)}
+    _orbax(process, lambda ocp: ocp.save(path.absolute(), leaves))
+
+
+def read_arrays(path: Path, like: Any, process: int = 0) -> Any:
+    """Reads what ``write_arrays`` wrote.
+
+    Args:
+        path: its folder.
+        like: pytree of arrays or ``jax.ShapeDtypeStruct``: the structure, shapes and types to get.
+        process: index of the calling process.
+
+    Returns:
+        pytree like ``like`` of NumPy arrays; keys are JAX key arrays.
+
+    Raises:
+        CheckpointError: other shapes or names are stored, so another version wrote it.
+    """
+    try:
+        stored = _orbax(process, lambda ocp: ocp.load(path.absolute()))
+    except Exception as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {_line(error)}") from error
+
+    def restore(name: str, leaf: Any) -> Any:
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        expected = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+        value = stored.get(name, np.zeros(expected.shape, expected.dtype))
+        missing = name not in stored and np.prod(expected.shape) > 0
+        if missing or value.shape != expected.shape or value.dtype != expected.dtype:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit: {name} should be"
+                f" {expected.dtype}{list(expected.shape)};"
+                " it was written with other settings or by another version of gipo_jax"
+            )
+        return jax.random.wrap_key_data(value) if is_key else value
+
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree.unflatten(
+        structure, [restore(jax.tree_util.keystr(p), leaf) for p, leaf in paths]
+    )
+
+
+def _flatten(tree: Any) -> dict[str, np.ndarray]:
+    def to_host(leaf: Any) -> np.ndarray:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return np.asarray(leaf)
+
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): to_host(leaf) for path, leaf in paths}
+
+
+def _orbax(process: int, use: Callable[[Any], Any]) -> Any:
+    # Importing orbax takes a second, which only those who save or load should wait for.
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
+    with context, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return use(ocp)
+
+
+def _numbers(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        expected = json.loads((path / _MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{_MANIFEST} cannot be read"
+    try:
+        found = _checksums(path)
+    except OSError as error:
+        return _line(error)
+    for name, checksum in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != checksum:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _checksums(path: Path) -> dict[str, int]:
+    """CRC-32 of every file but the manifest; forces each to disk on the way."""
+    return {
+        str(file.relative_to(path)): _checksum(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name != _MANIFEST
+    }
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _line(error: BaseException) -> str:
+    """An exception as one short line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

@@ -1,0 +1,286 @@
+"""The command ``gipo-jax``: sweep, plot, objectives.
+
+Options are read off the fields of ``Config``, ``HParams`` and ``sweep.Options`` and off the
+signatures of the objectives, so that a new setting is an option without a line here.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from gipo_jax import runtime
+
+BAD_INPUT = 2
+FAILED = 1
+
+_LISTED = ("env", "objective", "kernel")
+"""Static settings that take lists, beside all traced ones."""
+
+_SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")
+"""Fields that the sweep sets itself."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: command line without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        exit code: 0; 2 where the input is not usable; 1 where reading or writing failed;
+        75 (SIGTERM) or 130 (Ctrl-C) where a sweep stopped after saving.
+    """
+    runtime.set_cpu_defaults()
+    try:
+        options = _parser().parse_args(arguments)
+    except _UsageError as error:
+        return _fail(str(error), BAD_INPUT)
+
+    from gipo_jax.checkpoint import CheckpointError
+    from gipo_jax.config import ConfigError
+    from gipo_jax.interrupts import Interrupted
+    from gipo_jax.results import ResultsError
+
+    try:
+        return options.act(vars(options))
+    except (_UsageError, ConfigError) as error:
+        return _fail(str(error), BAD_INPUT)
+    except (ResultsError, CheckpointError) as error:
+        return _fail(str(error), FAILED)
+    except Interrupted as stop:
+        return _fail(str(stop), stop.exit_code)
+    except KeyboardInterrupt:
+        return _fail("stopped at once; continue from the last checkpoint with --resume", 130)
+
+
+class _UsageError(Exception):
+    """A command line that makes no sense."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message} (see {self.prog} --help)")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"gipo-jax: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gipo-jax", description="Policy objectives for stale replay, in sweeps.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_sweep(commands)
+
+    plot = commands.add_parser("plot", help="draw the figures of a sweep")
+    plot.add_argument("directory", metavar="DIR", help="folder of a sweep")
+    plot.set_defaults(act=_plot)
+
+    listing = commands.add_parser("objectives", help="list the objectives")
+    listing.set_defaults(act=_objectives)
+    return parser
+
+
+def _add_sweep(commands: Any) -> None:
+    from gipo_jax.config import Config, HParams
+    from gipo_jax.sweep import Options
+
+    parser = commands.add_parser(
+        "sweep",
+        help="train all combinations of settings",
+        description="Trains all combinations of the settings given; one of each is a sweep of one."
+        " Options that take VALUE ... sweep.",
+        # What is absent was not given: the defaults are those of the fields.
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(act=_sweep)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the sweep in DIR; its settings need not be given again",
+    )
+    parser.add_argument("--seeds", type=_integer, metavar="N", help="number of seeds (default: 1)")
+    parser.add_argument("--seed-offset", type=_integer, metavar="N", help="first seed (default: 0)")
+    static = parser.add_argument_group("static settings: each combination is a program of its own")
+    _add_fields(static, Config, listed=_LISTED)
+    traced = parser.add_argument_group("traced settings: any number of values in one program")
+    names = [field.name for field in dataclasses.fields(HParams)]
+    _add_fields(traced, HParams, listed=names)
+    _add_objective_parameters(parser, {f.name for f in dataclasses.fields(Config)} | set(names))
+    _add_fields(parser.add_argument_group("execution"), Options, listed=())
+    _add_distributed(parser.add_argument_group("several processes"))
+
+
+def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
+    for field in dataclasses.fields(settings):
+        if field.name in _SWEEP_ONLY:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        meaning = f"{field.metadata['help']}".replace("%", "%%")
+        if isinstance(field.default, bool):
+            group.add_argument(
+                flag,
+                action=argparse.BooleanOptionalAction,
+                help=f"{meaning} (default: {'yes' if field.default else 'no'})",
+            )
+            continue
+        several = field.name in listed or isinstance(field.default, tuple)
+        default = field.default
+        if isinstance(default, tuple):
+            default = " ".join(map(str, default))
+        if field.name == "objective":
+            meaning += ", by name or as FILE.py:FUNCTION"
+        group.add_argument(
+            flag,
+            nargs="+" if several else None,
+            type=_reader(field.default),
+            metavar="VALUE",
+            help=f"{meaning}; {field.metadata['valid']}"
+            + (f" (default: {default})" if default is not None else ""),
+        )
+
+
+def _add_objective_parameters(parser: argparse.ArgumentParser, taken: set[str]) -> None:
+    """An option for each parameter of the built-in objectives whose name is still free."""
+    from gipo_jax import objectives
+
+    group = parser.add_argument_group(
+        "parameters of objectives: each goes to the objectives that have it"
+    )
+    owners: dict[str, list[str]] = {}
+    for name in objectives.REGISTRY:
+        for parameter, default in objectives.spec(name).params.items():
+            if parameter not in taken:
+                owners.setdefault(parameter, []).append(f"{name} {default:g}")
+    for parameter, defaults in owners.items():
+        group.add_argument(
+            "--" + parameter.replace("_", "-"),
+            nargs="+",
+            type=_number,
+            metavar="VALUE",
+            help=f"(default: {', '.join(defaults)})",
+        )
+    group.add_argument(
+        "--objective-arg",
+        nargs="+",
+        action="append",
+        metavar=("NAME=VALUE", "VALUE"),
+        help="values of any parameter of an objective, such as one of your own",
+    )
+
+
+def _add_distributed(group: Any) -> None:
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="share the runs among processes: start the same command in each; under Slurm or on"
+        " TPU pods the three options below are found out",
+    )
+    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=_integer, metavar="N", help="processes in all")
+    group.add_argument("--process-id", type=_integer, metavar="N", help="index of this process")
+
+
+def _integer(text: str) -> Any:
+    """An integer, or the text itself, which the field's own check then refuses by name."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _number(text: str) -> Any:
+    """An integer or a float, or the text itself."""
+    value = _integer(text)
+    if isinstance(value, str):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return value
+
+
+def _reader(default: Any) -> Any:
+    return str if isinstance(default, str) else _number
+
+
+def _sweep(given: dict[str, Any]) -> int:
+    from gipo_jax import grid, results, sweep
+
+    del given["act"]
+    directory, resume = given.pop("out"), given.pop("resume", False)
+    fields = [field.name for field in dataclasses.fields(sweep.Options)]
+    options = sweep.Options(**{name: given.pop(name) for name in fields if name in given})
+    processes = _start_processes(given)
+    if resume and not given:
+        runs = grid.decode(results.read_config(directory)["groups"])
+    else:
+        runs = sweep.expand(**_settings(given))
+    summary = sweep.run(runs, directory, options, resume=resume, processes=processes)
+    if processes.index == 0:
+        diverged = f", {len(summary.diverged)} of them diverged" if summary.diverged else ""
+        print(f"{len(runs)} runs{diverged}; results in {directory}")
+    return 0
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """What ``expand`` takes, from what was given on the command line."""
+    from gipo_jax import grid
+
+    settings = dict(given)
+    for name in set(grid.CONFIG_FIELDS) - set(_LISTED):
+        if isinstance(settings.get(name), list):
+            settings[name] = tuple(settings[name])
+    if "objective" in settings:
+        settings["objective"] = [
+            grid.load_objective(name) if ".py:" in name else name for name in settings["objective"]
+        ]
+    arguments = {}
+    for words in settings.pop("objective_arg", []):
+        name, equals, first = words[0].partition("=")
+        if not equals:
+            raise _UsageError(f"objective-arg: {words[0]!r} is not valid; expected NAME=VALUE ...")
+        arguments[name] = [_number(word) for word in (first, *words[1:])]
+    return settings | {"objective_args": arguments}
+
+
+def _start_processes(given: dict[str, Any]) -> Any:
+    from gipo_jax import processes
+
+    names = ("coordinator_address", "num_processes", "process_id")
+    where = {name: given.pop(name) for name in names if name in given}
+    if not given.pop("distributed", False):
+        if where:
+            flag = "--" + next(iter(where)).replace("_", "-")
+            raise _UsageError(f"{flag} goes with --distributed")
+        return processes.ALONE
+    return processes.start(**where)
+
+
+def _plot(given: dict[str, Any]) -> int:
+    from gipo_jax import plots, results
+
+    results.read_config(given["directory"])
+    for path in plots.draw_sweep(given["directory"]):
+        print(path)
+    return 0
+
+
+def _objectives(given: dict[str, Any]) -> int:
+    from gipo_jax import objectives
+
+    rows = [("NAME", "KIND", "PARAMETERS", "PAPER")]
+    for name in objectives.REGISTRY:
+        spec = objectives.spec(name)
+        parameters = [f"{key}={value:g}" for key, value in spec.params.items()]
+        if spec.takes_kernel:
+            parameters.append("kernel=gaussian")
+        rows.append((spec.name, spec.kind, " ".join(parameters) or "-", spec.source or "-"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    return 0

@@ -1,0 +1,323 @@
+"""Descriptions of sweeps: lists of settings to runs, and runs to JSON and back."""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gipo_jax import objectives, train
+from gipo_jax.config import Config, ConfigError, HParams
+
+CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
+HPARAM_FIELDS = tuple(f.name for f in dataclasses.fields(HParams) if f.name != "objective_params")
+_CONFIG_DEFAULTS = Config()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run of a sweep.
+
+    Attributes:
+        name: what tells it from the others, for people.
+        config: static settings; ``max_buffer_size`` is left to the sweep when None.
+        hparams: traced settings, Python numbers, as made by ``train.make_hparams``.
+    """
+
+    name: str
+    config: Config
+    hparams: HParams
+
+
+def expand(
+    *,
+    seeds: int = 1,
+    seed_offset: int = 0,
+    objective_args: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> list[Run]:
+    """All combinations of settings, each once.
+
+    Args:
+        seeds: number of seeds, >= 1: ``seed_offset .. seed_offset + seeds - 1``.
+        seed_offset: first seed, >= 0.
+        objective_args: parameters of objectives; each goes to the objectives that have it.
+        settings: fields of ``Config`` and ``HParams``, and parameters of objectives where no field
+            has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple).
+
+    Returns:
+        runs; seeds vary fastest, then parameters of objectives, then traced settings.
+
+    Raises:
+        ConfigError: a setting is unknown, not valid, or fits no objective of the sweep.
+    """
+    if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
+        raise ConfigError("seeds", seeds, "an integer >= 1")
+    top = 2**31 - seeds
+    if not isinstance(seed_offset, int) or not 0 <= seed_offset <= top:
+        raise ConfigError("seed_offset", seed_offset, f"an integer in [0, {top}]")
+    if "seed" in settings:
+        raise ConfigError("seed", settings["seed"], "left out: give seeds and seed_offset")
+    static = {k: _values(k, v) for k, v in settings.items() if k in CONFIG_FIELDS}
+    traced = {k: _values(k, v) for k, v in settings.items() if k in HPARAM_FIELDS}
+    own = {k: v for k, v in settings.items() if k not in static and k not in traced}
+    own = {k: _values(k, v) for k, v in (own | dict(objective_args or {})).items()}
+    _check_used(own, static)
+
+    runs: dict[Any, Run] = {}
+    for fixed in _product(static):
+        config = _config(fixed)
+        spec = objectives.spec(config.objective)
+        if not spec.takes_kernel:
+            config = dataclasses.replace(config, kernel=_CONFIG_DEFAULTS.kernel)
+        takes = {name: values for name, values in own.items() if name in spec.params}
+        for numbers in _product(traced):
+            for parameters in _product(takes):
+                for seed in range(seed_offset, seed_offset + seeds):
+                    hparams = train.make_hparams(
+                        config, seed=seed, objective_params=parameters, **numbers
+                    )
+                    run = Run(_name(config, parameters, numbers, seed), config, hparams)
+                    runs.setdefault(_identity(run), run)
+    return list(runs.values())
+
+
+def described(run: Run) -> dict[str, Any]:
+    """Every setting of a run by name, with environment and objective as they are called."""
+    settings = dataclasses.asdict(
+        dataclasses.replace(run.config, env=None, objective=None)
+    ) | dataclasses.asdict(run.hparams)
+    settings.pop("max_buffer_size")
+    parameters = settings.pop("objective_params")
+    named = {
+        "env": env_name(run.config.env),
+        "objective": objectives.spec(run.config.objective).name,
+    }
+    return settings | parameters | named
+
+
+def env_name(env: Any) -> str:
+    """Name of an environment given by name or as an object."""
+    return env if isinstance(env, str) else str(env.name)
+
+
+def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Runs as JSON: one entry for each static configuration, with the settings of its runs."""
+    groups: dict[Config, dict[str, Any]] = {}
+    for index, run in enumerate(runs):
+        if run.config not in groups:
+            config = {name: getattr(run.config, name) for name in CONFIG_FIELDS}
+            config["env"] = _encode_env(run.config.env)
+            config["objective"] = _encode_objective(run.config.objective)
+            groups[run.config] = {"config": config, "runs": []}
+        hparams = {n: _plain(v) for n, v in dataclasses.asdict(run.hparams).items()}
+        groups[run.config]["runs"].append({"run": index, "name": run.name} | hparams)
+    return list(groups.values())
+
+
+def decode(
+    groups: Iterable[Mapping[str, Any]], env: Any = None, objective: Any = None
+) -> list[Run]:
+    """Runs from ``encode``'s JSON.
+
+    Args:
+        groups: the JSON.
+        env: environment object, where the runs were made with one.
+        objective: function, where it does not come from a file of its own.
+
+    Raises:
+        ConfigError: an environment or objective is needed and not given, or its file has changed.
+    """
+    runs: dict[int, Run] = {}
+    for group in groups:
+        # JSON has no tuples.
+        stored: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in group["config"].items()
+        }
+        stored["env"] = _decode_env(stored["env"], env)
+        stored["objective"] = _decode_objective(stored["objective"], objective)
+        config = Config(**stored)
+        for entry in group["runs"]:
+            hparams = {k: v for k, v in entry.items() if k not in ("run", "name")}
+            runs[entry["run"]] = Run(entry["name"], config, HParams(**hparams))
+    return [runs[index] for index in sorted(runs)]
+
+
+def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, Any] | None:
+    """The first setting in which two results of ``encode`` differ: its name and both values."""
+    before, now = (sum(len(group["runs"]) for group in groups) for groups in (stored, given))
+    for old, new in zip(stored, given, strict=False):
+        pairs = [(old["config"], new["config"]), *zip(old["runs"], new["runs"], strict=False)]
+        for left, right in pairs:
+            for name in left | right:
+                if left.get(name) != right.get(name):
+                    return name, left.get(name), right.get(name)
+    return ("number of runs", before, now) if before != now else None
+
+
+def load_objective(reference: str) -> Callable[..., Any]:
+    """The function that ``path/to/file.py:function`` names.
+
+    Raises:
+        ConfigError: no such file or function, or running the file fails.
+    """
+    path, _, name = reference.rpartition(":")
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but there is no file {path}")
+    module_name = f"gipo_jax_user_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    if module_name not in sys.modules:
+        loading = importlib.util.spec_from_file_location(module_name, file)
+        if loading is None or loading.loader is None:
+            raise ConfigError("objective", reference, "FILE.py:FUNCTION with a Python file")
+        module = importlib.util.module_from_spec(loading)
+        sys.modules[module_name] = module
+        try:
+            loading.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise ConfigError("objective", reference, located(error, file)) from error
+    function = getattr(sys.modules[module_name], name, None)
+    if not callable(function):
+        raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but {path} has no {name}()")
+    return function
+
+
+def located(error: BaseException, file: Path) -> str:
+    """Where in a user's file an error arose, and what it says, in one line."""
+    place = f"{file}"
+    if isinstance(error, SyntaxError):
+        place += f":{error.lineno}"
+    trace = error.__traceback__
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename) == file:
+            place = f"{file}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
+        trace = trace.tb_next
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"code that runs; {place}: {type(error).__name__}: {text}"
+
+
+def passed_through(error: BaseException, file: Path) -> bool:
+    """Whether code of a file was running when an error arose."""
+    trace = error.__traceback__
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename) == file:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def source_file(function: Any) -> Path | None:
+    """The file a function was written in, if it has one."""
+    try:
+        name = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        return None
+    return Path(name).resolve() if name and Path(name).is_file() else None
+
+
+def _values(name: str, value: Any) -> list[Any]:
+    values = list(value) if isinstance(value, list | range | np.ndarray) else [value]
+    if not values:
+        raise ConfigError(name, value, "at least one value")
+    return [v.item() if isinstance(v, np.generic) else v for v in values]
+
+
+def _check_used(own: Mapping[str, Any], static: Mapping[str, Sequence[Any]]) -> None:
+    """Every parameter must belong to some objective of the sweep, so that no typo goes unseen."""
+    specs = [objectives.spec(o) for o in static.get("objective", [_CONFIG_DEFAULTS.objective])]
+    parameters = {name for spec in specs for name in spec.params}
+    for name, values in own.items():
+        if name not in parameters:
+            everywhere = {p for o in objectives.REGISTRY for p in objectives.spec(o).params}
+            names = ", ".join(spec.name for spec in specs)
+            known = sorted({*CONFIG_FIELDS, *HPARAM_FIELDS, *parameters})
+            near = difflib.get_close_matches(name, known, n=1)
+            if name in everywhere or not near:
+                valid = f"a parameter of an objective in the sweep ({names}):"
+                valid += f" {', '.join(sorted(parameters)) or 'they have none'}"
+            else:
+                valid = f"a known setting, such as {near[0]}"
+            raise ConfigError(name, values[0] if len(values) == 1 else values, valid)
+
+
+def _config(fixed: Mapping[str, Any]) -> Config:
+    config = Config(**fixed)
+    train.make(config)
+    return config
+
+
+def _product(settings: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:
+    for values in itertools.product(*settings.values()):
+        yield dict(zip(settings, values, strict=True))
+
+
+def _name(
+    config: Config, parameters: Mapping[str, Any], numbers: Mapping[str, Any], seed: int
+) -> str:
+    parts = [env_name(config.env), objectives.spec(config.objective).name]
+    if config.kernel != _CONFIG_DEFAULTS.kernel:
+        parts.append(config.kernel)
+    parts += [f"{key}={value}" for key, value in ({**numbers, **parameters}).items()]
+    return " ".join([*parts, f"seed={seed}"])
+
+
+def _identity(run: Run) -> Any:
+    numbers = dataclasses.asdict(run.hparams)
+    parameters = numbers.pop("objective_params")
+    return run.config, tuple(numbers.values()), tuple(sorted(parameters.items()))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.item() if hasattr(value, "item") else value
+
+
+def _encode_env(env: Any) -> Any:
+    return env if isinstance(env, str) else {"object": env_name(env)}
+
+
+def _decode_env(stored: Any, given: Any) -> Any:
+    if isinstance(stored, str):
+        return stored
+    if given is None or env_name(given) != stored["object"]:
+        raise ConfigError("env", given, f"the environment object {stored['object']} of this sweep")
+    return given
+
+
+def _encode_objective(objective: Any) -> Any:
+    if isinstance(objective, str):
+        return objective
+    name = objectives.spec(objective).name
+    if objectives.REGISTRY.get(name) is objective:
+        return name
+    file = source_file(objective)
+    if file is None:
+        return {"function": name}
+    return {"function": name, "file": str(file), "sha256": _digest(file)}
+
+
+def _decode_objective(stored: Any, given: Any) -> Any:
+    if isinstance(stored, str):
+        return stored
+    name = stored["function"]
+    if given is not None and objectives.spec(given).name == name:
+        return given
+    if "file" not in stored:
+        raise ConfigError("objective", given, f"the function {name} of this sweep")
+    if Path(stored["file"]).is_file() and _digest(Path(stored["file"])) != stored["sha256"]:
+        valid = "the file as it was when the sweep began; it has changed since"
+        raise ConfigError("objective", f"{stored['file']}:{name}", valid)
+    return load_objective(f"{stored['file']}:{name}")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
