@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from gipo_jax import stats
+from gipo_jax import results, stats
 
 WIDTH = 7.0
 """Width of a figure in inches: a page's text width."""
@@ -65,7 +66,7 @@ class Look:
 
     color: str
     marker: str
-    linestyle: str
+    linestyle: Any
     label: str
 
 
@@ -104,7 +105,7 @@ def look(objective: str, sigma: float | None = None) -> Look:
     return Look(
         _SIGMA_BLUES[shade],
         _SIGMA_MARKERS[shade],
-        _SIGMA_STYLES[shade],  # type: ignore[arg-type]
+        _SIGMA_STYLES[shade],
         f"GIPO σ={sigma:g}",
     )
 
@@ -231,3 +232,190 @@ def short_number(value: float) -> str:
 def thousands(axes: Axes) -> None:
     """Writes the x ticks short, as in 50k."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
+
+
+_RESULTS = {
+    "run",
+    "env",
+    "buffer_size",
+    "seed",
+    "status",
+    "diverged_step",
+    "env_steps",
+    "final_return",
+    "eval_return",
+}
+"""Columns of runs.csv that do not tell methods apart."""
+
+
+def methods(runs: pd.DataFrame) -> tuple[pd.Series, dict[str, Look]]:
+    """Names the method of each run: its objective, and whatever else was swept for that objective.
+
+    Args:
+        runs: as ``results.read_runs`` gives them.
+
+    Returns:
+        the name for every row, and the look of every name, in order of first appearance.
+    """
+    names: dict[Any, str] = {}
+    looks: dict[str, Look] = {}
+    for objective, group in runs.groupby("objective", sort=False):
+        swept = [
+            column
+            for column in group
+            if column not in _RESULTS and group[column].nunique(dropna=False) > 1
+        ]
+        others = [column for column in swept if column != "sigma"]
+        variants: dict[Any, int] = {}
+        for index, row in zip(group.index, group.to_dict("records"), strict=True):
+            sigma = row["sigma"] if "sigma" in swept else None
+            variant = tuple(row[column] for column in others)
+            shade = variants.setdefault(variant, len(variants))
+            base = look(str(objective), sigma)
+            extra = "".join(f" {c}={_plain(v)}" for c, v in zip(others, variant, strict=True))
+            names[index] = base.label + extra
+            if base.label + extra not in looks:
+                looks[base.label + extra] = dataclasses.replace(
+                    base, color=_lighter(base.color, shade), label=base.label + extra
+                )
+    return runs.index.to_series().map(names), looks
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _lighter(color: str, steps: int) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    keep = 0.72 ** min(steps, 5)
+    return "#" + "".join(f"{round(255 - (255 - c) * keep):02X}" for c in (red, green, blue))
+
+
+def draw_sweep(directory: str | Path) -> list[Path]:
+    """Draws what a sweep measured, from its folder alone.
+
+    Learning curves; final return against buffer size; and, against buffer size, the effective
+    sample size, the share of samples with a weight near zero, and the age of the data.
+
+    Args:
+        directory: a sweep's folder; figures go to its ``figures/``.
+
+    Returns:
+        the files written, PNG and PDF.
+
+    Raises:
+        results.ResultsError: the folder holds no sweep, or nothing to draw yet.
+    """
+    directory = Path(directory)
+    runs, metrics = results.read_runs(directory), results.read_metrics(directory)
+    if metrics.empty:
+        raise results.ResultsError(f"{directory / results.METRICS} holds no logged point yet")
+    runs["method"], looks = methods(runs)
+    metrics = metrics.merge(runs[["run", "env", "method", "buffer_size", "seed"]], on="run")
+    stem = directory / results.FIGURES
+    with style():
+        paths = _draw_curves(metrics, looks, stem / "learning_curves")
+        paths += _draw_returns(runs, looks, stem / "return_vs_buffer")
+        paths += _draw_utilization(metrics, looks, stem / "utilization")
+    return paths
+
+
+def _draw_curves(metrics: pd.DataFrame, looks: dict[str, Look], stem: Path) -> list[Path]:
+    """A row an environment, a column a buffer size, a line a method."""
+    envs, sizes = _unique(metrics, "env"), sorted(_unique(metrics, "buffer_size"))
+    if len(sizes) > 5:
+        sizes = [sizes[i] for i in np.linspace(0, len(sizes) - 1, 5).round().astype(int)]
+    figure, axes = panels(len(envs), len(sizes), sharex="row", sharey="row")
+    table = summarize(metrics, ["env", "buffer_size", "method", "env_steps"], "episode_return")
+    for row, env in enumerate(envs):
+        for column, size in enumerate(sizes):
+            axis = axes[row, column]
+            chosen = table[(table.env == env) & (table.buffer_size == size)]
+            for method, appearance in looks.items():
+                line = chosen[chosen.method == method]
+                band(axis, line.env_steps, line, appearance)
+            axis.set_title(f"{env}, buffer {short_number(size)}")
+            thousands(axis)
+            axis.set_xlabel("environment steps")
+        axes[row, 0].set_ylabel("episode return")
+    caption = f"Mean return of training episodes; {_seeds(metrics)}{INTERVAL_CAPTION}."
+    finish(figure, caption, legend(looks.values(), markers=False), columns=_legend_columns(figure))
+    return save(figure, stem)
+
+
+def _draw_returns(runs: pd.DataFrame, looks: dict[str, Look], stem: Path) -> list[Path]:
+    """A panel an environment: final return against buffer size."""
+    envs = _unique(runs, "env")
+    columns = min(len(envs), 3)
+    rows = -(-len(envs) // columns)
+    figure, axes = panels(rows, columns, width=min(WIDTH, 0.6 + 3.2 * columns), height=2.6)
+    table = summarize(runs, ["env", "method", "buffer_size"], "final_return")
+    for axis, env in zip(axes.flat, envs, strict=False):
+        for method, appearance in looks.items():
+            line = table[(table.env == env) & (table.method == method)]
+            points(axis, line.buffer_size, line, appearance)
+        log_sizes(axis, runs[runs.env == env].buffer_size, "buffer size (transitions, log scale)")
+        axis.set(title=env, ylabel="final return")
+    for axis in axes.flat[len(envs) :]:
+        axis.remove()
+    caption = f"Mean return over the last tenth of training; {_seeds(runs)}{INTERVAL_CAPTION}."
+    finish(figure, caption, legend(looks.values()), columns=_legend_columns(figure))
+    return save(figure, stem)
+
+
+def _draw_utilization(metrics: pd.DataFrame, looks: dict[str, Look], stem: Path) -> list[Path]:
+    """A row an environment; effective sample size, near-zero weights and age of the data."""
+    envs = _unique(metrics, "env")
+    shown = {
+        "ess": "effective sample size / n",
+        "near_zero_fraction": "share of weights < 0.001",
+        "policy_age": "age of data (iterations)",
+    }
+    figure, axes = panels(len(envs), len(shown))
+    # The first half still fills the buffer and learns fastest; the second says how it settles.
+    half = metrics.groupby("run")["env_steps"].transform("max") / 2
+    keys = ["env", "method", "buffer_size", "seed"]
+    late = metrics[metrics.env_steps > half].groupby(keys, as_index=False)[list(shown)].mean()
+    for row, env in enumerate(envs):
+        for axis, (name, label) in zip(axes[row], shown.items(), strict=True):
+            part = late[late.env == env]
+            table = summarize(part, ["method", "buffer_size"], name)
+            for method, appearance in looks.items():
+                line = table[table.method == method]
+                points(axis, line.buffer_size, line, appearance)
+            log_sizes(axis, part.buffer_size, "buffer size (transitions)")
+            axis.set_title(env)
+            axis.set_ylabel(label)
+            axis.set_ylim(bottom=0)
+        axes[row, 0].set_ylim(0, 1.03)
+    caption = f"Means over the second half of training; {_seeds(metrics)}{INTERVAL_CAPTION}."
+    finish(figure, caption, legend(looks.values()), columns=_legend_columns(figure))
+    return save(figure, stem)
+
+
+def legend(looks: Iterable[Look], markers: bool = True) -> list[Line2D]:
+    """Handles for a legend that several panels share."""
+    return [
+        Line2D(
+            [],
+            [],
+            color=entry.color,
+            linestyle=entry.linestyle,
+            marker=entry.marker if markers else "",
+            label=entry.label,
+        )
+        for entry in looks
+    ]
+
+
+def _legend_columns(figure: Figure) -> int:
+    return max(2, int(figure.get_figwidth() / 1.35))
+
+
+def _unique(frame: pd.DataFrame, column: str) -> list[Any]:
+    return frame[column].drop_duplicates().tolist()
+
+
+def _seeds(frame: pd.DataFrame) -> str:
+    count = frame["seed"].nunique()
+    return f"{count} seeds, " if count > 1 else "1 seed, "
