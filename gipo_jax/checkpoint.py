@@ -1,14 +1,14 @@
 """Checkpoints of a running sweep: all arrays and the progress, written whole or not at all.
 
-Arrays go through orbax, of which nothing is seen outside this module. Around it: a checkpoint gets
-its final name only when complete, every file has a checksum, and the last two are kept, so that a
-damaged one can be passed over.
+A checkpoint is a folder of plain files: an array each, in NumPy's format, and JSON. It gets its
+final name only when complete, every file has a checksum, and the last two are kept, so that a
+damaged one can be passed over. (Orbax would be the usual choice, but it writes arrays of a single
+process only in process 0, and processes here save without waiting for each other.)
 """
 
 import json
 import os
 import shutil
-import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,29 +17,31 @@ from typing import Any
 import jax
 import numpy as np
 
+from gipo_jax.results import ResultsError
+
 FORMAT = 1
 """Version of what a checkpoint holds; another version is refused."""
 
 KEEP = 2
 
 ARRAYS = "arrays"
+_NAMES = "names.json"
 _PROGRESS = "progress.json"
 _MANIFEST = "manifest.json"
 _TEMPORARY = "incomplete-"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ResultsError):
     """A checkpoint cannot be written or used. The message is one line."""
 
 
-def save(directory: Path, progress: dict[str, Any], state: Any | None, process: int = 0) -> Path:
+def save(directory: Path, progress: dict[str, Any], state: Any | None) -> Path:
     """Writes a checkpoint next to earlier ones, of which the newest but one is dropped.
 
     Args:
         directory: folder of checkpoints.
         progress: JSON-serialisable.
         state: pytree of arrays, or None.
-        process: index of the calling process; each has a folder of its own.
 
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are as they were.
@@ -53,7 +55,7 @@ def save(directory: Path, progress: dict[str, Any], state: Any | None, process: 
         temporary = directory / f"{_TEMPORARY}{name}"
         temporary.mkdir()
         if state is not None:
-            write_arrays(temporary / ARRAYS, state, process)
+            write_arrays(temporary / ARRAYS, state)
         stored = {"format": FORMAT, "progress": progress, "arrays": state is not None}
         _write_synced(temporary / _PROGRESS, json.dumps(stored))
         _write_synced(temporary / _MANIFEST, json.dumps(_checksums(temporary)))
@@ -98,25 +100,28 @@ def newest(directory: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str
     return None
 
 
-def write_arrays(path: Path, tree: Any, process: int = 0) -> None:
-    """Writes a pytree of arrays as an orbax checkpoint.
+def write_arrays(path: Path, tree: Any) -> None:
+    """Writes a pytree of arrays, keys included, to a new folder, a file each.
 
-    Args:
-        path: folder to make.
-        tree: arrays, keys included; leaves without elements are left out.
-        process: index of the calling process, which writes alone.
+    Raises:
+        OSError: it could not be written.
     """
-    leaves = {name: x for name, x in _flatten(tree).items() if np.size(x)}
-    _orbax(process, lambda ocp: ocp.save(path.absolute(), leaves))
+    path.mkdir()
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    for number, (_, leaf) in enumerate(leaves):
+        # One array at a time, so that the host need not hold a second copy of all of them.
+        with (path / f"{number}.npy").open("wb") as file:
+            np.save(file, _to_host(leaf), allow_pickle=False)
+    names = [jax.tree_util.keystr(name) for name, _ in leaves]
+    (path / _NAMES).write_text(json.dumps(names))
 
 
-def read_arrays(path: Path, like: Any, process: int = 0) -> Any:
+def read_arrays(path: Path, like: Any) -> Any:
     """Reads what ``write_arrays`` wrote.
 
     Args:
         path: its folder.
         like: pytree of arrays or ``jax.ShapeDtypeStruct``: the structure, shapes and types to get.
-        process: index of the calling process.
 
     Returns:
         pytree like ``like`` of NumPy arrays; keys are JAX key arrays.
@@ -125,16 +130,19 @@ def read_arrays(path: Path, like: Any, process: int = 0) -> Any:
         CheckpointError: other shapes or names are stored, so another version wrote it.
     """
     try:
-        stored = _orbax(process, lambda ocp: ocp.load(path.absolute()))
-    except Exception as error:
-        raise CheckpointError(f"cannot read checkpoint {path}: {_line(error)}") from error
+        names = json.loads((path / _NAMES).read_text())
+        stored = {
+            name: np.load(path / f"{number}.npy", allow_pickle=False)
+            for number, name in enumerate(names)
+        }
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {_line(error)}") from error
 
     def restore(name: str, leaf: Any) -> Any:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         expected = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
-        value = stored.get(name, np.zeros(expected.shape, expected.dtype))
-        missing = name not in stored and np.prod(expected.shape) > 0
-        if missing or value.shape != expected.shape or value.dtype != expected.dtype:
+        value = stored.get(name)
+        if value is None or value.shape != expected.shape or value.dtype != expected.dtype:
             raise CheckpointError(
                 f"checkpoint {path} does not fit: {name} should be"
                 f" {expected.dtype}{list(expected.shape)};"
@@ -148,26 +156,10 @@ def read_arrays(path: Path, like: Any, process: int = 0) -> Any:
     )
 
 
-def _flatten(tree: Any) -> dict[str, np.ndarray]:
-    def to_host(leaf: Any) -> np.ndarray:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        return np.asarray(leaf)
-
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path): to_host(leaf) for path, leaf in paths}
-
-
-def _orbax(process: int, use: Callable[[Any], Any]) -> Any:
-    # Importing orbax takes a second, which only those who save or load should wait for.
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    context.multiprocessing.primary_host = process
-    context.multiprocessing.active_processes = {process}
-    with context, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return use(ocp)
+def _to_host(leaf: Any) -> np.ndarray:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.asarray(leaf)
 
 
 def _numbers(directory: Path) -> list[int]:

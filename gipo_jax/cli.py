@@ -38,16 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         return _fail(str(error), BAD_INPUT)
 
-    from gipo_jax.checkpoint import CheckpointError
     from gipo_jax.config import ConfigError
     from gipo_jax.interrupts import Interrupted
     from gipo_jax.results import ResultsError
 
     try:
-        return options.act(vars(options))
+        return options.act(dict(vars(options)))
     except (_UsageError, ConfigError) as error:
         return _fail(str(error), BAD_INPUT)
-    except (ResultsError, CheckpointError) as error:
+    except ResultsError as error:
         return _fail(str(error), FAILED)
     except Interrupted as stop:
         return _fail(str(stop), stop.exit_code)
@@ -85,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_sweep(commands: Any) -> None:
     from gipo_jax.config import Config, HParams
-    from gipo_jax.sweep import Options
+    from gipo_jax.options import Options
 
     parser = commands.add_parser(
         "sweep",
@@ -209,13 +208,14 @@ def _reader(default: Any) -> Any:
 
 
 def _sweep(given: dict[str, Any]) -> int:
+    # Importing gymnax computes something, and processes must find each other before that.
+    processes = _start_processes(given)
     from gipo_jax import grid, results, sweep
 
-    del given["act"]
+    given = {name: v for name, v in given.items() if name not in ("act", "distributed")}
     directory, resume = given.pop("out"), given.pop("resume", False)
     fields = [field.name for field in dataclasses.fields(sweep.Options)]
     options = sweep.Options(**{name: given.pop(name) for name in fields if name in given})
-    processes = _start_processes(given)
     if resume and not given:
         runs = grid.decode(results.read_config(directory)["groups"])
     else:
@@ -253,7 +253,7 @@ def _start_processes(given: dict[str, Any]) -> Any:
 
     names = ("coordinator_address", "num_processes", "process_id")
     where = {name: given.pop(name) for name in names if name in given}
-    if not given.pop("distributed", False):
+    if not given.get("distributed", False):
         if where:
             flag = "--" + next(iter(where)).replace("_", "-")
             raise _UsageError(f"{flag} goes with --distributed")

@@ -54,6 +54,14 @@ class Processes:
 
         return bool(np.all(multihost_utils.process_allgather(np.asarray([good]))))
 
+    def part(self) -> None:
+        """Waits for all processes, and leaves JAX's group of them.
+
+        JAX would abort this process when another one dies. From here on all work is local.
+        """
+        if self.count > 1:
+            jax.distributed.shutdown()
+
 
 ALONE = Processes(0, 1)
 
@@ -73,11 +81,13 @@ def start(
     Raises:
         ConfigError: they could not find each other.
     """
-    # A dead process is dealt with by Peers; JAX itself would abort the others without a word.
-    jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(
-            coordinator_address, num_processes, process_id, initialization_timeout=120
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=120,
+            heartbeat_timeout_seconds=30,
         )
         return Processes(jax.process_index(), jax.process_count())
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -120,7 +130,7 @@ class Peers:
         return all(self._read(index) == "done" for index in self._others())
 
     def close(self, status: str) -> None:
-        """Tells the others how this process ended, ``done`` or ``stopped``; the first call counts."""
+        """Tells the others how it ended, ``done`` or ``stopped``; the first call counts."""
         if not self._ended.is_set():
             self._status = status
             self._beat()

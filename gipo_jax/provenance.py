@@ -10,7 +10,7 @@ import jax
 
 import gipo_jax
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy", "orbax-checkpoint")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
 
 
 def describe() -> dict[str, Any]:

@@ -21,62 +21,16 @@ import jax
 import numpy as np
 
 from gipo_jax import checkpoint, grid, logs, plan, provenance, results, train
-from gipo_jax.config import ConfigError, check_fields, setting
+from gipo_jax.config import ConfigError, check_fields
 from gipo_jax.grid import Run, expand
 from gipo_jax.interrupts import Interrupted, Interrupts
+from gipo_jax.options import Options
 from gipo_jax.plan import Group, Slices
 from gipo_jax.processes import ALONE, Peers, Processes, wait
 from gipo_jax.program import Program
 from gipo_jax.progress import Reporter
 
 __all__ = ["Interrupted", "Options", "Run", "Summary", "expand", "run"]
-
-MODES = ("auto", "vmap", "map", "loop")
-
-
-def _optional_count(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a sweep is executed. Nothing here changes what is computed, up to rounding."""
-
-    batch_mode: str = setting(
-        "auto",
-        "runs in vector operations (vmap), one after the other inside the program (map), or one"
-        " program call each (loop); auto takes map on CPU and vmap elsewhere",
-        f"one of {', '.join(MODES)}",
-        lambda v: v in MODES,
-    )
-    map_lanes: int | None = setting(
-        None,
-        "runs vectorised together in batch mode map; by default 1",
-        "an integer >= 1",
-        _optional_count,
-    )
-    devices: int | None = setting(
-        None, "devices to use; by default all of this host", "an integer >= 1", _optional_count
-    )
-    memory_limit: str | None = setting(
-        None,
-        "memory to plan for, such as 8GB; by default what the device, or host, has",
-        "a size such as 512MB or 8GB",
-        lambda v: v is None or isinstance(v, str),
-    )
-    checkpoint_seconds: float = setting(
-        60.0,
-        "least time between two checkpoints; 0 makes one at every logged point",
-        "a number >= 0",
-        lambda v: isinstance(v, int | float) and v >= 0,
-    )
-    tensorboard: bool = setting(
-        False,
-        "also write TensorBoard event files",
-        "true or false",
-        lambda v: isinstance(v, bool),
-    )
-    quiet: bool = setting(False, "show no progress", "true or false", lambda v: isinstance(v, bool))
 
 
 class Summary(NamedTuple):
@@ -117,7 +71,7 @@ def run(
 
     Raises:
         ConfigError: a setting is not usable.
-        results.ResultsError, checkpoint.CheckpointError: what is on disk cannot be used, or writing
+        results.ResultsError: what is on disk cannot be used, or writing
             failed; the last checkpoint stands.
         Interrupted: SIGTERM or Ctrl-C came; everything is saved.
     """
@@ -126,7 +80,7 @@ def run(
     worker, error = None, None
     try:
         worker = _Worker(list(runs), directory, options, resume, processes)
-    except (ConfigError, results.ResultsError, checkpoint.CheckpointError) as found:
+    except (ConfigError, results.ResultsError) as found:
         error = found
     agreed = processes.agree(error is None)
     if error is not None:
@@ -263,7 +217,7 @@ class _Worker:
                 jax.tree.map(lambda x, n=count: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), one)
             )
         if shapes:
-            states = checkpoint.read_arrays(path / checkpoint.ARRAYS, shapes, self.processes.index)
+            states = checkpoint.read_arrays(path / checkpoint.ARRAYS, shapes)
             self.started = [
                 _Part(tuple(part["runs"]), part["point"], state)
                 for part, state in zip(progress["started"], states, strict=True)
@@ -342,7 +296,7 @@ class _Worker:
         if self.processes.count > 1:
             meeting = self.directory / results.PROCESSES
             self.peers = Peers(meeting, self.processes, self._how_to_resume())
-            self.processes.agree(True)
+            self.processes.part()
             self.peers.watch()
         path = self.folder / results.METRICS
         self.file = results.MetricsFile(path, columns, self.metrics_bytes)
@@ -462,9 +416,7 @@ class _Worker:
             "started": [{"runs": part.runs, "point": part.point} for part in parts],
         }
         states = [part.state for part in parts]
-        checkpoint.save(
-            self.folder / results.CHECKPOINTS, progress, states or None, self.processes.index
-        )
+        checkpoint.save(self.folder / results.CHECKPOINTS, progress, states or None)
         self._write_runs()
         self.saved_at = time.monotonic()
 
@@ -477,7 +429,7 @@ class _Worker:
         temporary.mkdir()
         kept = {"params": state.learner.params, "normalizer": state.normalizer}
         kept = jax.tree.map(lambda x: x[: len(runs)], kept)
-        checkpoint.write_arrays(temporary / checkpoint.ARRAYS, kept, self.processes.index)
+        checkpoint.write_arrays(temporary / checkpoint.ARRAYS, kept)
         (temporary / "runs.json").write_text(json.dumps(list(runs)))
         shutil.rmtree(folder / name, ignore_errors=True)
         temporary.replace(folder / name)
