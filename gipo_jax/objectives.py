@@ -621,6 +621,63 @@ def check_params(objective: str | Objective, params: Mapping[str, Any]) -> None:
             raise ConfigError(key, value, "a finite number > 0" if positive else "a finite number")
 
 
+def first_state(described: Spec, params: Mapping[str, ArrayLike]) -> Any:
+    """First state of a stateful objective, arrays of definite types; ``()`` for any other.
+
+    Raises:
+        ConfigError: ``initial_state`` fails.
+    """
+    if described.initial_state is None:
+        return ()
+    try:
+        state = jax.tree.map(jnp.asarray, described.initial_state(params))
+    except Exception as error:
+        valid = f"a function of the parameters that gives arrays; {type(error).__name__}: {error}"
+        raise ConfigError(f"objective {described.name}", "initial_state", valid) from error
+    # A weak type, as of jnp.asarray(1.0), would change in the first update.
+    return jax.tree.map(lambda x: x.astype(x.dtype), state)
+
+
+def evaluate(
+    described: Spec, log_ratio: Array, advantage: Array, **given: Any
+) -> tuple[Array, Any]:
+    """Calls an objective and checks what it returns, for it may be anyone's.
+
+    Args:
+        described: the objective.
+        log_ratio: x, any shape.
+        advantage: A, same shape.
+        given: all that the objective takes beside these.
+
+    Returns:
+        surrogate, same shape, and the next state, ``()`` where there is none.
+
+    Raises:
+        ConfigError: the surrogate or the state is not what it has to be.
+    """
+    name = f"objective {described.name}"
+    result, state = described.function(log_ratio, advantage, **given), ()
+    if described.initial_state is not None:
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ConfigError(name, _described(result), "a pair (surrogate, new state)")
+        result, state = result
+        before, after = (jax.tree.map(_described, tree) for tree in (given["state"], state))
+        if before != after:
+            raise ConfigError(name, after, f"a new state like the one before, {before}")
+    surrogate, wanted = _described(result), f"{log_ratio.dtype}{list(log_ratio.shape)}"
+    if surrogate != wanted:
+        valid = f"a surrogate {wanted}, one number for each log-ratio"
+        raise ConfigError(name, surrogate, valid)
+    return result, state
+
+
+def _described(value: Any) -> str:
+    """An array's type and shape, or the type of anything else."""
+    if isinstance(value, Array):
+        return f"{value.dtype}{list(value.shape)}"
+    return "None" if value is None else type(value).__name__
+
+
 def gradient_weight(
     objective: str | Objective, log_ratio: ArrayLike, advantage: ArrayLike, **params: Any
 ) -> Array:
@@ -640,11 +697,11 @@ def gradient_weight(
         jnp.asarray(log_ratio, float), jnp.asarray(advantage, float)
     )
     advantage = jnp.where(advantage == 0, -1.0, advantage)
-    if described.initial_state is not None and "state" not in params:
-        params["state"] = described.initial_state(described.params | params)
+    if described.initial_state is not None:
+        first = first_state(described, described.params | params)
+        params["state"] = jax.tree.map(jnp.asarray, params["state"] if "state" in params else first)
 
     def total(x: Array) -> Array:
-        surrogate = described.function(x, advantage, **params)
-        return jnp.sum(surrogate if described.initial_state is None else surrogate[0])
+        return jnp.sum(evaluate(described, x, advantage, **params)[0])
 
     return jax.grad(total)(log_ratio) / advantage

@@ -123,9 +123,7 @@ class Algorithm:
         key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
         params = self.network.init(key_params)
         optimizer = _optimizer(hparams)
-        objective_state = ()
-        if self.objective.initial_state is not None:
-            objective_state = self.objective.initial_state(hparams.objective_params)
+        objective_state = objectives.first_state(self.objective, hparams.objective_params)
         return TrainState(
             learner=Learner(
                 params, {k: optimizer.init(params[k]) for k in params}, objective_state
@@ -378,8 +376,7 @@ class Algorithm:
             extra["state"] = learner.objective_state
 
         def surrogate(log_ratio: Array) -> tuple[Array, Any]:
-            result = self.objective.function(log_ratio, advantage, **extra)
-            return result if self.objective.initial_state is not None else (result, ())
+            return objectives.evaluate(self.objective, log_ratio, advantage, **extra)
 
         value, pullback, objective_state = jax.vjp(surrogate, log_ratio, has_aux=True)
         gradient = pullback(jnp.ones_like(value))[0]

@@ -19,6 +19,7 @@ TINY: dict[str, Any] = {
     "batch_size": BLOCK,
     "hidden_sizes": (8,),
     "eval_episodes": 0,
+    "schedule": "constant",
     "total_steps": BLOCK * 40,
     "max_buffer_size": BLOCK * 16,
     "num_logs": 1,
