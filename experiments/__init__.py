@@ -1,7 +1,8 @@
 """What is studied. One module an experiment: its question, its grid, and how to draw it.
 
-A module has ``QUESTION`` (one line), ``run(store, preset)``, which measures and stores tables, and
-``draw(store)``, which makes figures from stored tables only. Mechanics live in ``gipo_jax``.
+A module has ``QUESTION`` (one line), ``run(store, preset, part)``, which measures and stores
+tables (``part`` is (i, n): the i-th of n shares of the work), and ``draw(store)``, which makes
+figures from stored tables only. Mechanics live in ``gipo_jax``.
 """
 
 from types import ModuleType

@@ -85,7 +85,7 @@ def _weight(sigma: float, log_ratio: np.ndarray, advantage: np.ndarray | float) 
     return np.asarray(objectives.gradient_weight(objective, log_ratio, advantage), float)
 
 
-def run(store: Store, preset: str) -> None:
+def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     """Measures the largest weight, the error of the estimator over n, and ESS over the shift."""
     generator = np.random.default_rng(SEED + 1)
 

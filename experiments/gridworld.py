@@ -50,7 +50,7 @@ def _study(name: str, parameter: float, behavior: np.ndarray) -> list[dict[str, 
     ]
 
 
-def run(store: Store, preset: str) -> None:
+def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     """Computes the published table, and curves over each objective's own parameter."""
     published = [
         ("no_clip", np.nan),
@@ -64,16 +64,16 @@ def run(store: Store, preset: str) -> None:
     for case, behavior in gridworld.BEHAVIORS.items():
         for target, methods in ((tables, published), (curves, grid)):
             studies = [_study(name, parameter, behavior) for name, parameter in methods]
-            for part, rows in zip(target, zip(*studies, strict=True), strict=True):
+            for frames, rows in zip(target, zip(*studies, strict=True), strict=True):
                 frame = pd.DataFrame(rows)
                 frame.insert(0, "case", case)
                 frame["pareto"] = gridworld.pareto(frame.bias, frame.variance)
-                part.append(frame)
+                frames.append(frame)
     columns = ["case", "objective", "sigma", "bias", "variance", "zero_gradient", "pareto"]
-    one, vector = (pd.concat(part) for part in tables)
+    one, vector = (pd.concat(frames) for frames in tables)
     store.write("gridworld", one[[*columns, "parameter"]])
     store.write("gridworld_vector", vector[[*columns, "parameter", "bias_on_policy"]])
-    one, vector = (pd.concat(part).drop(columns="pareto") for part in curves)
+    one, vector = (pd.concat(frames).drop(columns="pareto") for frames in curves)
     store.write("gridworld_curves", one)
     store.write("gridworld_vector_curves", vector)
 

@@ -23,7 +23,7 @@ from gipo_jax import plots
 class DataError(Exception):
     """Stored data cannot be used. The message is one line: file, problem, what would help."""
 
-    def __init__(self, path: Path, problem: str) -> None:
+    def __init__(self, path: Path | str, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
 
 
@@ -96,6 +96,10 @@ class Store:
         }
         self._record("figures", entries)
         self.figures.extend(paths)
+
+    def numbers(self, name: str, table: pd.DataFrame) -> None:
+        """Stores numbers that belong to a figure but not in its one table."""
+        _write_csv(self.out / "tables" / f"{name}.csv", table, 6)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()

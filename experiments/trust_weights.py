@@ -21,7 +21,7 @@ ZERO = 1.4e-11
 """Lower end of the logarithmic axis, and where an exact zero is drawn below it."""
 
 
-def run(store: Store, preset: str) -> None:
+def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     """Evaluates w = u / r and u on a grid of log-ratios; the same for every preset."""
     log_ratio = np.linspace(-8, 8, 641)
     methods: list[tuple[str, float, objectives.Objective]] = [

@@ -28,6 +28,9 @@ WIDTH = 7.0
 PANEL = 2.15
 """Height of a row of panels in inches."""
 
+Drawn = tuple[Figure, pd.DataFrame]
+"""A figure and the numbers it shows."""
+
 INTERVAL_CAPTION = "shading and bars: 95 % bootstrap interval over seeds"
 
 _STYLE: Any = {
@@ -310,17 +313,34 @@ def draw_sweep(directory: str | Path) -> list[Path]:
     runs, metrics = results.read_runs(directory), results.read_metrics(directory)
     if metrics.empty:
         raise results.ResultsError(f"{directory / results.METRICS} holds no logged point yet")
-    runs["method"], looks = methods(runs)
-    metrics = metrics.merge(runs[["run", "env", "method", "buffer_size", "seed"]], on="run")
-    stem = directory / results.FIGURES
+    paths = []
     with style():
-        paths = _draw_curves(metrics, looks, stem / "learning_curves")
-        paths += _draw_returns(runs, looks, stem / "return_vs_buffer")
-        paths += _draw_utilization(metrics, looks, stem / "utilization")
+        for name, figure, _ in sweep_figures(runs, metrics):
+            paths += save(figure, directory / results.FIGURES / name)
     return paths
 
 
-def _draw_curves(metrics: pd.DataFrame, looks: dict[str, Look], stem: Path) -> list[Path]:
+def sweep_figures(
+    runs: pd.DataFrame, metrics: pd.DataFrame
+) -> Iterator[tuple[str, Figure, pd.DataFrame]]:
+    """The figures of ``draw_sweep``, one after the other.
+
+    Args:
+        runs, metrics: as ``results.read_runs`` and ``results.read_metrics`` give them.
+
+    Yields:
+        name, figure, and the numbers it shows.
+    """
+    names, looks = methods(runs)
+    runs = runs.assign(method=names)
+    columns = ["run", "env", "method", "buffer_size", "seed"]
+    metrics = metrics.merge(runs[columns], on="run")
+    yield "learning_curves", *_draw_curves(metrics, looks)
+    yield "return_vs_buffer", *_draw_returns(runs, looks)
+    yield "utilization", *_draw_utilization(metrics, looks)
+
+
+def _draw_curves(metrics: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
     """A row an environment, a column a buffer size, a line a method."""
     envs, sizes = _unique(metrics, "env"), sorted(_unique(metrics, "buffer_size"))
     if len(sizes) > 5:
@@ -340,10 +360,10 @@ def _draw_curves(metrics: pd.DataFrame, looks: dict[str, Look], stem: Path) -> l
         axes[row, 0].set_ylabel("episode return")
     caption = f"Mean return of training episodes; {_seeds(metrics)}{INTERVAL_CAPTION}."
     finish(figure, caption, legend(looks.values(), markers=False), columns=_legend_columns(figure))
-    return save(figure, stem)
+    return figure, table
 
 
-def _draw_returns(runs: pd.DataFrame, looks: dict[str, Look], stem: Path) -> list[Path]:
+def _draw_returns(runs: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
     """A panel an environment: final return against buffer size."""
     envs = _unique(runs, "env")
     columns = min(len(envs), 3)
@@ -360,10 +380,10 @@ def _draw_returns(runs: pd.DataFrame, looks: dict[str, Look], stem: Path) -> lis
         axis.remove()
     caption = f"Mean return over the last tenth of training; {_seeds(runs)}{INTERVAL_CAPTION}."
     finish(figure, caption, legend(looks.values()), columns=_legend_columns(figure))
-    return save(figure, stem)
+    return figure, table
 
 
-def _draw_utilization(metrics: pd.DataFrame, looks: dict[str, Look], stem: Path) -> list[Path]:
+def _draw_utilization(metrics: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
     """A row an environment; effective sample size, near-zero weights and age of the data."""
     envs = _unique(metrics, "env")
     shown = {
@@ -375,11 +395,13 @@ def _draw_utilization(metrics: pd.DataFrame, looks: dict[str, Look], stem: Path)
     # The first half still fills the buffer and learns fastest; the second says how it settles.
     half = metrics.groupby("run")["env_steps"].transform("max") / 2
     keys = ["env", "method", "buffer_size", "seed"]
+    tables = []
     late = metrics[metrics.env_steps > half].groupby(keys, as_index=False)[list(shown)].mean()
     for row, env in enumerate(envs):
         for axis, (name, label) in zip(axes[row], shown.items(), strict=True):
             part = late[late.env == env]
             table = summarize(part, ["method", "buffer_size"], name)
+            tables.append(table.assign(env=env, metric=name))
             for method, appearance in looks.items():
                 line = table[table.method == method]
                 points(axis, line.buffer_size, line, appearance)
@@ -390,7 +412,7 @@ def _draw_utilization(metrics: pd.DataFrame, looks: dict[str, Look], stem: Path)
         axes[row, 0].set_ylim(0, 1.03)
     caption = f"Means over the second half of training; {_seeds(metrics)}{INTERVAL_CAPTION}."
     finish(figure, caption, legend(looks.values()), columns=_legend_columns(figure))
-    return save(figure, stem)
+    return figure, pd.concat(tables, ignore_index=True)
 
 
 def legend(looks: Iterable[Look], markers: bool = True) -> list[Line2D]:

@@ -18,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import experiments
 from experiments.store import DataError, Store
-from gipo_jax import plots
+from gipo_jax import plots, runtime
 from gipo_jax.config import ConfigError
+from gipo_jax.interrupts import Interrupted
+from gipo_jax.results import ResultsError
 
-BAD_INPUT = 2
+BAD_INPUT, FAILED = 2, 1
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -42,6 +44,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=Path("runs/reproduce"),
         help="folder for data and figures (default: %(default)s); what it holds is continued",
     )
+    parser.add_argument(
+        "--part",
+        type=share,
+        default=(1, 1),
+        metavar="I/N",
+        help="train only the I-th of N shares, to spread work over processes or evenings; whoever"
+        " comes last draws everything (default: 1/1)",
+    )
     parser.add_argument("--list", action="store_true", help="list the experiments and stop")
     parser.add_argument("--plot-only", action="store_true", help="redraw from stored data")
     options = parser.parse_args(arguments)
@@ -51,13 +61,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def share(text: str) -> tuple[int, int]:
+    """Reads I/N with 1 <= I <= N.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    index, _, count = text.partition("/")
+    if index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count):
+        return int(index), int(count)
+    raise argparse.ArgumentTypeError(f"{text!r} is not valid; expected I/N with 1 <= I <= N")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs and draws; returns the exit code: 0, or 2 where settings or stored data are not usable.
+    """Runs and draws.
+
+    Returns:
+        exit code: 0; 2 where settings or stored data are not usable; 1 where writing failed; that
+        of the signal where one stopped the work, which the same command continues.
 
     Args:
         arguments: command line without the program's name; ``sys.argv`` by default.
     """
     options = parse(arguments)
+    runtime.set_cpu_defaults()
     if options.list:
         for name, module in experiments.REGISTRY.items():
             print(f"{name:18} {module.QUESTION}")
@@ -72,20 +99,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             store = Store(options.out, name, command)
             print(f"{name}: {module.QUESTION}", flush=True)
             if not options.plot_only:
-                module.run(store, options.preset)
+                module.run(store, options.preset, options.part)
             with plots.style():
                 module.draw(store)
             for path in store.figures:
                 print(f"  {path}")
             print(f"  {time.monotonic() - started:.0f} s", flush=True)
     except (DataError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return _fail(str(error), BAD_INPUT)
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return BAD_INPUT
-    print(f"figures, data and manifest.json: {options.out.resolve()}")
+        return _fail(f"{error.filename}: {error.strerror}", BAD_INPUT)
+    except ResultsError as error:
+        return _fail(str(error), FAILED)
+    except Interrupted as stop:
+        return _fail("stopped, everything is saved; the same command continues", stop.exit_code)
+    out = options.out.resolve()
+    print(f"figures: {out / 'figures'}\ndata:    {out / 'data'}")
+    if (out / "sweeps").exists():
+        print(f"runs.csv and metrics.csv of every sweep: {out / 'sweeps'}")
     return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,229 @@
+"""Tasks, methods and scales of the experiments that train, and the sweeps they store.
+
+A sweep is stored once under OUT/sweeps and continued when interrupted; experiments that ask
+different questions of the same runs share it.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from experiments.store import DataError, Store
+from gipo_jax import results, sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An environment and the sizes that go with it.
+
+    Attributes:
+        env: gymnax name.
+        threshold: return that counts as solved enough for sample efficiency.
+        settings: fields of Config and HParams.
+        updates: batches an iteration, by regime.
+    """
+
+    env: str
+    threshold: float
+    settings: dict[str, Any]
+    updates: dict[str, int]
+
+    @property
+    def block(self) -> int:
+        """Transitions an iteration."""
+        return int(self.settings["num_envs"] * self.settings["rollout_length"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is compared: an objective and its own parameters."""
+
+    objective: str
+    parameters: dict[str, float]
+
+    @property
+    def sigma(self) -> float:
+        return self.parameters.get("sigma", np.nan)
+
+
+REGIMES = ("gentle", "reuse-heavy")
+
+_CLASSIC: dict[str, Any] = {"num_envs": 8, "rollout_length": 16, "total_steps": 65_536}
+_MINATAR: dict[str, Any] = {
+    "num_envs": 8,
+    "rollout_length": 8,
+    "total_steps": 16_384,
+    "shared_torso": True,
+    "hidden_sizes": (64,),
+}
+_CLASSIC_UPDATES = {"gentle": 4, "reuse-heavy": 16}
+_MINATAR_UPDATES = {"gentle": 2, "reuse-heavy": 4}
+
+CARTPOLE = Task("CartPole-v1", 300, _CLASSIC, _CLASSIC_UPDATES)
+ACROBOT = Task("Acrobot-v1", -150, _CLASSIC, _CLASSIC_UPDATES)
+PENDULUM = Task(
+    "Pendulum-v1", -600, _CLASSIC | {"action_head": "tokens", "gamma": 0.95}, _CLASSIC_UPDATES
+)
+CATCH = Task("Catch-bsuite", 0.5, _CLASSIC, _CLASSIC_UPDATES)
+BREAKOUT = Task("Breakout-MinAtar", 2.5, _MINATAR, _MINATAR_UPDATES)
+INVADERS = Task("SpaceInvaders-MinAtar", 7, _MINATAR, _MINATAR_UPDATES)
+ASTERIX = Task("Asterix-MinAtar", 2, _MINATAR, _MINATAR_UPDATES)
+REACHER = Task("Reacher-misc", 0, _CLASSIC | {"action_head": "tokens"}, _CLASSIC_UPDATES)
+
+COMMON: dict[str, Any] = {
+    "batch_size": 64,
+    # The same critic for every method, so that tuning a policy's learning rate tunes only that.
+    "value_learning_rate": 1e-3,
+    "eval_episodes": 0,
+    "num_logs": 16,
+}
+"""Settings that every run of these experiments shares."""
+
+GIPO = Method("gipo", {"sigma": 1.0})
+BASELINES = (
+    Method("ppo_clip", {}),
+    # As in the paper's comparison.
+    Method("sapo", {"tau_pos": 1.0, "tau_neg": 2.0}),
+    Method("no_clip", {}),
+)
+METHODS = (Method("gipo", {"sigma": 0.2}), Method("gipo", {"sigma": 0.5}), GIPO, *BASELINES)
+
+CURVES = (
+    "episode_return",
+    "ess",
+    "ess_new",
+    "ess_old",
+    "near_zero_fraction",
+    "near_zero_fraction_new",
+    "near_zero_fraction_old",
+    "old_share",
+    "d95",
+    "policy_age",
+)
+"""Columns of metrics.csv kept in thinned curves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep to store.
+
+    Attributes:
+        name: folder under OUT/sweeps.
+        runs: what is trained.
+        keys: columns that its rows of a table get, such as the regime.
+    """
+
+    name: str
+    runs: tuple[sweep.Run, ...]
+    keys: dict[str, Any]
+
+
+def expand(
+    task: Task,
+    updates: int,
+    methods: Iterable[Method],
+    ages: Sequence[int],
+    seeds: range,
+    scale_steps: float = 1.0,
+    **settings: Any,
+) -> list[sweep.Run]:
+    """Runs of several methods on a task.
+
+    Args:
+        task: the task.
+        updates: batches an iteration.
+        methods: compared methods.
+        ages: buffer sizes, in iterations.
+        seeds: consecutive seeds.
+        scale_steps: factor on the task's steps.
+        settings: further settings; a list is swept.
+    """
+    steps = int(task.settings["total_steps"] * scale_steps) // task.block * task.block
+    shared = COMMON | task.settings | {"total_steps": steps} | settings
+    return [
+        run
+        for method in methods
+        for run in sweep.expand(
+            **shared,
+            env=task.env,
+            objective=method.objective,
+            objective_args=method.parameters,
+            updates_per_iteration=updates,
+            buffer_size=[age * task.block for age in ages],
+            seeds=len(seeds),
+            seed_offset=seeds.start,
+        )
+    ]
+
+
+def store_sweeps(store: Store, sweeps: Sequence[Sweep], batch_mode: str = "auto") -> None:
+    """Trains what is not trained yet; a finished sweep is only looked at."""
+    for item in sweeps:
+        directory = store.out / "sweeps" / item.name
+        exists = (directory / results.CONFIG).exists()
+        if exists and _finished(directory) is not None:
+            continue
+        print(f"  sweep {item.name}: {len(item.runs)} runs", flush=True)
+        sweep.run(item.runs, directory, sweep.Options(batch_mode=batch_mode), resume=exists)
+
+
+def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Rows of all finished sweeps: runs with their scores, and thinned curves.
+
+    Returns:
+        runs, with a column ``auc``, the mean of the learning curve, beside ``final_return``; and
+        curves, whose column ``run`` refers to it. None while no sweep is finished.
+    """
+    tables, curves, offset = [], [], 0
+    for item in sweeps:
+        directory = store.out / "sweeps" / item.name
+        runs = _finished(directory)
+        if runs is None:
+            continue
+        if len(runs) != len(item.runs):
+            raise DataError(directory, "holds another sweep; give another --out")
+        metrics = results.read_metrics(directory)
+        returns = metrics.groupby("run")["episode_return"]
+        runs["auc"] = runs["run"].map(returns.mean())
+        # No episode ended in the last tenth: the newest that did counts.
+        runs["final_return"] = runs["final_return"].fillna(runs["run"].map(returns.last()))
+        task_block = [run.config.block_size for run in item.runs]
+        runs["age"] = runs["buffer_size"] // np.array(task_block)
+        runs["learning_rate"] = [float(run.hparams.learning_rate) for run in item.runs]
+        for name, value in item.keys.items():
+            runs[name] = value
+        for frame in (runs, metrics):
+            frame["run"] += offset
+        offset += len(runs)
+        tables.append(runs.drop(columns=["eval_return"], errors="ignore"))
+        present = [name for name in CURVES if name in metrics]
+        curves.append(metrics[["run", "env_steps", *present]])
+    if not tables:
+        return None
+    return pd.concat(tables, ignore_index=True), pd.concat(curves, ignore_index=True)
+
+
+def with_runs(curves: pd.DataFrame, runs: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Curves with columns of the runs they belong to."""
+    return curves.merge(runs[["run", *columns]], on="run")
+
+
+def take_slice(sweeps: Sequence[Sweep], part: tuple[int, int]) -> list[Sweep]:
+    """The i-th of n shares of the sweeps, i from 1."""
+    index, count = part
+    return list(sweeps[index - 1 :: count])
+
+
+def _finished(directory: Path) -> pd.DataFrame | None:
+    """The runs of a sweep, or None while some are not through."""
+    if not (directory / results.CONFIG).exists():
+        return None
+    try:
+        runs = results.read_runs(directory)
+    except results.ResultsError:
+        return None
+    return runs if runs["status"].isin(["done", "diverged"]).all() else None
