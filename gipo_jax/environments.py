@@ -120,7 +120,8 @@ def _load(env: Any) -> tuple[Any, Any]:
     try:
         return gymnax.make(env)
     except OSError as error:
-        reason = f"an environment whose data can be loaded ({env} could not: {error})"
+        why = " ".join(str(error).split())
+        reason = f"an environment whose data can be loaded ({env}'s could not: {why})"
         raise ConfigError("env", env, reason) from error
 
 

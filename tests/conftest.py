@@ -2,8 +2,68 @@
 
 import os
 
-# XLA's scheduler on CPU can deadlock in vmapped training programs; entry points set this themselves,
-# tests import the modules below them.
+# XLA's scheduler on CPU can deadlock in vmapped training programs; entry points set this
+# themselves, tests import the modules below them.
 _FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=false".strip()
+
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+from gymnax.environments import environment, spaces  # noqa: E402
+
+
+class Toy(environment.Environment):
+    """One state, two actions: reward ``1 - pay + pay * action``, so 1 for ever with ``pay`` 0.
+
+    Args:
+        limit: time limit.
+        ends_at: step at which an episode terminates; None for never.
+        pay: part of the reward that the action decides.
+        clock: observe the time in the episode, and not a constant 1.
+        actions: action space, by default two actions.
+    """
+
+    def __init__(
+        self,
+        limit: int = 5,
+        ends_at: int | None = None,
+        pay: float = 0.0,
+        clock: bool = False,
+        actions: Any = None,
+    ) -> None:
+        super().__init__()
+        self.limit, self.ends_at, self.pay, self.clock = limit, ends_at, pay, clock
+        self.actions = actions or spaces.Discrete(2)
+
+    @property
+    def default_params(self) -> environment.EnvParams:
+        return environment.EnvParams(max_steps_in_episode=self.limit)
+
+    def _observe(self, time: jax.Array) -> jax.Array:
+        return jnp.float32(time if self.clock else 1)[None]
+
+    def reset_env(self, key: jax.Array, params: Any) -> tuple[jax.Array, Any]:
+        state = environment.EnvState(time=jnp.int32(0))
+        return self._observe(state.time), state
+
+    def step_env(self, key: jax.Array, state: Any, action: Any, params: Any) -> Any:
+        state = environment.EnvState(time=state.time + 1)
+        reward = 1 - self.pay + self.pay * jnp.float32(action).sum()
+        terminated = jnp.bool_(False) if self.ends_at is None else state.time >= self.ends_at
+        return self._observe(state.time), state, reward, terminated, {}
+
+    def action_space(self, params: Any) -> Any:
+        return self.actions
+
+    def observation_space(self, params: Any) -> spaces.Box:
+        return spaces.Box(0, self.limit, (1,), jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def toy() -> type[Toy]:
+    """The class of an environment small enough to reason about, and quick to compile."""
+    return Toy

@@ -1,5 +1,8 @@
 """Utilization metrics against plain NumPy."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from gipo_jax import diagnostics
 BATCH, TOKENS = 200, 2
 
 
-def batch(seed: int) -> dict[str, np.ndarray]:
+def batch(seed: int) -> dict[str, Any]:
     random = np.random.default_rng(seed)
     log_ratio = random.normal(size=(BATCH, TOKENS), scale=0.8)
     advantage = random.normal(size=(BATCH, TOKENS))
@@ -87,7 +90,7 @@ def test_explained_variance() -> None:
     target = random.normal(size=300).astype(np.float32)
     prediction = (target + 0.5 * random.normal(size=300) + 3).astype(np.float32)
     expected = 1 - np.var(target - prediction) / np.var(target)
-    explained = diagnostics.explained_variance
+    explained: Callable[..., Any] = diagnostics.explained_variance
     np.testing.assert_allclose(explained(target, prediction), expected, rtol=1e-4)
     np.testing.assert_allclose(explained(target, target), 1)
     np.testing.assert_allclose(explained(target, jnp.zeros(300)), 0, atol=1e-6)
