@@ -124,7 +124,7 @@ def family() -> tuple[train.TrainState, train.TrainState]:
 
         return first, jax.lax.fori_loop(0, 8, body, first)
 
-    return jax.jit(jax.vmap(ends))(lanes)
+    return jax.jit(lambda lanes: jax.lax.map(ends, lanes))(lanes)
 
 
 def test_every_objective_trains(family: tuple[train.TrainState, train.TrainState]) -> None:
@@ -200,9 +200,14 @@ def reweighted() -> dict[str, Any]:
         "recent": {"recent_fraction": 1.0},
     }
     lanes = stack([settings_of(config, learning_rate=0.03, **v) for v in varied.values()])
-    chunk = jax.jit(jax.vmap(algorithm.chunk, in_axes=(0, 0, None, None)))
+
+    @jax.jit
+    def chunk(state: Any, lanes: HParams, start: int, stop: int) -> Any:
+        return jax.lax.map(lambda lane: algorithm.chunk(*lane, start, stop), (state, lanes))
+
     same = stack([plain] * len(varied))
-    stale, _ = chunk(jax.vmap(algorithm.init)(same), same, 0, 20)
+    first = jax.jit(lambda lanes: jax.lax.map(algorithm.init, lanes))(same)
+    stale, _ = chunk(first, same, 0, 20)
     once, _ = chunk(stale, lanes, 20, 21)
     _, metrics = chunk(stale, lanes, 20, 40)
 
