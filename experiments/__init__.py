@@ -7,13 +7,27 @@ figures from stored tables only. Mechanics live in ``gipo_jax``.
 
 from types import ModuleType
 
-from experiments import bounds, gridworld, objective_family, trust_weights
+from experiments import (
+    bounds,
+    gridworld,
+    objective_family,
+    replay_sizes,
+    staleness,
+    trust_weights,
+)
 
 PRESETS = ("quick", "committed", "full")
 """Scales: a check in minutes, the results in this repository, and what a GPU should run."""
 
 REGISTRY: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module
-    for module in (trust_weights, gridworld, bounds, objective_family)
+    for module in (
+        trust_weights,
+        gridworld,
+        bounds,
+        staleness,
+        replay_sizes,
+        objective_family,
+    )
 }
 """Experiments by name, in the order in which they run."""

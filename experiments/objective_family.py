@@ -71,7 +71,7 @@ def any_of_them(
     return jax.lax.switch(jnp.int32(which), [branch(name) for name in NAMES])
 
 
-def run(store: Store, preset: str) -> None:
+def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     """Evaluates all effective weights, then trains every objective on every task."""
     store.write("objective_family_weights", weights())
     rows = []
