@@ -182,7 +182,15 @@ class PolicyOutput(nn.Module):
 
 
 def _dense(size: int, scale: float) -> nn.Dense:
-    return nn.Dense(size, kernel_init=nn.initializers.orthogonal(scale))
+    def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        # Run by run under vmap: a batched QR on CPU waits, in a thread of XLA's pool, for work it
+        # gave to the same pool, which hangs for ever once every thread of a small pool does so.
+        draw = jax.custom_batching.sequential_vmap(
+            lambda key: nn.initializers.orthogonal(scale)(key, shape, dtype)
+        )
+        return draw(key)
+
+    return nn.Dense(size, kernel_init=orthogonal)
 
 
 class Network(NamedTuple):
