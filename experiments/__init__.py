@@ -8,12 +8,19 @@ figures from stored tables only. Mechanics live in ``gipo_jax``.
 from types import ModuleType
 
 from experiments import (
+    asymmetry,
     bounds,
     gridworld,
+    kernel,
     objective_family,
     replay_sizes,
+    sample_efficiency,
+    sigma,
+    stability,
     staleness,
+    token_vs_joint,
     trust_weights,
+    utilization,
 )
 
 PRESETS = ("quick", "committed", "full")
@@ -27,6 +34,13 @@ REGISTRY: dict[str, ModuleType] = {
         bounds,
         staleness,
         replay_sizes,
+        utilization,
+        sample_efficiency,
+        stability,
+        sigma,
+        asymmetry,
+        kernel,
+        token_vs_joint,
         objective_family,
     )
 }

@@ -165,6 +165,20 @@ def _main(store: Store, scale: Scale, regime: str, task: Task) -> Sweep | None:
     return Sweep(f"replay {regime} {task.env}".replace(" ", "_"), tuple(runs), {"regime": regime})
 
 
+def load_curves(store: Store, runs: pd.DataFrame) -> pd.DataFrame:
+    """Stored curves with the columns that tell runs apart, and ``progress`` in (0, 1].
+
+    Raises:
+        DataError: as in ``Store.read``.
+    """
+    curves = store.read("replay_sizes_curves", ["run", "env_steps", *training.CURVES])
+    curves = curves.merge(
+        runs[["run", "regime", "env", "method", "age", "seed", "final_return"]], on="run"
+    )
+    curves["progress"] = curves.env_steps / curves.groupby("run").env_steps.transform("max")
+    return curves
+
+
 def load_runs(store: Store) -> pd.DataFrame:
     """Stored runs with a column ``method``, the name in figures.
 
@@ -196,12 +210,14 @@ class Scores:
         values: ``[methods, ages, seeds, tasks]``, normalised per task over the means of all
             combinations of method and age.
         methods, ages, tasks: what the axes are.
+        span: best minus worst mean, by task: the unit of normalised scores.
     """
 
     values: np.ndarray
     methods: list[str]
     ages: list[int]
     tasks: list[str]
+    span: np.ndarray
 
     def of(self, method: str, age: int | None = None) -> np.ndarray:
         """Scores ``[seeds, tasks]`` of a method at an age; ages averaged within a seed if None."""
@@ -225,8 +241,10 @@ def scores(runs: pd.DataFrame, regime: str, column: str) -> Scores:
     raw = table.loc[grid].to_numpy(float).reshape(-1, len(seeds), len(tasks))
     worst = np.nanmin(raw, axis=(0, 1))
     raw = np.where(np.isfinite(raw), raw, worst)
+    means = raw.mean(axis=1)
     normal = stats.normalize(raw).reshape(len(methods), len(ages), len(seeds), len(tasks))
-    return Scores(normal, methods, ages, tasks)
+    span = means.max(axis=0) - means.min(axis=0)
+    return Scores(normal, methods, ages, tasks, np.where(span > 0, span, 1.0))
 
 
 def draw(store: Store) -> None:

@@ -38,15 +38,24 @@ class Store:
     Args:
         out: the folder.
         experiment: name of the experiment.
-        command: the command line, for the manifest.
+        options: the command line's options, for the manifest.
     """
 
-    def __init__(self, out: Path, experiment: str, command: str) -> None:
+    def __init__(self, out: Path, experiment: str, options: str) -> None:
         self.out = out
         self.experiment = experiment
-        self.command = command
+        self.options = options
         self._read: dict[str, dict[str, str]] = {}
         self.figures: list[Path] = []
+
+    @property
+    def command(self) -> str:
+        """The command line that runs this experiment."""
+        return f"python scripts/reproduce.py {self.experiment} {self.options}"
+
+    def of(self, experiment: str) -> "Store":
+        """The same folder for another experiment, whose runs this one shares."""
+        return Store(self.out, experiment, self.options)
 
     def write(self, table: str, frame: pd.DataFrame, digits: int = 8) -> Path:
         """Stores a table as ``data/<table>.csv`` with this many significant digits."""

@@ -90,13 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name:18} {module.QUESTION}")
         return 0
     names = options.names or list(experiments.REGISTRY)
-    given = ["--preset", options.preset, "--out", options.out.as_posix()]
+    given = shlex.join(["--preset", options.preset, "--out", options.out.as_posix()])
     try:
         for name in names:
             started = time.monotonic()
             module = experiments.REGISTRY[name]
-            command = shlex.join(["python", "scripts/reproduce.py", name, *given])
-            store = Store(options.out, name, command)
+            store = Store(options.out, name, given)
             print(f"{name}: {module.QUESTION}", flush=True)
             if not options.plot_only:
                 module.run(store, options.preset, options.part)
