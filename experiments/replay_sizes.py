@@ -129,6 +129,7 @@ def _tuning(scale: Scale, regime: str, task: Task) -> list[Sweep]:
         (scale.tuning_age,),
         scale.tuning_seeds,
         scale.scale_steps,
+        one_program=True,
         learning_rate=list(scale.learning_rates),
         **_settings(scale, task),
     )
@@ -158,6 +159,7 @@ def _main(store: Store, scale: Scale, regime: str, task: Task) -> Sweep | None:
             scale.ages,
             scale.seeds,
             scale.scale_steps,
+            one_program=True,
             learning_rate=rates[index],
             **_settings(scale, task),
         )
@@ -384,16 +386,14 @@ def _draw_comparison(
                     [entry.difference_low, entry.difference_high], [at, at], color=color, lw=1.3
                 )
                 difference.plot(entry.difference, at, marker, color=color, markersize=4)
-            label = f"{age} iteration" + ("s" if age > 1 else "")
-            difference.plot([], [], "os^Dv*"[number % 6], color="0.4", label=label)
         difference.axvline(0, color="0.5", lw=0.8)
         difference.set_yticks([-i for i in range(len(others))], others)
         difference.set(xlabel="GIPO σ=1 minus the other", title=f"{regime}: difference")
-        difference.legend(fontsize=6.5, loc="best", handlelength=1)
     caption = (
         "Normalised final return; right: IQM of the paired difference on shared seeds, above 0 "
-        "where GIPO σ=1 is better. Elo: Bradley-Terry\nover same-seed pairs, one drawn game added "
-        "to each pair. Bars and shading: 95 % bootstrap intervals over seeds."
+        "where GIPO σ=1 is better;\neach triple from top to bottom: small to large replay. Elo: "
+        "Bradley-Terry over same-seed pairs, one drawn game added a pair.\n"
+        "Bars and shading: 95 % bootstrap intervals over seeds."
     )
     plots.finish(figure, caption, plots.legend(appearance.values()), columns=6)
     store.save(figure, "replay_sizes_comparison", comparison)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.compared import NAMES, compared
 from experiments.store import DataError, Store
 from gipo_jax import results, sweep
 
@@ -129,6 +130,8 @@ def expand(
     ages: Sequence[int],
     seeds: range,
     scale_steps: float = 1.0,
+    *,
+    one_program: bool = False,
     **settings: Any,
 ) -> list[sweep.Run]:
     """Runs of several methods on a task.
@@ -140,6 +143,7 @@ def expand(
         ages: buffer sizes, in iterations.
         seeds: consecutive seeds.
         scale_steps: factor on the task's steps.
+        one_program: train by way of ``compared``, which all four objectives share.
         settings: further settings; a list is swept.
     """
     steps = int(task.settings["total_steps"] * scale_steps) // task.block * task.block
@@ -150,8 +154,9 @@ def expand(
         for run in sweep.expand(
             **shared,
             env=task.env,
-            objective=method.objective,
-            objective_args=method.parameters,
+            objective=compared if one_program else method.objective,
+            objective_args=method.parameters
+            | ({"which": float(NAMES.index(method.objective))} if one_program else {}),
             updates_per_iteration=updates,
             buffer_size=[age * task.block for age in ages],
             seeds=len(seeds),
@@ -193,13 +198,16 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
         runs["final_return"] = runs["final_return"].fillna(runs["run"].map(returns.last()))
         task_block = [run.config.block_size for run in item.runs]
         runs["age"] = runs["buffer_size"] // np.array(task_block)
+        if "which" in runs:
+            runs["objective"] = [NAMES[int(index)] for index in runs["which"]]
+            runs["sigma"] = runs["sigma"].where(runs["objective"] == "gipo")
         runs["learning_rate"] = [float(run.hparams.learning_rate) for run in item.runs]
         for name, value in item.keys.items():
             runs[name] = value
         for frame in (runs, metrics):
             frame["run"] += offset
         offset += len(runs)
-        tables.append(runs.drop(columns=["eval_return"], errors="ignore"))
+        tables.append(runs.drop(columns=["eval_return", "which"], errors="ignore"))
         present = [name for name in CURVES if name in metrics]
         curves.append(metrics[["run", "env_steps", *present]])
     if not tables:

@@ -1,0 +1,34 @@
+"""The compared objectives as one, so that a study of many tasks compiles one program a task.
+
+An objective is part of a compiled program. Where four of them meet on many tasks, compiling takes
+longer than training; here the choice among them is a traced number. A sweep's folder remembers the
+checksum of this file, so nothing else is in it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from gipo_jax import objectives
+
+NAMES = ("gipo", "ppo_clip", "sapo", "no_clip")
+
+
+@objectives.declare(positive=("sigma", "tau_pos", "tau_neg"))
+def compared(
+    log_ratio: Array,
+    advantage: Array,
+    which: ArrayLike = 0.0,
+    sigma: ArrayLike = 1.0,
+    tau_pos: ArrayLike = 1.0,
+    tau_neg: ArrayLike = 2.0,
+) -> Array:
+    """The objective of index ``which`` in ``NAMES``; parameters that it lacks are not used."""
+    branches = [
+        lambda x, a: objectives.gipo(x, a, sigma=sigma),
+        objectives.ppo_clip,
+        lambda x, a: objectives.sapo(x, a, tau_pos=tau_pos, tau_neg=tau_neg),
+        objectives.no_clip,
+    ]
+    return jax.lax.switch(jnp.asarray(which, jnp.int32), branches, log_ratio, advantage)
