@@ -59,7 +59,7 @@ _MINATAR: dict[str, Any] = {
     "rollout_length": 8,
     "total_steps": 16_384,
     "shared_torso": True,
-    "hidden_sizes": (64,),
+    "hidden_sizes": (32,),
 }
 _CLASSIC_UPDATES = {"gentle": 4, "reuse-heavy": 16}
 _MINATAR_UPDATES = {"gentle": 2, "reuse-heavy": 4}
