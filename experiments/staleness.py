@@ -37,7 +37,7 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
 def draw(store: Store) -> None:
     """The figures of ``gipo-jax plot``, from stored tables."""
     columns = ["run", "env", "objective", "sigma", "buffer_size", "seed", "final_return"]
-    runs = store.read("staleness_runs", columns)
+    runs = store.read("staleness_runs", columns)[columns]
     names = ["run", "env_steps", "episode_return", "ess", "near_zero_fraction", "policy_age"]
     curves = store.read("staleness_curves", names)
     for name, figure, numbers in plots.sweep_figures(runs, curves):

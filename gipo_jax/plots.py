@@ -220,15 +220,16 @@ def log_sizes(axes: Axes, sizes: Iterable[float], label: str) -> None:
 
 
 def short_number(value: float) -> str:
-    """A number as a tick shows it: 512, 4k, 131k, 2M.
+    """A number as a tick shows it; multiples of 1024, as buffer sizes are, in binary thousands.
 
-    >>> [short_number(v) for v in (0.5, 512, 4096, 1_500_000)]
-    ['0.5', '512', '4k', '1.5M']
+    >>> [short_number(v) for v in (0.5, 512, 8192, 20_000, 1_500_000)]
+    ['0.5', '512', '8k', '20k', '1.5M']
     """
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:g}k"
     for size, suffix in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            scaled = value / size
-            return f"{scaled:.3g}{suffix}" if scaled < 3 else f"{scaled:.0f}{suffix}"
+            return f"{value / size:.3g}{suffix}"
     return f"{value:g}"
 
 
@@ -346,6 +347,10 @@ def _draw_curves(metrics: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
     if len(sizes) > 5:
         sizes = [sizes[i] for i in np.linspace(0, len(sizes) - 1, 5).round().astype(int)]
     figure, axes = panels(len(envs), len(sizes), sharex="row", sharey="row")
+    # A point at which no episode ended keeps the newest return: leaving out such runs would make
+    # a method look best where its slow episodes are unfinished.
+    newest = metrics.sort_values("env_steps").groupby("run").episode_return.ffill()
+    metrics = metrics.assign(episode_return=newest)
     table = summarize(metrics, ["env", "buffer_size", "method", "env_steps"], "episode_return")
     for row, env in enumerate(envs):
         for column, size in enumerate(sizes):
