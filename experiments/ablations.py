@@ -70,7 +70,8 @@ def run(
         ]
         name = table if len(settings) == 1 else f"{table}_{number}"
         sweeps.append(Sweep(name, tuple(runs), dict(chosen)))
-    training.store_sweeps(store, sweeps)
+    # One program call a run: sweeps of any number of runs then share compiled programs.
+    training.store_sweeps(store, sweeps, "loop")
     finished = training.collect(store, sweeps)
     assert finished is not None, "store_sweeps returns when all runs are through"
     store.write(f"{table}_runs", finished[0], 6)

@@ -15,7 +15,7 @@ QUESTION = "Which objectives trade bias against variance best where both are kno
 
 SIGMAS = (0.1, 0.3, 0.5, 1.0, 2.0)
 CURVES = {
-    "gipo": ("sigma", np.geomspace(0.05, 8, 41)),
+    "gipo": ("sigma", np.geomspace(0.05, 8, 81)),
     "ppo_clip": ("clip_eps", np.linspace(0.02, 1.62, 41)),
     "sapo": ("tau", np.geomspace(0.05, 60, 41)),
 }
@@ -81,6 +81,7 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
 def draw(store: Store) -> None:
     """Variance against bias, a panel a behaviour policy: for one logit, then for all of them."""
     columns = ["case", "objective", "sigma", "parameter", "bias", "variance", "zero_gradient"]
+    shares = []
     for name, what in (
         ("gridworld", "one logit, θ(S0, right), actions drawn at S0"),
         ("gridworld_vector", "all twelve logits, states drawn as the behaviour visits them"),
@@ -104,6 +105,30 @@ def draw(store: Store) -> None:
             caption += " Red crosses: every sample's gradient is exactly zero."
         plots.finish(figure, caption, handles)
         store.save(figure, name, table)
+        shares += [(name, *row) for row in dominated(curves)]
+    names = ["study", "case", "objective", "settings", "share_above_gipo"]
+    store.numbers("gridworld_dominated", pd.DataFrame(shares, columns=names))
+
+
+def dominated(curves: pd.DataFrame) -> list[tuple[str, str, int, float]]:
+    """Share of PPO's and SAPO's settings with more bias than GIPO has at equal variance.
+
+    Settings without any gradient, those that are No-Clip, and those with a variance that GIPO's
+    curve does not reach are left out.
+
+    Returns:
+        case, objective, settings that are left, share (NaN where none is).
+    """
+    rows = []
+    for (case, name), own in curves[curves.objective != "gipo"].groupby(["case", "objective"]):
+        gipo = curves[(curves.case == case) & (curves.objective == "gipo")].sort_values("variance")
+        reached = own.variance.between(gipo.variance.min(), gipo.variance.max())
+        own = own[reached & ~own.zero_gradient & (own.bias > 1e-6)]
+        at_equal_variance = np.interp(own.variance, gipo.variance, gipo.bias)
+        above = np.asarray(own.bias) > at_equal_variance
+        share = float(above.mean()) if len(above) else float("nan")
+        rows.append((str(case), str(name), len(own), share))
+    return rows
 
 
 def _draw_case(axis: Axes, table: pd.DataFrame, curves: pd.DataFrame, title: str) -> list[Any]:

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import pandas as pd
 from matplotlib.figure import Figure
 
-from gipo_jax import plots
+from gipo_jax import plots, provenance
 
 
 class DataError(Exception):
@@ -61,7 +62,14 @@ class Store:
         """Stores a table as ``data/<table>.csv`` with this many significant digits."""
         path = self.out / "data" / f"{table}.csv"
         _write_csv(path, frame, digits)
-        self._record("data", {self._name(path): {"command": self.command, "sha256": sha256(path)}})
+        device = provenance.describe()["device"]
+        entry = {
+            "command": self.command,
+            "device": f"{device['count']} x {device['kind']}",
+            "jax": jax.__version__,
+            "sha256": sha256(path),
+        }
+        self._record("data", {self._name(path): entry})
         return path
 
     def read(self, table: str, columns: Sequence[str]) -> pd.DataFrame:
@@ -74,7 +82,7 @@ class Store:
         if not path.is_file():
             raise DataError(path, f"missing; run experiment {self.experiment!r} first")
         name, checksum = self._name(path), sha256(path)
-        entry = self._manifest()["data"].get(name, {"command": self.command, "sha256": checksum})
+        entry = self.manifest()["data"].get(name, {"command": self.command, "sha256": checksum})
         if checksum != entry["sha256"]:
             raise DataError(path, "does not match its checksum in manifest.json; restore or rerun")
         try:
@@ -113,7 +121,12 @@ class Store:
     def _name(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()
 
-    def _manifest(self) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
+        """``data`` and ``figures`` by path, each with where it comes from.
+
+        Raises:
+            DataError: the file is damaged.
+        """
         path = self.out / "manifest.json"
         if not path.exists():
             return {"data": {}, "figures": {}}
@@ -124,7 +137,7 @@ class Store:
             raise DataError(path, "not a manifest; restore it, or delete it and rerun") from error
 
     def _record(self, section: str, entries: dict[str, Any]) -> None:
-        manifest = self._manifest()
+        manifest = self.manifest()
         manifest[section] |= entries
         manifest[section] = dict(sorted(manifest[section].items()))
         _replace(self.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")

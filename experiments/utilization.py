@@ -112,7 +112,8 @@ def _draw_groups(
             ranks.append(rank)
             rows.append((regime, task, "spearman_near_zero_vs_return", rank, np.nan, np.nan))
         follow.set(xlabel="share of weights < 0.001, all data", ylabel="normalised final return")
-        follow.set_title(f"{regime}: median rank correlation {np.nanmedian(ranks):.2f}")
+        middle = pd.Series(ranks).median()
+        follow.set_title(f"{regime}: median rank correlation {middle:.2f}")
     caption = (
         f"Replay of {stale.age.max()} iterations, second half of training. Left: mean over tasks, "
         "95 % bootstrap interval over seeds.\nRight: a point a method and task, mean over seeds; "

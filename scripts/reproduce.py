@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import experiments
+from experiments import report
 from experiments.store import DataError, Store
 from gipo_jax import plots, runtime
 from gipo_jax.config import ConfigError
@@ -51,6 +52,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="I/N",
         help="train only the I-th of N shares, to spread work over processes or evenings; whoever"
         " comes last draws everything (default: 1/1)",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="also write the verdict on every claim, from the numbers of all figures in --out",
     )
     parser.add_argument("--list", action="store_true", help="list the experiments and stop")
     parser.add_argument("--plot-only", action="store_true", help="redraw from stored data")
@@ -104,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in store.figures:
                 print(f"  {path}")
             print(f"  {time.monotonic() - started:.0f} s", flush=True)
+        if options.report is not None:
+            report.write(options.out, options.report)
+            print(f"verdicts: {options.report}")
     except (DataError, ConfigError) as error:
         return _fail(str(error), BAD_INPUT)
     except OSError as error:

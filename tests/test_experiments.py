@@ -1,5 +1,6 @@
 """Experiments end to end at tiny sizes, drawing from stored data, and damaged data."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -14,7 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import experiments  # noqa: E402
-from experiments import bounds, gridworld  # noqa: E402
+from experiments import (  # noqa: E402
+    ablations,
+    bounds,
+    gridworld,
+    kernel,
+    replay_sizes,
+    report,
+    stability,
+    staleness,
+    token_vs_joint,
+    training,
+)
 from experiments.store import sha256  # noqa: E402
 from scripts import reproduce  # noqa: E402
 
@@ -137,3 +149,159 @@ def test_damaged_data_without_a_manifest(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "manifest.json").write_text("{")
     assert run(tmp_path, "trust_weights", "--plot-only") == 2
     assert "not a manifest" in capsys.readouterr().err
+
+
+TINY = dataclasses.replace(
+    training.CATCH,
+    settings=training.CATCH.settings | {"num_envs": 4, "total_steps": 4096},
+    updates={"gentle": 1, "reuse-heavy": 8},
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the study of replay sizes at a tiny size, made in two shares."""
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        assert run(out, "replay_sizes", "--part", "1/2") == 0
+        one = pd.read_csv(out / "data" / "replay_sizes_runs.csv")
+        assert set(one.regime) == {"reuse-heavy"}
+        assert run(out, "replay_sizes", "--part", "2/2") == 0
+    return out
+
+
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """Makes every training experiment tiny."""
+    scale = dataclasses.replace(
+        replay_sizes.SCALES["quick"],
+        tasks=(TINY,),
+        ages=(1, 16),
+        seeds=range(2),
+        learning_rates=(3e-3, 1e-2),
+    )
+    patch.setattr(replay_sizes, "SCALES", replay_sizes.SCALES | {"quick": scale})
+    patch.setattr(training, "COMMON", training.COMMON | {"num_logs": 4})
+    small = ablations.Scale((TINY,), range(2), 0.5)
+    patch.setattr(ablations, "SCALES", {"quick": small})
+    reacher = dataclasses.replace(
+        training.REACHER, settings=training.REACHER.settings | {"total_steps": 4096}
+    )
+    patch.setattr(training, "REACHER", reacher)
+    patch.setattr(token_vs_joint, "SIGMAS", (0.5,))
+    patch.setattr(token_vs_joint, "LOOKS", {True: token_vs_joint.LOOKS[True]})
+    patch.setattr(kernel, "SIGMAS", (0.5,))
+    patch.setattr(kernel, "KERNELS", ("gaussian", "cauchy"))
+    patch.setattr(staleness, "TASKS", (TINY,))
+    patch.setattr(staleness, "METHODS", staleness.METHODS[1:2])
+    patch.setattr(staleness, "SEEDS", {"quick": range(2)})
+
+
+def test_replay_sizes(trained: Path) -> None:
+    runs = pd.read_csv(trained / "data" / "replay_sizes_runs.csv")
+    methods = len(replay_sizes.SCALES["quick"].methods)
+    assert len(runs) == 2 * methods * 2 * 2  # regimes, methods, ages, seeds
+    assert set(runs.objective) == {"gipo", "ppo_clip", "sapo", "no_clip"}
+    assert (runs.status == "done").all() and runs.final_return.notna().all()
+    # The learning rate is the one that was best on the tuning seeds, which are others.
+    tuning = pd.read_csv(trained / "data" / "replay_sizes_tuning.csv")
+    assert not set(tuning.seed) & set(runs.seed)
+    own = tuning[(tuning.regime == "gentle") & (tuning.objective == "ppo_clip")]
+    best = own.groupby("learning_rate")["auc"].mean().idxmax()
+    used = runs[(runs.regime == "gentle") & (runs.objective == "ppo_clip")].learning_rate
+    assert set(used) == {best}
+    # Each objective weighs the same stale data in its own way.
+    stale = runs[(runs.age == 16) & (runs.seed == 0) & (runs.regime == "reuse-heavy")]
+    curves = pd.read_csv(trained / "data" / "replay_sizes_curves.csv")
+    assert curves[curves.run.isin(stale.run)].groupby("run").ess.mean().nunique() == methods
+    headline = numbers(trained, "replay_sizes")
+    assert (headline.low <= headline.iqm).all() and (headline.iqm <= headline.high).all()
+
+
+def test_what_shares_the_runs_of_replay_sizes(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    written = {p: p.stat().st_mtime_ns for p in (trained / "sweeps").glob("*/metrics.csv")}
+    assert run(trained, "utilization", "sample_efficiency", "stability") == 0
+    assert written == {p: p.stat().st_mtime_ns for p in (trained / "sweeps").glob("*/metrics.csv")}
+    efficiency = numbers(trained, "sample_efficiency")
+    assert efficiency.time.between(0, 1).all()
+    drop = numbers(trained, "stability")
+    assert (drop[drop.quantity == "drop"].value >= 0).all()
+    assert (drop[drop.quantity == "diverged"].value == 0).all()
+    groups = numbers(trained, "utilization_groups")
+    ppo = groups[groups.of == "PPO-Clip"].set_index(["regime", "quantity"]).value
+    assert ppo["reuse-heavy", "near_zero_fraction_old"] > 0
+
+
+def test_another_scale_in_the_same_folder(
+    trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    few = dataclasses.replace(replay_sizes.SCALES["quick"], seeds=range(1))
+    monkeypatch.setattr(replay_sizes, "SCALES", {"quick": few})
+    assert run(trained, "replay_sizes") == 2
+    assert "another sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["staleness", "sigma", "asymmetry", "kernel", "token_vs_joint"])
+def test_training_experiments(
+    name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shrink(monkeypatch)
+    out = tmp_path_factory.getbasetemp() / "ablations"
+    assert run(out, name) == 0
+    figures = json.loads((out / "manifest.json").read_text())["figures"]
+    assert any(Path(path).stem.startswith(name) for path in figures)
+    for path in figures:
+        assert (out / path).stat().st_size > 5000
+
+
+def test_stability_by_hand() -> None:
+    scores = np.array([[0.0, 4.0], [2.0, 4.0]])  # two seeds, two tasks
+    assert stability.spread(scores) == 0.5
+    assert stability.worst(scores) == 2.0
+
+
+def test_verdicts_by_hand() -> None:
+    assert report.signs([(0.1, 0.2), (0.1, 0.3)], 1) == report.REPRODUCED
+    assert report.signs([(0.1, 0.2), (-0.1, 0.3)], 1) == report.PARTLY
+    assert report.signs([(0.1, 0.2), (-0.3, -0.1)], 1) == report.NOT
+    assert report.signs([(-0.1, 0.2), (-0.1, 0.3)], 1) == report.NOT
+    assert report.signs([(-0.2, -0.1)], -1) == report.REPRODUCED
+
+
+def test_dominated_by_hand() -> None:
+    curves = pd.DataFrame(
+        {
+            "case": "A",
+            "objective": ["gipo", "gipo", "sapo", "sapo", "sapo", "ppo_clip"],
+            "variance": [0.0, 1.0, 0.5, 0.5, 2.0, 0.0],
+            "bias": [1.0, 0.0, 0.6, 0.4, 0.1, 1.0],
+            "zero_gradient": [False, False, False, False, False, True],
+        }
+    )
+    rows = {row[1]: row[2:] for row in gridworld.dominated(curves)}
+    # At variance 0.5 GIPO has bias 0.5; the third setting's variance is beyond its curve.
+    assert rows["sapo"] == (2, 0.5)
+    assert rows["ppo_clip"][0] == 0
+
+
+RESULTS = ROOT / "results"
+
+
+@pytest.mark.skipif(not (RESULTS / "manifest.json").exists(), reason="no committed results")
+def test_committed_data_give_the_committed_numbers(tmp_path: Path) -> None:
+    for part in ("data", "manifest.json"):
+        source = RESULTS / part
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, tmp_path / part)
+    manifest = json.loads((RESULTS / "manifest.json").read_text())
+    drawn = {entry["experiment"] for entry in manifest["figures"].values()}
+    assert run(tmp_path, *sorted(drawn), "--plot-only") == 0
+    tables = sorted((RESULTS / "tables").glob("*.csv"))
+    assert tables
+    for committed in tables:
+        again = pd.read_csv(tmp_path / "tables" / committed.name)
+        pd.testing.assert_frame_equal(again, pd.read_csv(committed), rtol=1e-4)
