@@ -1,0 +1,102 @@
+"""Other projects' programs on the work of scripts/benchmark.py, which runs this file.
+
+It runs in an environment of its own (the peers need an older gymnax) and imports nothing of this
+project. Protocol: one line of JSON once compiled and warmed up; then for each line on stdin one
+timed repeat, answered by a line with its seconds.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def serve(start: Callable[[], Any], run: Callable[[Any], Any], arguments: dict[str, Any]) -> None:
+    """Compiles ``run`` for the state that ``start`` makes, then times it once for each line."""
+    state = jax.block_until_ready(start())
+    begin = time.perf_counter()
+    compiled = jax.jit(run, donate_argnums=0).lower(state).compile()
+    compile_s = time.perf_counter() - begin
+    state = jax.block_until_ready(compiled(state))
+    print(json.dumps({"compile_s": compile_s, "jax": jax.__version__, **arguments}), flush=True)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        state = jax.block_until_ready(compiled(state))
+        print(json.dumps({"seconds": time.perf_counter() - begin}), flush=True)
+
+
+def rejax_ppo(work: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """rejax's PPO without its evaluation, ``runs`` of it under vmap."""
+    from rejax import PPO
+
+    algorithm = PPO.create(
+        env="CartPole-v1",
+        agent_kwargs={"activation": "tanh", "hidden_layer_sizes": (64, 64)},
+        num_envs=work["num_envs"],
+        num_steps=work["rollout_length"],
+        num_epochs=work["epochs"],
+        num_minibatches=work["minibatches"],
+        total_timesteps=work["total_steps"],
+        eval_freq=work["total_steps"],
+        skip_initial_evaluation=True,
+        max_grad_norm=0.5,
+        learning_rate=1e-3,
+    ).replace(eval_callback=lambda algorithm, state, key: ())
+    keys = jax.random.split(jax.random.key(0), work["runs"])
+    if work["runs"] == 1:
+        return jax.jit(lambda: algorithm.init_state(keys[0])), lambda state: algorithm.train(
+            train_state=state
+        )[0]
+    return jax.jit(lambda: jax.vmap(algorithm.init_state)(keys)), jax.vmap(
+        lambda state: algorithm.train(train_state=state)[0]
+    )
+
+
+def flashbax_replay(work: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """flashbax's item buffer: ``iterations`` times one block added and ``batches`` sampled."""
+    import flashbax
+
+    replay = flashbax.make_item_buffer(
+        max_length=work["capacity"],
+        min_length=work["batch_size"],
+        sample_batch_size=work["batch_size"],
+        add_sequences=True,
+        add_batches=True,
+    )
+    lead = (work["num_envs"], work["rollout_length"])
+    row = {
+        "obs": jnp.zeros(work["obs_size"]),
+        "action": jnp.zeros(1, jnp.int32),
+        "behavior_log_prob": jnp.zeros(1),
+        "advantage": jnp.zeros(()),
+        "value_target": jnp.zeros(()),
+    }
+    block = jax.tree.map(lambda x: jnp.zeros((*lead, *x.shape), x.dtype), row)
+
+    def iteration(carry: Any, key: jax.Array) -> tuple[Any, None]:
+        state, total = carry
+        state = replay.add(state, jax.tree.map(lambda x: x + total.astype(x.dtype), block))
+        for key_batch in jax.random.split(key, work["batches"]):
+            batch = replay.sample(state, key_batch).experience
+            total += sum(jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(batch))
+        return (state, total), None
+
+    def run(carry: Any) -> Any:
+        keys = jax.random.split(jax.random.key(0), work["iterations"])
+        return jax.lax.scan(iteration, carry, keys)[0]
+
+    return jax.jit(lambda: (replay.init(row), jnp.zeros(()))), run
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("peer", choices=("rejax", "flashbax"))
+    parser.add_argument("work", type=json.loads, help="JSON")
+    options = parser.parse_args()
+    make = {"rejax": rejax_ppo, "flashbax": flashbax_replay}[options.peer]
+    serve(*make(options.work), {"peer": options.peer})

@@ -1,0 +1,750 @@
+"""Times this project and its peers; compilation and running apart.
+
+    python scripts/benchmark.py [NAME ...] [--quick] [--repeats N] [--out FILE]
+    python scripts/benchmark.py --table FILE
+
+Cases of one benchmark run in turn, over and over, so that what else the machine does hits all of
+them alike. Each repeat is kept; tables show the median and the range. Peers are installed, on first
+use, in an environment of their own (.venv-peer) and timed in processes of their own.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gipo_jax import runtime
+
+runtime.set_cpu_defaults()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from flax import struct  # noqa: E402
+from gymnax.environments import environment, spaces  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from gipo_jax import buffer, plan, program, provenance, train  # noqa: E402
+from gipo_jax.config import Config  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks"
+WORKER_SECONDS = 600
+"""Limit on one compilation or one repeat in a worker process."""
+
+Work = dict[str, Any]
+Row = dict[str, Any]
+
+PPO_WORK: Work = {
+    "num_envs": 64,
+    "rollout_length": 128,
+    "epochs": 4,
+    "minibatches": 4,
+    "total_steps": 524_288,
+}
+"""What this project and rejax do alike: CartPole-v1, on-policy, two layers of 64 tanh units."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Options of a call."""
+
+    repeats: int
+    quick: bool
+    console: Console
+
+
+# Timing
+
+
+def row(benchmark: str, case: Work, unit: str, work: float, seconds: list[float]) -> Row:
+    """One measured case: ``work`` units were done in each of ``seconds``."""
+    rates = [work / s for s in seconds]
+    return {
+        "benchmark": benchmark,
+        "case": case,
+        "unit": unit,
+        "median": statistics.median(rates),
+        "low": min(rates),
+        "high": max(rates),
+        "seconds": seconds,
+    }
+
+
+def in_turn(cases: Sequence[Callable[[], float]], repeats: int) -> list[list[float]]:
+    """Runs all cases once to warm up, then ``repeats`` rounds; seconds of each case."""
+    for case in cases:
+        case()
+    rounds = [[case() for case in cases] for _ in range(repeats)]
+    return [list(column) for column in zip(*rounds, strict=True)]
+
+
+def stopwatch(run: Callable[[], Any]) -> float:
+    """Seconds until the result of ``run`` is there."""
+    begin = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - begin
+
+
+class Training:
+    """A compiled group of runs; a call times a number of iterations.
+
+    Attributes:
+        compile_s: seconds of compilation.
+        env_steps: environment steps of one call, all runs together.
+        updates: likewise.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runs: int,
+        iterations: int,
+        buffer_size: int,
+        mode: str = "auto",
+        lanes: int | None = None,
+        started: int = 0,
+    ) -> None:
+        """Compiles.
+
+        Args:
+            config: of all runs; they differ in their seeds.
+            runs: their number.
+            iterations: iterations a call.
+            buffer_size: of all runs.
+            mode: batch mode; ``auto`` as in sweeps.
+            lanes: see ``program.layout``.
+            started: iteration the first call starts from; a late one finds a full buffer.
+        """
+        config = dataclasses.replace(
+            config, max_buffer_size=buffer_size, total_steps=config.block_size * 1_000_000
+        )
+        self.algorithm = train.make(config)
+        devices = jax.local_devices()
+        if mode == "auto":
+            mode = "map" if devices[0].platform == "cpu" else "vmap"
+        hparams = [
+            train.make_hparams(config, seed=seed, buffer_size=buffer_size) for seed in range(runs)
+        ]
+        self.layout = program.layout(mode, lanes, devices, runs)
+        self._program = program.Program(self.algorithm, self.layout, hparams[0])
+        begin = time.perf_counter()
+        self._program.compile()
+        self.compile_s = time.perf_counter() - begin
+        # One call of the program takes as many runs as the layout holds.
+        width = self.layout.width
+        parts = [hparams[i : i + width] for i in range(0, runs, width)]
+        self._hparams = [self._program.place(part) for part in parts]
+        self._states = [jax.block_until_ready(self._program.init(h)) for h in self._hparams]
+        self._next, self._iterations = started, iterations
+        self.env_steps = runs * iterations * config.block_size
+        self.updates = runs * iterations * config.updates_per_iteration * config.reuse_per_batch
+
+    def __call__(self) -> float:
+        start, stop = self._next, self._next + self._iterations
+        self._next = stop
+        begin = time.perf_counter()
+        for part, hparams in enumerate(self._hparams):
+            state, _ = self._program.chunk(self._states[part], hparams, start, stop)
+            self._states[part] = state
+        jax.block_until_ready(self._states)
+        return time.perf_counter() - begin
+
+
+def training_rows(
+    context: Context, name: str, cases: Mapping[str, Training], axis: str
+) -> list[Row]:
+    """Times trainings in turn; environment steps and updates a second of each."""
+    seconds = in_turn(list(cases.values()), context.repeats)
+    rows = []
+    for (label, case), times in zip(cases.items(), seconds, strict=True):
+        measured = row(name, {axis: label}, "env-steps/s", case.env_steps, times)
+        measured["updates_per_s"] = case.updates / statistics.median(times)
+        measured["compile_s"] = case.compile_s
+        rows.append(measured)
+    return rows
+
+
+# Worker processes
+
+
+class Worker:
+    """A process that compiles, warms up, and then times one repeat whenever asked."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._command = command
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=dict(environment),
+        )
+        self.about = self._answer()
+
+    def __call__(self) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write("run\n")
+        self._process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        # A hung process cannot be asked to stop.
+        killer = threading.Timer(WORKER_SECONDS, self._process.kill)
+        killer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            killer.cancel()
+        if not line:
+            code = self._process.wait()
+            raise RuntimeError(f"worker ended with code {code}: {shlex.join(self._command)}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def workers(commands: Sequence[Sequence[str]], extra: Mapping[str, str]) -> Iterator[list[Worker]]:
+    """Starts workers one after the other; each has compiled when the next one starts."""
+    flag = f"--{runtime.SCHEDULER_FLAG}=false"
+    environment = {**os.environ, "XLA_FLAGS": flag, **extra}
+    started: list[Worker] = []
+    try:
+        for command in commands:
+            started.append(Worker(command, environment))
+        yield started
+    finally:
+        for worker in started:
+            worker.close()
+
+
+def own_worker(what: str, work: Work) -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), "--worker", what, json.dumps(work)]
+
+
+def peer_worker(peer: str, work: Work) -> list[str]:
+    return [str(peer_python()), str(RESULTS / "peers.py"), peer, json.dumps(work)]
+
+
+def peer_python() -> Path:
+    """Interpreter of the peers' environment, which is made where it is missing."""
+    venv = ROOT / ".venv-peer"
+    python, stamp = venv / "bin" / "python", venv / "complete"
+    constraints = RESULTS / "peer-constraints.txt"
+    wanted = constraints.read_text()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print("installing the peers into .venv-peer", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--requirement"]
+        subprocess.run([*install, str(constraints)], check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def serve(what: str, work: Work) -> None:
+    """Runs as a worker: one line once warm, then one for each line on stdin."""
+    run, about = WORKERS[what](work)
+    run()
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps({"seconds": run()}), flush=True)
+
+
+def ppo_worker(work: Work) -> tuple[Callable[[], float], Work]:
+    block = work["num_envs"] * work["rollout_length"]
+    config = Config(
+        env="CartPole-v1",
+        objective="ppo_clip",
+        num_envs=work["num_envs"],
+        rollout_length=work["rollout_length"],
+        batch_size=block // work["minibatches"],
+        updates_per_iteration=work["epochs"] * work["minibatches"],
+        hidden_sizes=(64, 64),
+        activation="tanh",
+        eval_episodes=0,
+    )
+    training = Training(config, work["runs"], work["total_steps"] // block, block)
+    return training, {"compile_s": training.compile_s}
+
+
+def replay_worker(work: Work) -> tuple[Callable[[], float], Work]:
+    """This project's replay on the work of ``flashbax_replay`` in benchmarks/peers.py."""
+    lead = (work["rollout_length"], work["num_envs"])
+    block = {
+        "obs": jnp.zeros((*lead, work["obs_size"])),
+        "action": jnp.zeros((*lead, 1), jnp.int32),
+        "behavior_log_prob": jnp.zeros((*lead, 1)),
+        "advantage": jnp.zeros(lead),
+        "value_target": jnp.zeros(lead),
+    }
+    size = work["num_envs"] * work["rollout_length"]
+
+    def iteration(index: jax.Array, carry: Any) -> Any:
+        storage, total = carry
+        new = jax.tree.map(lambda x: x + total.astype(x.dtype), block)
+        storage = buffer.add(storage, new, index)
+        key = jax.random.fold_in(jax.random.key(0), index)
+        valid = buffer.num_valid(index, work["capacity"], size)
+        for draw in buffer.draw_uniform(key, work["batches"], work["batch_size"], valid):
+            batch, _ = buffer.take_rows(storage, draw, index)
+            total += sum(jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(batch))
+        return storage, total
+
+    def run(carry: Any) -> Any:
+        return jax.lax.fori_loop(0, work["iterations"], iteration, carry)
+
+    state = [jax.jit(lambda: (buffer.init(block, work["capacity"] // size), jnp.zeros(())))()]
+    begin = time.perf_counter()
+    compiled = jax.jit(run, donate_argnums=0).lower(state[0]).compile()
+    compile_s = time.perf_counter() - begin
+
+    def timed() -> float:
+        begin = time.perf_counter()
+        state[0] = jax.block_until_ready(compiled(state[0]))
+        return time.perf_counter() - begin
+
+    return timed, {"compile_s": compile_s}
+
+
+def memory_worker(work: Work) -> tuple[Callable[[], float], Work]:
+    """Peak memory of a group beyond what the process holds before its state is made."""
+    config = Config(env="CartPole-v1", num_envs=16, rollout_length=32, eval_episodes=0)
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+
+    def held(field: str) -> int:
+        if not on_cpu:
+            stats = jax.local_devices()[0].memory_stats() or {}
+            return int(stats["peak_bytes_in_use" if field == "VmHWM" else "bytes_in_use"])
+        text = Path("/proc/self/status").read_text()
+        found = re.search(rf"{field}:\s+(\d+) kB", text)
+        assert found is not None
+        return int(found[1]) * 1024
+
+    # A small program of the same kind brings in everything that does not grow with the group.
+    Training(config, work["runs"], 2, config.block_size * 4)()
+    before = held("VmRSS")
+    if on_cpu:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    training = Training(config, work["runs"], 2, work["buffer_size"])
+    training()
+    memory = plan.measure(training.algorithm, train.make_hparams(training.algorithm.config))
+    planned = plan.needed(memory, training.layout)
+    return training, {"planned": planned, "measured": held("VmHWM") - before}
+
+
+def compile_worker(work: Work) -> tuple[Callable[[], float], Work]:
+    """Compilations and seconds from the start of a process to its first trained chunk."""
+    count = 0
+
+    def count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
+        nonlocal count
+        count += event.endswith("backend_compile_duration")
+
+    jax.monitoring.register_event_duration_secs_listener(count_compilation)
+    training = Training(Config(env=work["env"]), work["runs"], 1, 2048)
+    about = {"compile_s": training.compile_s, "compilations": count}
+    return training, about
+
+
+WORKERS: dict[str, Callable[[Work], tuple[Callable[[], float], Work]]] = {
+    "ppo": ppo_worker,
+    "replay": replay_worker,
+    "memory": memory_worker,
+    "compile": compile_worker,
+}
+
+
+def against_peer(
+    context: Context, name: str, case: Work, unit: str, work: float, commands: list[list[str]]
+) -> list[Row]:
+    """Times this project and a peer in turn; the last row is the ratio of each round."""
+    with workers(commands, {}) as (ours, theirs):
+        seconds = in_turn([ours, theirs], context.repeats)
+        about = [ours.about, theirs.about]
+    rows = [
+        row(name, case | {"by": by}, unit, work, times) | {"compile_s": info["compile_s"]}
+        for by, times, info in zip(("gipo_jax", "peer"), seconds, about, strict=True)
+    ]
+    ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)]
+    return [*rows, row(name, case | {"by": "ratio"}, "times", 1.0, [1 / r for r in ratios])]
+
+
+# Benchmarks
+
+
+def bench_peer(context: Context) -> list[Row]:
+    """PPO against rejax 0.1.3 on identical work, 1 and 8 runs."""
+    rows = []
+    for runs in (1, 8):
+        steps = PPO_WORK["total_steps"] // (8 if context.quick or runs > 1 else 1)
+        work = PPO_WORK | {"runs": runs, "total_steps": steps}
+        commands = [own_worker("ppo", work), peer_worker("rejax", work)]
+        rows += against_peer(context, "peer", {"runs": runs}, "env-steps/s", runs * steps, commands)
+    return rows
+
+
+def bench_replay(context: Context) -> list[Row]:
+    """Adding and sampling against flashbax on identical shapes."""
+    rows = []
+    for exponent in (12, 16, 20):
+        work = {
+            "num_envs": 16,
+            "rollout_length": 32,
+            "capacity": 2**exponent,
+            "batch_size": 256,
+            "batches": 4,
+            "obs_size": 4,
+            "iterations": 500 if context.quick else 2000,
+        }
+        commands = [own_worker("replay", work), peer_worker("flashbax", work)]
+        case = {"capacity": f"2^{exponent}"}
+        rows += against_peer(context, "replay", case, "iterations/s", work["iterations"], commands)
+    return rows
+
+
+def bench_runs(context: Context) -> list[Row]:
+    """Default settings with 1, 4, 16 (and 64) runs in one program."""
+    counts = (1, 4, 8, 16) if context.quick else (1, 4, 8, 16, 64)
+    config = Config(env="CartPole-v1", eval_episodes=0)
+    cases = {str(runs): Training(config, runs, max(1600 // runs, 100), 2048) for runs in counts}
+    return training_rows(context, "runs", cases, "runs")
+
+
+def bench_modes(context: Context) -> list[Row]:
+    """Batch modes for 8 runs, small default updates and larger on-policy ones."""
+    small = Config(env="CartPole-v1", eval_episodes=0)
+    large = dataclasses.replace(
+        small, num_envs=64, rollout_length=128, batch_size=2048, updates_per_iteration=16
+    )
+    cases = {}
+    for size, config, iterations, rows in (("small", small, 200, 2048), ("large", large, 4, 8192)):
+        for mode in ("vmap", "map", "loop"):
+            cases[f"{mode}, {size}"] = Training(config, 8, iterations, rows, mode)
+    return training_rows(context, "modes", cases, "mode")
+
+
+def bench_capacity(context: Context) -> list[Row]:
+    """Step time with full buffers of 2^12 to 2^20 transitions."""
+    config = Config(
+        env="CartPole-v1",
+        num_envs=16,
+        rollout_length=32,
+        batch_size=512,
+        updates_per_iteration=4,
+        eval_episodes=0,
+    )
+    exponents = (12, 16, 20) if context.quick else (12, 14, 16, 18, 20)
+    cases = {
+        f"2^{n}": Training(config, 1, 100, 2**n, started=2**n // config.block_size)
+        for n in exponents
+    }
+    return training_rows(context, "capacity", cases, "capacity")
+
+
+def bench_network(context: Context) -> list[Row]:
+    """Widths of the two hidden layers."""
+    widths = (64, 256) if context.quick else (32, 64, 128, 256, 512)
+    cases = {
+        str(width): Training(
+            Config(env="CartPole-v1", hidden_sizes=(width, width), eval_episodes=0), 1, 200, 2048
+        )
+        for width in widths
+    }
+    return training_rows(context, "network", cases, "width")
+
+
+def bench_objectives(context: Context) -> list[Row]:
+    """Eight runs of one objective, of two, of four: one program each."""
+    names = ("gipo", "ppo_clip", "sapo", "no_clip")
+    rows, groups = [], {}
+    for count in (1, 2, 4):
+        groups[count] = [
+            Training(
+                Config(env="CartPole-v1", objective=name, eval_episodes=0), 8 // count, 200, 2048
+            )
+            for name in names[:count]
+        ]
+    runs = [lambda g=group: sum(training() for training in g) for group in groups.values()]
+    for (count, group), times in zip(groups.items(), in_turn(runs, context.repeats), strict=True):
+        steps = sum(training.env_steps for training in group)
+        measured = row("objectives", {"objectives": count}, "env-steps/s", steps, times)
+        measured["compile_s"] = sum(training.compile_s for training in group)
+        rows.append(measured)
+    return rows
+
+
+def matmul(size: int, times: int) -> Callable[[], float]:
+    """Times a chain of square float32 products."""
+    x = jnp.full((size, size), 1 / size)
+    chain = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: y @ x, x))
+    return lambda: stopwatch(lambda: chain(x))
+
+
+def copy(size: int, times: int) -> Callable[[], float]:
+    """Times passes over an array that read and write all of it."""
+    x = jnp.zeros(size, jnp.float32)
+    chain = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda i, y: y + i, x))
+    return lambda: stopwatch(lambda: chain(x))
+
+
+def bench_roofline(context: Context) -> list[Row]:
+    """What the machine does at best: float32 products and memory traffic."""
+    sizes, rows = (512, 1024, 2048), []
+    times = [max(2, int(2e10 / (2 * n**3))) for n in sizes]
+    length, passes = 2**26, 4
+    measures = [matmul(n, k) for n, k in zip(sizes, times, strict=True)] + [copy(length, passes)]
+    seconds = in_turn(measures, context.repeats)
+    for n, k, measured in zip(sizes, times, seconds, strict=False):
+        rows.append(row("roofline", {"product": f"{n}^3"}, "GFLOP/s", k * 2 * n**3 / 1e9, measured))
+    traffic = passes * length * 8 / 1e9
+    rows.append(row("roofline", {"copy": "256 MiB"}, "GB/s", traffic, seconds[-1]))
+    return rows
+
+
+@struct.dataclass
+class _ManipulatorState(environment.EnvState):
+    time: int
+
+
+@struct.dataclass
+class _ManipulatorParams(environment.EnvParams):
+    max_steps_in_episode: int = 500
+
+
+class ManipulatorShapes(environment.Environment[_ManipulatorState, _ManipulatorParams]):
+    """An environment with the shapes of Meta-World and no physics: 39 observed, 4 acted."""
+
+    @property
+    def name(self) -> str:
+        return "ManipulatorShapes"
+
+    @property
+    def default_params(self) -> _ManipulatorParams:
+        return _ManipulatorParams()
+
+    def step_env(self, key: Any, state: Any, action: Any, params: Any) -> Any:
+        state = _ManipulatorState(time=state.time + 1)
+        return jax.random.normal(key, (39,)), state, jnp.sum(action), jnp.bool_(False), {}
+
+    def reset_env(self, key: Any, params: Any) -> Any:
+        return jax.random.normal(key, (39,)), _ManipulatorState(time=jnp.int32(0))
+
+    def is_truncated(self, state: Any, params: Any) -> Any:
+        return state.time >= params.max_steps_in_episode
+
+    def action_space(self, params: Any = None) -> spaces.Box:
+        return spaces.Box(-1.0, 1.0, (4,))
+
+    def observation_space(self, params: Any) -> spaces.Box:
+        return spaces.Box(-np.inf, np.inf, (39,))
+
+
+def bench_metaworld(context: Context) -> list[Row]:
+    """Updates at the paper's Meta-World shapes, without the acting between them."""
+    base = Config(
+        env=ManipulatorShapes(),
+        num_envs=1,
+        rollout_length=500,
+        batch_size=512,
+        num_bins=256,
+        hidden_sizes=(512, 512),
+        value_hidden_sizes=(256,),
+        activation="relu",
+        layer_norm=True,
+        shared_torso=True,
+        eval_episodes=0,
+    )
+    few, many = 2, 18 if context.quick else 34
+    cases = {
+        (every, updates): Training(
+            dataclasses.replace(base, actor_every=every, updates_per_iteration=updates),
+            1,
+            1,
+            20_000,
+            started=40,
+        )
+        for every in (1, 2)
+        for updates in (few, many)
+    }
+    size = 1024
+    chain = max(2, int(2e10 / (2 * size**3)))
+    *seconds, product = in_turn([*cases.values(), matmul(size, chain)], context.repeats)
+    by_case = dict(zip(cases, seconds, strict=True))
+    rate = chain * 2 * size**3 / statistics.median(product)
+    # The difference of two programs leaves the updates alone.
+    update = {
+        every: [
+            (b - a) / (many - few)
+            for a, b in zip(by_case[every, few], by_case[every, many], strict=True)
+        ]
+        for every in (1, 2)
+    }
+    rows = []
+    for every in (1, 2):
+        # By medians: single differences scatter more than either term.
+        medians = [statistics.median(by_case[every, n]) for n in (few, many)]
+        measured = row("metaworld", {"actor_every": every}, "updates/s", 1.0, update[every])
+        measured["median"] = (many - few) / (medians[1] - medians[0])
+        rows.append(measured)
+    rows[0]["fraction_of_matmul"] = rows[0]["median"] * metaworld_flops(512) / rate
+    speedup = rows[1]["median"] / rows[0]["median"]
+    rows.append(row("metaworld", {"actor_every": "2 against 1"}, "times", 1.0, [1 / speedup]))
+    return rows
+
+
+def metaworld_flops(batch: int) -> float:
+    """Floating-point operations of the matrix products of one update, the network of the paper.
+
+    Forward and weight gradient of every layer; the gradient of the input of every layer but the
+    first and the first of the value head, whose input is detached.
+    """
+    layers = {"encoder": 39 * 512, "policy": 512 * 512 + 512 * 1024}
+    value_first, value_last = 512 * 256, 256
+    total = layers["encoder"] + layers["policy"] + value_first + value_last
+    inputs = layers["policy"] + value_last
+    return 2.0 * batch * (2 * total + inputs)
+
+
+def bench_memory(context: Context) -> list[Row]:
+    """Peak memory of 8 runs against what the sweep's plan says."""
+    rows = []
+    for exponent in (18,) if context.quick else (16, 18, 20):
+        work = {"runs": 8, "buffer_size": 2**exponent}
+        with workers([own_worker("memory", work)], _own_flags()) as (worker,):
+            measured, planned = worker.about["measured"], worker.about["planned"]
+        case = {"buffer_size": f"2^{exponent}"}
+        measured_row = row("memory", case, "measured / planned", measured / planned, [1.0])
+        rows.append(measured_row | {"measured": measured, "planned": planned})
+    return rows
+
+
+def bench_compile(context: Context) -> list[Row]:
+    """Compilations and their time in a fresh process, without and with a filled cache."""
+    rows = []
+    with tempfile.TemporaryDirectory() as cache:
+        extra = _own_flags() | {"JAX_COMPILATION_CACHE_DIR": cache}
+        for start in ("cold", "cached"):
+            seconds, count = [], 0
+            for repeat in range(1 if context.quick else 3):
+                # Cold starts each need an empty cache; the cached ones share the last.
+                folder = f"{cache}/{repeat}" if start == "cold" else f"{cache}/0"
+                work = {"env": "CartPole-v1", "runs": 8}
+                extra["JAX_COMPILATION_CACHE_DIR"] = folder
+                with workers([own_worker("compile", work)], extra) as (worker,):
+                    seconds.append(worker.about["compile_s"])
+                    count = worker.about["compilations"]
+            measured = row("compile", {"start": start}, "seconds", 1.0, [1 / s for s in seconds])
+            rows.append(measured | {"compilations": count})
+    return rows
+
+
+def _own_flags() -> dict[str, str]:
+    return {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
+
+
+BENCHMARKS: dict[str, Callable[[Context], list[Row]]] = {
+    name.removeprefix("bench_"): function
+    for name, function in list(globals().items())
+    if name.startswith("bench_")
+}
+
+
+# Results
+
+
+def show(results: Mapping[str, Any], console: Console) -> None:
+    """Draws the table of stored results."""
+    about = results["about"]
+    device = about["device"]
+    console.print(
+        f"{device['count']} x {device['kind']}, {about['platform']},"
+        f" jax {about['packages']['jax']}, revision {about['revision']}, load {results['load']}\n"
+        f"{results['command']}"
+    )
+    table = Table("benchmark", "case", "median", "range", "unit", "compile s", "more")
+    last = None
+    for measured in results["rows"]:
+        if last not in (None, measured["benchmark"]):
+            table.add_section()
+        last = measured["benchmark"]
+        case = ", ".join(f"{name} {value}" for name, value in measured["case"].items())
+        known = {"benchmark", "case", "unit", "median", "low", "high", "seconds", "compile_s"}
+        more = ", ".join(f"{k} {v:,.4g}" for k, v in measured.items() if k not in known)
+        compile_s = f"{measured['compile_s']:.1f}" if "compile_s" in measured else ""
+        spread = f"{measured['low']:,.4g} .. {measured['high']:,.4g}"
+        median = f"{measured['median']:,.4g}"
+        table.add_row(last, case, median, spread, measured["unit"], compile_s, more)
+    console.print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all by default"
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller work, fewer cases")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each case (5)")
+    parser.add_argument("--out", type=Path, help="JSON file (benchmarks/DATE-NAMES.json)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only draw stored results")
+    parser.add_argument("--worker", nargs=2, metavar=("KIND", "JSON"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if options.worker is None or options.worker[0] != "compile":
+        jax.config.update("jax_enable_compilation_cache", False)  # compilation is timed
+    if options.worker:
+        serve(options.worker[0], json.loads(options.worker[1]))
+        return 0
+    if options.table:
+        show(json.loads(options.table.read_text()), console)
+        return 0
+    unknown = [name for name in options.names if name not in BENCHMARKS]
+    if unknown or options.repeats < 1:
+        parser.error(f"NAME must be of {', '.join(BENCHMARKS)}, --repeats at least 1")
+
+    names = options.names or list(BENCHMARKS)
+    started = datetime.datetime.now(datetime.UTC)
+    out = options.out or RESULTS / f"{started:%Y-%m-%d}-{'-'.join(options.names) or 'all'}.json"
+    results: dict[str, Any] = {
+        "started": started.isoformat(timespec="seconds"),
+        "command": f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}",
+        "about": provenance.describe(),
+        "cores": runtime.available_cores(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "rows": [],
+    }
+    context = Context(options.repeats, options.quick, console)
+    for name in names:
+        with console.status(name) if console.is_terminal else contextlib.nullcontext():
+            results["rows"] += BENCHMARKS[name](context)
+        # After each benchmark: a long call that is cut short keeps what it has.
+        out.write_text(json.dumps(results, indent=1) + "\n")
+    show(results, console)
+    console.print(f"stored in {os.path.relpath(out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
