@@ -156,6 +156,11 @@ def read_arrays(path: Path, like: Any) -> Any:
     )
 
 
+def stacked(tree: Any, count: int) -> Any:
+    """Shapes and types of ``count`` such trees stacked along a new first axis."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
+
+
 def _to_host(leaf: Any) -> np.ndarray:
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)

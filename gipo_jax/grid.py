@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import inspect
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -145,7 +146,7 @@ def decode(
         stored["objective"] = _decode_objective(stored["objective"], objective)
         config = Config(**stored)
         for entry in group["runs"]:
-            hparams = {k: v for k, v in entry.items() if k not in ("run", "name")}
+            hparams = {k: _numbers(v) for k, v in entry.items() if k not in ("run", "name")}
             runs[entry["run"]] = Run(entry["name"], config, HParams(**hparams))
     return [runs[index] for index in sorted(runs)]
 
@@ -153,13 +154,15 @@ def decode(
 def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, Any] | None:
     """The first setting in which two results of ``encode`` differ: its name and both values."""
     before, now = (sum(len(group["runs"]) for group in groups) for groups in (stored, given))
+    if before != now:
+        return "number of runs", before, now
     for old, new in zip(stored, given, strict=False):
         pairs = [(old["config"], new["config"]), *zip(old["runs"], new["runs"], strict=False)]
         for left, right in pairs:
-            for name in left | right:
+            for name in (left | right).keys() - {"name"}:
                 if left.get(name) != right.get(name):
                     return name, left.get(name), right.get(name)
-    return ("number of runs", before, now) if before != now else None
+    return None
 
 
 def load_objective(reference: str) -> Callable[..., Any]:
@@ -278,7 +281,15 @@ def _identity(run: Run) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return value.item() if hasattr(value, "item") else value
+    value = value.item() if hasattr(value, "item") else value
+    # JSON has no infinity.
+    return str(value) if value in (math.inf, -math.inf) else value
+
+
+def _numbers(stored: Any) -> Any:
+    if isinstance(stored, dict):
+        return {key: _numbers(item) for key, item in stored.items()}
+    return float(stored) if isinstance(stored, str) else stored
 
 
 def _encode_env(env: Any) -> Any:

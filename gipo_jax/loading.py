@@ -1,13 +1,13 @@
 """Trained runs as objects: parameters and a policy to call."""
 
 import json
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -59,11 +59,10 @@ def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any
             continue
         state = jax.eval_shape(algorithm.init, hparams)
         kept = {"params": state.learner.params, "normalizer": state.normalizer}
-        like = jax.tree.map(
-            lambda x, n=len(members): jax.ShapeDtypeStruct((n, *x.shape), x.dtype), kept
-        )
+        like = checkpoint.stacked(kept, len(members))
         stored = checkpoint.read_arrays(folder / checkpoint.ARRAYS, like)
-        mine = jax.tree.map(lambda x, i=members.index(run): np.asarray(x[i]), stored)
+        lane = operator.itemgetter(members.index(run))
+        mine = jax.tree.map(lane, stored)
         policy = _policy(algorithm, mine["params"], mine["normalizer"])
         return Trained(config, hparams, mine["params"], algorithm.env, policy)
     raise results.ResultsError(f"run {run} of {directory} has not finished")

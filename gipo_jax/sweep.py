@@ -156,6 +156,8 @@ class _Worker:
         if resume:
             self._load_checkpoint()
         self.tasks = self._plan()
+        # As they will be trained: cut to the layout of now.
+        self.started = [p for task in self.tasks for p in task.parts if p.state is not None]
 
     def work(self, callbacks: Sequence[logs.Callback]) -> Summary:
         """Runs what is left; see ``run``."""
@@ -212,10 +214,7 @@ class _Worker:
         for part in progress["started"]:
             group = self.group_of[part["runs"][0]]
             one = jax.eval_shape(group.algorithm.init, group.hparams[0])
-            count = len(part["runs"])
-            shapes.append(
-                jax.tree.map(lambda x, n=count: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), one)
-            )
+            shapes.append(checkpoint.stacked(one, len(part["runs"])))
         if shapes:
             states = checkpoint.read_arrays(path / checkpoint.ARRAYS, shapes)
             self.started = [
@@ -324,8 +323,7 @@ class _Worker:
         task.program.compile()
         self.reporter.say(f"{task.group.name}: compiled in {time.monotonic() - started:.1f} s")
         for part in task.parts:
-            if part in self.started:
-                self.started.remove(part)
+            self.started = [other for other in self.started if other is not part]
             self._train_part(task, part)
 
     def _train_part(self, task: _Task, part: _Part) -> None:

@@ -1,12 +1,19 @@
 """Settings that must stand before JAX is imported."""
 
 import os
+import tempfile
 
 # XLA's scheduler on CPU can deadlock in vmapped training programs; entry points set this
 # themselves, tests import the modules below them.
 _FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=false".strip()
+
+# Tests that train the same program compile it once; commands that tests start share it too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="gipo_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 from typing import Any  # noqa: E402
 

@@ -1,0 +1,314 @@
+"""Grids, groups, and that a run's numbers do not depend on the runs beside it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from gipo_jax import checkpoint, grid, plan, program, results, sweep, train
+from gipo_jax.config import Config, ConfigError
+
+QUIET = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
+SMALL: dict[str, Any] = {
+    "num_envs": 2,
+    "rollout_length": 4,
+    "batch_size": 8,
+    "total_steps": 96,
+    "hidden_sizes": (8,),
+    "num_logs": 3,
+    "eval_episodes": 0,
+    "buffer_size": 16,
+    # The same for all, so that sweeps of one width share a compiled program.
+    "max_buffer_size": 64,
+}
+
+
+def rows(directory: Path, run: int) -> pd.DataFrame:
+    table = results.read_metrics(directory)
+    return table[table.run == run].drop(columns="run").reset_index(drop=True)
+
+
+def names(runs: list[sweep.Run]) -> list[str]:
+    return [run.name for run in runs]
+
+
+def test_a_list_sweeps_and_seeds_vary_fastest() -> None:
+    runs = sweep.expand(**SMALL | {"buffer_size": [16, 32]}, gamma=[0.9, 0.99], seeds=2)
+    assert len(runs) == 8
+    assert [run.hparams.seed for run in runs[:4]] == [0, 1, 0, 1]
+    assert [run.hparams.buffer_size for run in runs] == [16] * 4 + [32] * 4
+
+
+def test_seed_offset_moves_the_seeds() -> None:
+    runs = sweep.expand(**SMALL, seeds=3, seed_offset=5)
+    assert [run.hparams.seed for run in runs] == [5, 6, 7]
+
+
+def test_parameters_go_to_the_objectives_that_have_them_and_no_run_is_made_twice() -> None:
+    runs = sweep.expand(**SMALL, objective=["gipo", "ppo_clip", "no_clip"], sigma=[0.5, 1.0])
+    assert [(r.config.objective, r.hparams.objective_params.get("sigma")) for r in runs] == [
+        ("gipo", 0.5),
+        ("gipo", 1.0),
+        ("ppo_clip", None),
+        ("no_clip", None),
+    ]
+
+
+def test_a_kernel_multiplies_only_the_objectives_that_take_one() -> None:
+    runs = sweep.expand(**SMALL, objective=["gipo", "no_clip"], kernel=["gaussian", "cauchy"])
+    assert len(runs) == 3
+
+
+def test_a_value_given_twice_makes_one_run() -> None:
+    assert len(sweep.expand(**SMALL, gamma=[0.9, 0.9], sigma=[1, 1.0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"sgima": 1.0}, "sgima"),
+        ({"objective": "ppo_clip", "sigma": 1.0}, "sigma"),
+        ({"sigma": [1.0, -1.0]}, "sigma"),
+        ({"gamma": 1.5}, "gamma"),
+        ({"seeds": 0}, "seeds"),
+        ({"seed_offset": -1}, "seed_offset"),
+        ({"seed": 3}, "seed"),
+        ({"gamma": []}, "gamma"),
+        ({"env": "CartPole-v9"}, "env"),
+        ({"objective": "gippo"}, "objective"),
+        ({"buffer_size": 12}, "buffer_size"),
+        ({"total_steps": 97}, "total_steps"),
+    ],
+)
+def test_what_is_not_usable_is_named(settings: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: ") as caught:
+        sweep.expand(**SMALL | settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_setting_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="learning_rate"):
+        sweep.expand(**SMALL, learning_rat=0.1)
+
+
+def test_runs_survive_json() -> None:
+    runs = sweep.expand(**SMALL, objective=["gipo", "ppo_clip"], sigma=[0.5, 1.0], seeds=2)
+    text = json.dumps(grid.encode(runs), allow_nan=False)
+    assert grid.decode(json.loads(text)) == runs
+
+
+def test_the_first_difference_between_two_sweeps_is_named() -> None:
+    one = grid.encode(sweep.expand(**SMALL, gamma=0.9))
+    other = grid.encode(sweep.expand(**SMALL, gamma=0.95))
+    more = grid.encode(sweep.expand(**SMALL, gamma=0.9, seeds=2))
+    assert grid.difference(one, one) is None
+    assert grid.difference(one, other) == ("gamma", 0.9, 0.95)
+    assert grid.difference(one, more) == ("number of runs", 1, 2)
+
+
+def test_groups_share_what_is_static_and_allocate_for_the_largest() -> None:
+    settings = SMALL | {"buffer_size": [16, 40], "max_buffer_size": None}
+    runs = sweep.expand(**settings, objective=["gipo", "no_clip"], sigma=[0.5, 1], seeds=2)
+    groups = plan.group_runs(runs)
+    assert [len(group.runs) for group in groups] == [8, 4]
+    assert {group.algorithm.config.max_buffer_size for group in groups} == {40}
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("mode", ["vmap", "map", "loop"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_layout_has_room_for_all_runs_and_little_more(mode: str, count: int, runs: int) -> None:
+    layout = program.layout(mode, None, jax.devices() * count, runs)
+    per_device = layout.blocks * layout.lanes
+    assert layout.width >= (min(runs, count) if mode == "loop" else runs)
+    assert layout.width - runs < layout.lanes * len(layout.devices)
+    assert per_device * (len(layout.devices) - 1) < max(runs, layout.lanes * len(layout.devices))
+
+
+def test_settings_have_one_type_whatever_was_given() -> None:
+    config = Config(**{k: v for k, v in SMALL.items() if k != "buffer_size"})
+    settings = [
+        train.make_hparams(config, buffer_size=16, learning_rate=1, gamma=g) for g in (0, 0.5, 1)
+    ]
+    stacked = program.stack(settings, 4)
+    assert stacked.learning_rate.dtype == np.float32
+    assert stacked.seed.dtype == np.int32
+    assert stacked.gamma.tolist() == [0, 0.5, 1, 1]
+
+
+@pytest.fixture(scope="module")
+def grid_of_six() -> list[sweep.Run]:
+    return sweep.expand(**SMALL | {"buffer_size": [16, 64]}, sigma=[0.5, 1.0, 2.0], seed_offset=3)
+
+
+@pytest.fixture(scope="module")
+def swept(grid_of_six: list[sweep.Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("swept")
+    sweep.run(grid_of_six, directory, QUIET)
+    return directory
+
+
+@pytest.mark.parametrize("chosen", [[4], [1, 4]])
+def test_a_run_is_the_same_bits_in_a_sweep_of_any_shape(
+    grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path, chosen: list[int]
+) -> None:
+    sweep.run([grid_of_six[i] for i in chosen], tmp_path, QUIET)
+    alone = rows(tmp_path, chosen.index(4))
+    pd.testing.assert_frame_equal(alone, rows(swept, 4), check_exact=True)
+
+
+def test_vmap_is_the_same_bits_in_a_sweep_of_any_shape_and_close_to_map(
+    grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(QUIET, batch_mode="vmap")
+    sweep.run(grid_of_six, tmp_path / "all", options)
+    sweep.run(grid_of_six[4:5], tmp_path / "alone", options)
+    together = rows(tmp_path / "all", 4)
+    pd.testing.assert_frame_equal(rows(tmp_path / "alone", 0), together, check_exact=True)
+    # The first logged point: later ones part ways as rounding does its work.
+    pd.testing.assert_frame_equal(together[:1], rows(swept, 4)[:1], rtol=1e-3, atol=1e-5)
+
+
+def test_loop_is_the_same_bits_as_map(
+    grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
+) -> None:
+    sweep.run(grid_of_six, tmp_path, dataclasses.replace(QUIET, batch_mode="loop"))
+    for name in (results.RUNS, results.METRICS):
+        assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
+
+
+def test_seeds_differ(tmp_path: Path) -> None:
+    sweep.run(sweep.expand(**SMALL, seeds=6), tmp_path, QUIET)
+    values = [tuple(rows(tmp_path, run).value_loss) for run in range(6)]
+    assert len(set(values)) == 6
+
+
+def test_one_program_a_group_is_made_however_many_runs(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+            made.append(event)
+
+    runs = sweep.expand(**SMALL, objective=["gipo", "no_clip"], sigma=[0.5, 1.0, 2.0], seeds=2)
+    assert len(runs) == 8
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    summary = sweep.run(runs, tmp_path, QUIET)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert summary.compilations == 2
+    # Two functions a group: first states, and chunk.
+    assert len(made) == 4
+
+
+def test_a_run_that_diverges_is_frozen_and_named_and_harms_no_other(
+    grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
+) -> None:
+    bad = grid_of_six[0]
+    hparams = dataclasses.replace(bad.hparams, learning_rate=1e38, value_learning_rate=1e38)
+    runs = [dataclasses.replace(bad, hparams=hparams), *grid_of_six[1:]]
+    summary = sweep.run(runs, tmp_path, QUIET)
+    assert summary.diverged == (0,)
+    table = results.read_runs(tmp_path)
+    assert table.status.tolist() == ["diverged"] + ["done"] * 5
+    assert 0 <= table.diverged_step[0] < SMALL["total_steps"]
+    for run in range(1, 6):
+        pd.testing.assert_frame_equal(rows(tmp_path, run), rows(swept, run), check_exact=True)
+    from gipo_jax import loading
+
+    params = loading.load(tmp_path, 0).params
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_runs_csv_has_the_settings_that_vary(swept: Path) -> None:
+    table = results.read_runs(swept)
+    assert list(table.columns[:7]) == [
+        "run",
+        "env",
+        "objective",
+        "sigma",
+        "sigma_neg_ratio",
+        "buffer_size",
+        "seed",
+    ]
+    assert table.sigma.tolist() == [0.5, 1.0, 2.0] * 2
+    assert table.buffer_size.tolist() == [16] * 3 + [64] * 3
+    assert (table.env_steps == SMALL["total_steps"]).all()
+    assert "gamma" not in table
+
+
+def test_metrics_csv_has_a_row_a_run_and_logged_point_in_order(swept: Path) -> None:
+    table = results.read_metrics(swept)
+    assert table.run.tolist() == [run for run in range(6) for _ in range(3)]
+    assert table.iteration.tolist() == [4, 8, 12] * 6
+    assert (table.env_steps == table.iteration * 8).all()
+
+
+def test_config_json_says_where_results_come_from(swept: Path) -> None:
+    stored = results.read_config(swept)
+    assert stored["provenance"]["packages"]["jax"] == jax.__version__
+    assert stored["provenance"]["device"]["kind"]
+    assert stored["command"]
+    assert stored["groups"][0]["config"]["num_envs"] == 2
+
+
+def test_another_sweep_is_not_overwritten(grid_of_six: list[sweep.Run], swept: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
+    with pytest.raises(ConfigError, match="resume"):
+        sweep.run(grid_of_six, swept, QUIET)
+    assert before == {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
+
+
+def test_a_slice_at_a_time_gives_the_same_bits(
+    grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
+) -> None:
+    group = plan.group_runs(grid_of_six)[0]
+    room_for_two = int(3.5 * (group.memory.state + group.memory.work) / plan.USABLE)
+    options = dataclasses.replace(QUIET, memory_limit=str(room_for_two))
+    cut = plan.slices(group, group.runs, "map", None, jax.devices()[:1], room_for_two)
+    assert 1 < len(cut.parts) < 6
+    sweep.run(grid_of_six, tmp_path, options)
+    for name in (results.RUNS, results.METRICS):
+        assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
+
+
+def test_what_does_not_fit_is_refused_with_what_would(grid_of_six: list[sweep.Run]) -> None:
+    group = plan.group_runs(grid_of_six)[0]
+    limit = group.memory.state - group.memory.replay + group.memory.work + group.memory.replay // 2
+    with pytest.raises(ConfigError, match="buffer_size up to 32 would fit"):
+        plan.slices(group, group.runs, "map", None, jax.devices()[:1], int(limit / plan.USABLE) + 1)
+
+
+def test_nothing_is_written_where_a_setting_is_wrong(
+    grid_of_six: list[sweep.Run], tmp_path: Path
+) -> None:
+    for options in (
+        sweep.Options(batch_mode="vmpa"),
+        sweep.Options(devices=999),
+        sweep.Options(memory_limit="lots"),
+        sweep.Options(memory_limit="1KB"),
+        sweep.Options(map_lanes=2, batch_mode="loop"),
+    ):
+        with pytest.raises(ConfigError):
+            sweep.run(grid_of_six, tmp_path / "new", options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_holds_every_array_of_the_state(
+    grid_of_six: list[sweep.Run], tmp_path: Path
+) -> None:
+    state = train.make(grid_of_six[0].config).init(grid_of_six[0].hparams)
+    path = checkpoint.save(tmp_path, {}, state)
+    found = checkpoint.newest(tmp_path, pytest.fail)
+    assert found is not None and found[0] == path
+    restored = checkpoint.read_arrays(path / checkpoint.ARRAYS, state)
+    assert isinstance(restored, train.TrainState)
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        assert one.dtype == other.dtype
+        if not jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(restored.key))
