@@ -136,9 +136,9 @@ def test_settings_have_one_type_whatever_was_given() -> None:
         train.make_hparams(config, buffer_size=16, learning_rate=1, gamma=g) for g in (0, 0.5, 1)
     ]
     stacked = program.stack(settings, 4)
-    assert stacked.learning_rate.dtype == np.float32
-    assert stacked.seed.dtype == np.int32
-    assert stacked.gamma.tolist() == [0, 0.5, 1, 1]
+    assert np.asarray(stacked.learning_rate).dtype == np.float32
+    assert np.asarray(stacked.seed).dtype == np.int32
+    assert np.asarray(stacked.gamma).tolist() == [0, 0.5, 1, 1]
 
 
 @pytest.fixture(scope="module")
