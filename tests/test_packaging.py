@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from gipo_jax import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -139,3 +142,33 @@ def test_setup_says_what_is_missing(tmp_path: Path) -> None:
     assert done.stderr.startswith("setup: needs Python 3.11")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "venv").exists()
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", _blocks("python"), ids=["fork", "sweep"])
+def test_readme_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_forked_objective_of_the_readme_is_short() -> None:
+    function = re.search(r"^def .*?(?=\n\n\n)", _blocks("python")[0], re.MULTILINE | re.DOTALL)
+    assert function is not None
+    assert function[0].count("\n") < 10
+
+
+def test_readme_commands_parse() -> None:
+    """Every option and name in the README's commands exists."""
+    commands = "".join(_blocks("bash")).replace("\\\n", " ").splitlines()
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if words[0] == "gipo-jax":
+            cli._parser().parse_args(words[1:])
+        elif "bash" in words:
+            assert (ROOT / words[words.index("bash") + 1]).is_file(), command
