@@ -699,7 +699,7 @@ def gradient_weight(
     advantage = jnp.where(advantage == 0, -1.0, advantage)
     if described.initial_state is not None:
         first = first_state(described, described.params | params)
-        params["state"] = jax.tree.map(jnp.asarray, params["state"] if "state" in params else first)
+        params["state"] = jax.tree.map(jnp.asarray, params.get("state", first))
 
     def total(x: Array) -> Array:
         return jnp.sum(evaluate(described, x, advantage, **params)[0])

@@ -203,7 +203,9 @@ def reweighted() -> dict[str, Any]:
 
     @jax.jit
     def chunk(state: Any, lanes: HParams, start: int, stop: int) -> Any:
-        return jax.lax.map(lambda lane: algorithm.chunk(*lane, start, stop), (state, lanes))
+        return jax.lax.map(
+            lambda lane: algorithm.chunk(lane[0], lane[1], start, stop), (state, lanes)
+        )
 
     same = stack([plain] * len(varied))
     first = jax.jit(lambda lanes: jax.lax.map(algorithm.init, lanes))(same)
