@@ -149,12 +149,14 @@ class Training:
         width = self.layout.width
         parts = [hparams[i : i + width] for i in range(0, runs, width)]
         self._hparams = [self._program.place(part) for part in parts]
-        self._states = [jax.block_until_ready(self._program.init(h)) for h in self._hparams]
+        self._states: list[Any] = []
         self._next, self._iterations = started, iterations
         self.env_steps = runs * iterations * config.block_size
         self.updates = runs * iterations * config.updates_per_iteration * config.reuse_per_batch
 
     def __call__(self) -> float:
+        if not self._states:
+            self._states = [jax.block_until_ready(self._program.init(h)) for h in self._hparams]
         start, stop = self._next, self._next + self._iterations
         self._next = stop
         begin = time.perf_counter()
@@ -328,7 +330,7 @@ def replay_worker(work: Work) -> tuple[Callable[[], float], Work]:
 
 
 def memory_worker(work: Work) -> tuple[Callable[[], float], Work]:
-    """Peak memory of a group beyond what the process holds before its state is made."""
+    """Peak memory of a group beyond what the process holds once it is compiled."""
     config = Config(env="CartPole-v1", num_envs=16, rollout_length=32, eval_episodes=0)
     on_cpu = jax.local_devices()[0].platform == "cpu"
 
@@ -341,12 +343,10 @@ def memory_worker(work: Work) -> tuple[Callable[[], float], Work]:
         assert found is not None
         return int(found[1]) * 1024
 
-    # A small program of the same kind brings in everything that does not grow with the group.
-    Training(config, work["runs"], 2, config.block_size * 4)()
+    training = Training(config, work["runs"], 2, work["buffer_size"])
     before = held("VmRSS")
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    training = Training(config, work["runs"], 2, work["buffer_size"])
     training()
     memory = plan.measure(training.algorithm, train.make_hparams(training.algorithm.config))
     planned = plan.needed(memory, training.layout)
@@ -354,7 +354,7 @@ def memory_worker(work: Work) -> tuple[Callable[[], float], Work]:
 
 
 def compile_worker(work: Work) -> tuple[Callable[[], float], Work]:
-    """Compilations and seconds from the start of a process to its first trained chunk."""
+    """Programs built for a group, counted from the start of a process, and their seconds."""
     count = 0
 
     def count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
@@ -363,7 +363,7 @@ def compile_worker(work: Work) -> tuple[Callable[[], float], Work]:
 
     jax.monitoring.register_event_duration_secs_listener(count_compilation)
     training = Training(Config(env=work["env"]), work["runs"], 1, 2048)
-    about = {"compile_s": training.compile_s, "compilations": count}
+    about = {"compile_s": training.compile_s, "programs": count}
     return training, about
 
 
@@ -653,9 +653,9 @@ def bench_compile(context: Context) -> list[Row]:
                 extra["JAX_COMPILATION_CACHE_DIR"] = folder
                 with workers([own_worker("compile", work)], extra) as (worker,):
                     seconds.append(worker.about["compile_s"])
-                    count = worker.about["compilations"]
+                    count = worker.about["programs"]
             measured = row("compile", {"start": start}, "seconds", 1.0, [1 / s for s in seconds])
-            rows.append(measured | {"compilations": count})
+            rows.append(measured | {"programs": count})
     return rows
 
 
