@@ -159,8 +159,8 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
     for old, new in zip(stored, given, strict=False):
         pairs = [(old["config"], new["config"]), *zip(old["runs"], new["runs"], strict=False)]
         for left, right in pairs:
-            for name in (left | right).keys() - {"name"}:
-                if left.get(name) != right.get(name):
+            for name in left | right:
+                if name != "name" and left.get(name) != right.get(name):
                     return name, left.get(name), right.get(name)
     return None
 

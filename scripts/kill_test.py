@@ -17,33 +17,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-SETTINGS = [
-    "--objective",
-    "gipo",
-    "ppo_clip",
-    "--sigma",
-    "0.5",
-    "1",
-    "--buffer-size",
-    "32",
-    "64",
-    "--seeds",
-    "2",
-    "--num-envs",
-    "2",
-    "--rollout-length",
-    "8",
-    "--batch-size",
-    "16",
-    "--hidden-sizes",
-    "8",
-    "--total-steps",
-    "1600",
-    "--num-logs",
-    "10",
-    "--eval-episodes",
-    "0",
-]
+SETTINGS = (
+    *("--objective", "gipo", "ppo_clip", "--sigma", "0.5", "1", "--buffer-size", "32", "64"),
+    *("--seeds", "2", "--num-envs", "2", "--rollout-length", "8", "--batch-size", "16"),
+    *("--hidden-sizes", "8", "--total-steps", "1600", "--num-logs", "10", "--eval-episodes", "0"),
+)
 
 COMPARED = ("runs.csv", "metrics.csv")
 
@@ -64,7 +42,13 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def check(out: Path, kills: int, chance: random.Random, say: Callable[[str], None]) -> list[str]:
+def check(
+    out: Path,
+    kills: int,
+    chance: random.Random,
+    say: Callable[[str], None],
+    settings: Sequence[str] = SETTINGS,
+) -> list[str]:
     """Runs the sweep alone and with kills.
 
     Args:
@@ -72,20 +56,21 @@ def check(out: Path, kills: int, chance: random.Random, say: Callable[[str], Non
         kills: number of kills.
         chance: source of the moments.
         say: called with a line on each kill.
+        settings: of the sweep.
 
     Returns:
         differences; empty where there are none.
     """
     alone, killed = out / "alone", out / "killed"
     started = time.monotonic()
-    finish(start(alone, SETTINGS))
+    finish(start(alone, settings))
     say(f"left alone: {time.monotonic() - started:.1f} s")
     phases = list(PHASES)
     chance.shuffle(phases)
     done = 0
     while done < kills:
         phase = phases[done % len(phases)]
-        resume = ["--resume"] if (killed / "config.json").exists() else list(SETTINGS)
+        resume = ["--resume"] if (killed / "config.json").exists() else list(settings)
         process = start(killed, resume)
         PHASES[phase](killed, process, chance)
         if process.poll() is not None:
@@ -101,7 +86,7 @@ def check(out: Path, kills: int, chance: random.Random, say: Callable[[str], Non
         process.wait()
         done += 1
         say(f"kill {done}: {phase}; {state(killed)}")
-    finish(start(killed, ["--resume"] if (killed / "config.json").exists() else SETTINGS))
+    finish(start(killed, ["--resume"] if (killed / "config.json").exists() else settings))
     return differences(alone, killed)
 
 

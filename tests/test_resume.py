@@ -1,0 +1,234 @@
+"""Interruptions: kills, signals, damaged checkpoints, full disks. All through the command."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gipo_jax import checkpoint, results, sweep
+from gipo_jax.config import ConfigError
+from scripts import kill_test
+
+pytestmark = pytest.mark.timeout(300)
+
+OPTIONS = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
+
+
+class StopError(Exception):
+    """Raised in the middle of a sweep, as a kill would come."""
+
+
+def runs() -> list[sweep.Run]:
+    return sweep.expand(
+        num_envs=2,
+        rollout_length=4,
+        batch_size=8,
+        total_steps=96,
+        hidden_sizes=(8,),
+        num_logs=3,
+        eval_episodes=0,
+        buffer_size=[16, 64],
+        max_buffer_size=64,
+        sigma=[0.5, 1.0, 2.0],
+        seed_offset=3,
+    )
+
+
+def die_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """Lets a number of checkpoints pass, then dies right after one."""
+    save = checkpoint.save
+    left = [saves]
+
+    def counted(*arguments: object) -> Path:
+        path = save(*arguments)  # type: ignore[arg-type]
+        left[0] -= 1
+        if left[0] == 0:
+            raise StopError
+        return path
+
+    monkeypatch.setattr(checkpoint, "save", counted)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("alone")
+    sweep.run(runs(), directory, OPTIONS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("died")
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 2)
+        with pytest.raises(StopError):
+            sweep.run(runs(), directory, OPTIONS)
+    return directory
+
+
+@pytest.fixture
+def stopped(died: Path, tmp_path: Path) -> Path:
+    """A sweep that died with two checkpoints of running programs."""
+    return shutil.copytree(died, tmp_path / "stopped")
+
+
+def same(one: Path, other: Path) -> bool:
+    return not kill_test.differences(one, other)
+
+
+def test_a_resumed_sweep_ends_with_the_same_bytes(alone: Path, stopped: Path) -> None:
+    sweep.run(runs(), stopped, OPTIONS, resume=True)
+    assert same(alone, stopped)
+
+
+def test_another_layout_resumes(alone: Path, stopped: Path) -> None:
+    options = sweep.Options(quiet=True, checkpoint_seconds=0, batch_mode="loop", devices=1)
+    sweep.run(runs(), stopped, options, resume=True)
+    for name in kill_test.COMPARED:
+        assert (alone / name).read_bytes() == (stopped / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["arrays/3.npy", "progress.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "garbled", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(
+    stopped: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sorted((stopped / "checkpoints").iterdir())[-1] / name
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content if damage == "garbled" else content[: len(content) // 2])
+    warned: list[str] = []
+    found = checkpoint.newest(stopped / "checkpoints", warned.append)
+    assert found is not None and found[0].name == "00000001"
+    assert len(warned) == 1 and "00000002 is damaged" in warned[0]
+
+
+def test_falling_back_ends_with_the_same_bytes(alone: Path, stopped: Path) -> None:
+    (stopped / "checkpoints/00000002/arrays/0.npy").write_bytes(b"")
+    sweep.run(runs(), stopped, OPTIONS, resume=True)
+    assert same(alone, stopped)
+
+
+def test_no_good_checkpoint_is_an_error_and_nothing_is_touched(stopped: Path) -> None:
+    for path in stopped.glob("checkpoints/*/manifest.json"):
+        path.write_text("{")
+    metrics = (stopped / "metrics.csv").read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match="delete that folder"):
+        sweep.run(runs(), stopped, OPTIONS, resume=True)
+    assert (stopped / "metrics.csv").read_bytes() == metrics
+
+
+def test_other_settings_do_not_resume(stopped: Path) -> None:
+    others = [
+        dataclasses.replace(r, hparams=dataclasses.replace(r.hparams, gamma=0.5)) for r in runs()
+    ]
+    with pytest.raises(ConfigError, match=r"^gamma: 0.5 is not valid; expected 0.99"):
+        sweep.run(others, stopped, OPTIONS, resume=True)
+    with pytest.raises(ConfigError, match=r"^number of runs: 5"):
+        sweep.run(runs()[:5], stopped, OPTIONS, resume=True)
+
+
+def test_a_checkpoint_of_another_version_is_refused(stopped: Path) -> None:
+    newest = sorted((stopped / "checkpoints").iterdir())[-1]
+    stored = json.loads((newest / "progress.json").read_text())
+    (newest / "progress.json").write_text(json.dumps(stored | {"format": 99}))
+    (newest / "manifest.json").write_text(json.dumps(checkpoint._checksums(newest)))
+    with pytest.raises(checkpoint.CheckpointError, match="format 99"):
+        sweep.run(runs(), stopped, OPTIONS, resume=True)
+
+
+def test_a_results_folder_of_another_version_is_refused(stopped: Path) -> None:
+    stored = json.loads((stopped / "config.json").read_text())
+    (stopped / "config.json").write_text(json.dumps(stored | {"format": 99}))
+    with pytest.raises(results.ResultsError, match="format 99"):
+        sweep.run(runs(), stopped, OPTIONS, resume=True)
+
+
+def test_a_finished_sweep_resumes_to_itself(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone, tmp_path / "copy")
+    summary = sweep.run(runs(), tmp_path / "copy", OPTIONS, resume=True)
+    assert summary.compilations == 0
+    assert same(alone, tmp_path / "copy")
+
+
+def test_only_the_last_two_checkpoints_are_kept(alone: Path) -> None:
+    assert len(list((alone / "checkpoints").iterdir())) == 2
+
+
+def test_a_failed_save_leaves_earlier_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = checkpoint.save(tmp_path, {"n": 1}, None)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_arrays", full)
+    with pytest.raises(checkpoint.CheckpointError, match="No space left on device") as caught:
+        checkpoint.save(tmp_path, {"n": 2}, [1])
+    assert "\n" not in str(caught.value)
+    assert checkpoint.newest(tmp_path, pytest.fail) == (first, {"n": 1})
+
+
+def test_three_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
+    settings = [word for word in kill_test.SETTINGS if word != "ppo_clip"]
+    assert kill_test.check(tmp_path, 3, random.Random(0), print, settings) == []
+
+
+def begin(out: Path, *before: str) -> "subprocess.Popen[str]":
+    """Starts a sweep that would take long."""
+    arguments = [word for word in kill_test.SETTINGS if word != "ppo_clip"]
+    arguments[arguments.index("--total-steps") + 1] = "1600000"
+    arguments[arguments.index("--num-logs") + 1] = "10000"
+    root = Path(__file__).resolve().parents[1]
+    command = [*before, sys.executable, "-m", "gipo_jax", "sweep", *arguments]
+    return subprocess.Popen(
+        [*command, "--checkpoint-seconds", "0", "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "sweep"
+    process = begin(out)
+    while process.poll() is None and not list(out.glob("checkpoints/*/manifest.json")):
+        time.sleep(0.05)
+    process.send_signal(number)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == code, error
+    assert f"stopped by {number.name}, everything is saved" in error.splitlines()[-1]
+    assert "gipo-jax sweep --resume --out" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    found = checkpoint.newest(out / "checkpoints", pytest.fail)
+    assert found is not None
+    # Saved after the last row, not only at some earlier point.
+    assert found[1]["metrics_bytes"] == (out / "metrics.csv").stat().st_size
+
+
+def test_a_full_disk_is_one_line_and_the_sweep_can_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    # Writing beyond 40 KB in a file fails as on a full disk.
+    process = begin(out, "bash", "-c", 'ulimit -f 40; exec "$@"', "-")
+    error = process.communicate(timeout=200)[1]
+    last = error.splitlines()[-1]
+    assert process.returncode == 1, error
+    assert "cannot write" in last and "File too large" in last
+    assert "Traceback" not in error
+    assert checkpoint.newest(out / "checkpoints", pytest.fail) is not None
