@@ -1,10 +1,8 @@
 """Every objective on the same tasks, fresh and stale, and what each does to a sample.
 
-The objective is part of a compiled program, so a sweep over objectives compiles one for each. Here
-their choice is traced instead (``any_of_them``): three programs, one a task, serve all of them.
+Three programs, one a task, serve all of them: see ``family``.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,83 +11,64 @@ import numpy as np
 import pandas as pd
 from jax import Array
 
+from experiments import training
+from experiments.ablations import AGE_LOOKS, FRESH, REGIME, STALE
+from experiments.family import NAMES, any_of_them
 from experiments.store import Store
+from experiments.training import Sweep, Task
 from gipo_jax import objectives, plots, results, stats, sweep
 
 QUESTION = "How does GIPO compare with the whole family of objectives, on fresh and stale data?"
 
-NAMES = tuple(objectives.REGISTRY)
-TASKS = ("CartPole-v1", "Acrobot-v1", "Catch-bsuite")
-BLOCK = {"num_envs": 8, "rollout_length": 32}
-FRESH, STALE = 256, 64 * 256
-"""Transitions in replay: those of the newest iteration, and of the newest 64."""
-
-SETTINGS: dict[str, Any] = {
-    **BLOCK,
-    "batch_size": 256,
-    "updates_per_iteration": 4,
-    "learning_rate": 1e-3,
-    "num_logs": 20,
-    "eval_episodes": 0,
+TASKS = (training.CARTPOLE, training.ACROBOT, training.CATCH)
+SCALES: dict[str, tuple[int, float]] = {
+    "quick": (2, 0.125),
+    "committed": (5, 1.0),
+    "full": (20, 16.0),
 }
-SCALES: dict[str, dict[str, Any]] = {
-    "quick": {"seeds": 2, "total_steps": 80 * 256},
-    "committed": {"seeds": 10, "total_steps": 400 * 256},
-    "full": {"seeds": 20, "total_steps": 2000 * 256},
-}
+"""Seeds, and factor on the tasks' steps."""
 
-
-def _first_states(params: Mapping[str, Any]) -> dict[str, Any]:
-    specs = [objectives.spec(name) for name in NAMES]
-    return {s.name: s.initial_state(s.params) for s in specs if s.initial_state is not None}
-
-
-@objectives.declare(kind="other-input", initial_state=_first_states, discrete_only=True)
-def any_of_them(
-    log_ratio: Array,
-    advantage: Array,
-    behavior_log_prob: Array,
-    log_ratio_start: Array,
-    state: dict[str, Any],
-    which: float = 0.0,
-) -> tuple[Array, dict[str, Any]]:
-    """The objective of index ``which`` in ``NAMES``, with its defaults."""
-    given = {"behavior_log_prob": behavior_log_prob, "log_ratio_start": log_ratio_start}
-
-    def branch(name: str) -> Any:
-        spec = objectives.spec(name)
-        inputs = {key: given[key] for key in spec.inputs}
-
-        def apply() -> tuple[Array, dict[str, Any]]:
-            if spec.initial_state is None:
-                return spec.function(log_ratio, advantage, **inputs), state
-            surrogate, new = spec.function(log_ratio, advantage, state=state[name], **inputs)
-            return surrogate, state | {name: new}
-
-        return apply
-
-    return jax.lax.switch(jnp.int32(which), [branch(name) for name in NAMES])
+LEARNING_RATE = 1e-3
 
 
 def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
-    """Evaluates all effective weights, then trains every objective on every task."""
+    """Evaluates all effective weights, then trains every objective on every task.
+
+    Args:
+        part: (i, n): this call takes the i-th of n shares of the tasks.
+    """
     store.write("objective_family_weights", weights())
-    rows = []
-    for task in TASKS:
-        runs = sweep.expand(
-            env=task,
-            objective=any_of_them,
-            which=[float(i) for i in range(len(NAMES))],
-            buffer_size=[FRESH, STALE],
-            **SETTINGS | SCALES[preset],
-        )
-        folder = store.out / "sweeps" / f"objective_family_{task}_{preset}"
-        sweep.run(runs, folder, resume=(folder / results.CONFIG).exists())
+    sweeps = [_sweep(task, preset) for task in TASKS]
+    training.store_sweeps(store, training.take_slice(sweeps, part))
+    tables = []
+    for task, item in zip(TASKS, sweeps, strict=True):
+        folder = store.out / "sweeps" / item.name
+        if not (folder / results.RUNS).exists():
+            continue
         table = results.read_runs(folder)
-        table["objective"] = [NAMES[int(i)] for i in table["which"]]
-        rows.append(table)
-    columns = ["env", "objective", "buffer_size", "seed", "status", "env_steps", "final_return"]
-    store.write("objective_family", pd.concat(rows)[columns])
+        table["objective"] = [NAMES[int(index)] for index in table["which"]]
+        table["age"] = table["buffer_size"] // task.block
+        if table.status.isin(["done", "diverged"]).all():
+            tables.append(table)
+    if tables:
+        columns = ["env", "objective", "age", "seed", "status", "env_steps", "final_return"]
+        store.write("objective_family", pd.concat(tables)[columns])
+
+
+def _sweep(task: Task, preset: str) -> Sweep:
+    seeds, scale = SCALES[preset]
+    steps = int(task.settings["total_steps"] * scale) // task.block * task.block
+    runs = sweep.expand(
+        **training.COMMON | task.settings | {"total_steps": steps},
+        env=task.env,
+        objective=any_of_them,
+        which=[float(index) for index in range(len(NAMES))],
+        learning_rate=LEARNING_RATE,
+        updates_per_iteration=task.updates[REGIME],
+        buffer_size=[FRESH * task.block, STALE * task.block],
+        seeds=seeds,
+    )
+    return Sweep(f"objective_family_{task.env}", tuple(runs), {})
 
 
 REFERENCE_SHIFT = 0.3
@@ -187,53 +166,43 @@ def _draw_weights(store: Store) -> None:
 
 
 def scores(frame: pd.DataFrame) -> tuple[list[tuple[str, int]], np.ndarray]:
-    """Normalised scores: methods (objective, buffer size), and ``[methods, seeds, tasks]``.
+    """Normalised scores ``[methods, seeds, tasks]``; methods are (objective, replay in iterations).
 
     A run that never finished an episode in the last tenth of training counts as its task's worst.
     """
     worst = frame.groupby("env").final_return.transform("min")
     filled = frame.assign(final_return=frame.final_return.fillna(worst))
     table = filled.pivot_table(
-        index=["objective", "buffer_size"], columns=["seed", "env"], values="final_return"
+        index=["objective", "age"], columns=["seed", "env"], values="final_return"
     )
     seeds, tasks = frame.seed.nunique(), frame.env.nunique()
-    methods = [(str(name), int(size)) for name, size in table.index]
+    methods = [(str(name), int(age)) for name, age in table.index]
     return methods, stats.normalize(table.to_numpy().reshape(len(methods), seeds, tasks))
 
 
 def _draw_ranking(store: Store) -> None:
-    columns = ["env", "objective", "buffer_size", "seed", "final_return"]
+    columns = ["env", "objective", "age", "seed", "final_return"]
     frame = store.read("objective_family", columns)
     methods, normalized = scores(frame)
     rows = []
-    for (name, size), score in zip(methods, normalized, strict=True):
+    for (name, age), score in zip(methods, normalized, strict=True):
         interval = stats.bootstrap(score)
-        rows.append((name, size, *interval, score.shape[0]))
-    table = pd.DataFrame(rows, columns=["objective", "buffer_size", "iqm", "low", "high", "seeds"])
-    sizes = sorted(table.buffer_size.unique())
-    stale = table[table.buffer_size == sizes[-1]].sort_values("iqm")
-    order = list(stale.objective)
+        rows.append((name, age, *interval, score.shape[0]))
+    table = pd.DataFrame(rows, columns=["objective", "age", "iqm", "low", "high", "seeds"])
+    order = list(table[table.age == STALE].sort_values("iqm").objective)
 
     figure, axes = plots.panels(1, 1, width=5.2, height=4.6)
     axis = axes[0, 0]
-    handles = []
-    for offset, size in zip((0.18, -0.18), sizes, strict=True):
-        part = table[table.buffer_size == size].set_index("objective").loc[order]
-        fresh = size == sizes[0]
-        place = np.arange(len(order)) + offset
-        bars = np.stack([part.iqm - part.low, part.high - part.iqm]).clip(min=0)
-        handles.append(
-            axis.errorbar(
-                part.iqm,
-                place,
-                xerr=bars,
-                fmt="o",
-                color="0.55" if fresh else "#0072B2",
-                mfc="white" if fresh else "#0072B2",
-                markersize=4.5,
-                elinewidth=1.2,
-                label=f"{'fresh' if fresh else 'stale'}: buffer of {plots.short_number(size)}",
-            )
+    for offset, (age, look) in zip((0.18, -0.18), AGE_LOOKS.items(), strict=True):
+        part = table[table.age == age].set_index("objective").loc[order]
+        axis.errorbar(
+            part.iqm,
+            np.arange(len(order)) + offset,
+            xerr=np.stack([part.iqm - part.low, part.high - part.iqm]).clip(min=0),
+            fmt=look.marker,
+            color=look.color,
+            markersize=4,
+            elinewidth=1.2,
         )
     axis.set_yticks(np.arange(len(order)), [plots.look(name).label for name in order])
     for label, name in zip(axis.get_yticklabels(), order, strict=True):
@@ -243,9 +212,9 @@ def _draw_ranking(store: Store) -> None:
     )
     tasks = ", ".join(sorted(frame.env.unique()))
     caption = (
-        f"{tasks}; {frame.seed.nunique()} seeds.\n"
+        f"{tasks}; {REGIME}; {frame.seed.nunique()} seeds.\n"
         "Bars: 95 % stratified bootstrap interval over seeds. 0 and 1: worst and best mean\n"
         "among these methods on each task, so that scores depend on the set."
     )
-    plots.finish(figure, caption, handles, columns=2)
+    plots.finish(figure, caption, plots.legend(AGE_LOOKS.values()), columns=2)
     store.save(figure, "objective_family", table)

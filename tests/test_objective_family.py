@@ -1,5 +1,6 @@
 """The family experiment end to end at a tiny size, and its objective of many objectives."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,10 +12,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from experiments import objective_family as family  # noqa: E402
+from experiments import training  # noqa: E402
+from experiments.ablations import AGE_LOOKS, FRESH, STALE  # noqa: E402
 from experiments.store import Store  # noqa: E402
 from gipo_jax import objectives, plots, results, sweep  # noqa: E402
 
-TASK = "Catch-bsuite"
+TASK = dataclasses.replace(
+    training.CATCH,
+    settings={"num_envs": 4, "rollout_length": 8, "total_steps": 16 * 32},
+    updates={"reuse-heavy": 4},
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +29,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A folder in which the experiment ran with one task and one seed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(family, "TASKS", (TASK,))
-        patch.setattr(family, "FRESH", 32)
-        patch.setattr(family, "STALE", 128)
-        patch.setattr(family, "SCALES", {"quick": {"seeds": 1, "total_steps": 16 * 32}})
-        small = {"num_envs": 4, "rollout_length": 8, "batch_size": 32, "num_logs": 2}
-        patch.setattr(family, "SETTINGS", family.SETTINGS | small)
+        patch.setattr(family, "SCALES", {"quick": (1, 1.0)})
+        patch.setattr(family, "STALE", 8)
+        patch.setattr(family, "AGE_LOOKS", {1: AGE_LOOKS[FRESH], 8: AGE_LOOKS[STALE]})
+        patch.setattr(training, "COMMON", training.COMMON | {"batch_size": 32, "num_logs": 2})
         made = Store(tmp_path_factory.mktemp("family"), "objective_family", "test")
         family.run(made, "quick")
         with plots.style():
@@ -40,7 +46,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 def test_every_objective_is_measured_and_drawn(store: Store) -> None:
     table = pd.read_csv(store.out / "data" / "objective_family.csv")
-    assert sorted(table.groupby("objective").buffer_size.unique().map(len).unique()) == [2]
+    assert sorted(table.age.unique()) == [1, 8]
+    assert len(table) == 2 * len(objectives.REGISTRY)
     assert list(dict.fromkeys(table.objective)) == list(objectives.REGISTRY)
     assert (table.status == "done").all()
     ranking = pd.read_csv(store.out / "tables" / "objective_family.csv")
@@ -52,17 +59,18 @@ def test_every_objective_is_measured_and_drawn(store: Store) -> None:
 
 def test_one_of_many_trains_as_it_does_alone(store: Store, tmp_path: Path) -> None:
     name = "r2vpo"
-    folder = store.out / "sweeps" / f"objective_family_{TASK}_quick"
+    folder = store.out / "sweeps" / "objective_family_Catch-bsuite"
     runs = results.read_runs(folder)
-    mine = runs[(runs.which == family.NAMES.index(name)) & (runs.buffer_size == 128)]
+    mine = runs[(runs.which == family.NAMES.index(name)) & (runs.buffer_size == 8 * TASK.block)]
     together = results.read_metrics(folder).set_index("run").loc[mine.run.item()]
-    small = {"num_envs": 4, "rollout_length": 8, "batch_size": 32, "num_logs": 2}
+    settings = training.COMMON | {"batch_size": 32, "num_logs": 2} | TASK.settings
     alone = sweep.expand(
-        env=TASK,
+        **settings,
+        env=TASK.env,
         objective=name,
-        buffer_size=128,
-        total_steps=16 * 32,
-        **family.SETTINGS | small,
+        learning_rate=family.LEARNING_RATE,
+        updates_per_iteration=4,
+        buffer_size=8 * TASK.block,
     )
     sweep.run(alone, tmp_path / "alone")
     metrics = results.read_metrics(tmp_path / "alone").set_index("run").loc[0]
@@ -87,7 +95,7 @@ def test_a_run_without_a_finished_episode_counts_as_the_worst() -> None:
         {
             "env": ["a"] * 4,
             "objective": ["x", "x", "y", "y"],
-            "buffer_size": [8] * 4,
+            "age": [8] * 4,
             "seed": [0, 1, 0, 1],
             "final_return": [1.0, np.nan, 5.0, 9.0],
         }
