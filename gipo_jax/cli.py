@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from gipo_jax import runtime
@@ -217,6 +218,7 @@ def _sweep(given: dict[str, Any]) -> int:
     fields = [field.name for field in dataclasses.fields(sweep.Options)]
     options = sweep.Options(**{name: given.pop(name) for name in fields if name in given})
     if resume and not given:
+        results.check_directory(Path(directory), resume)
         runs = grid.decode(results.read_config(directory)["groups"])
     else:
         runs = sweep.expand(**_settings(given))

@@ -455,7 +455,6 @@ class _Worker:
 
     def _finish(self) -> None:
         self._save()
-        self.file.close()
         folders = [self.folder]
         if self.peers is not None:
             if self.processes.index > 0:
@@ -463,6 +462,7 @@ class _Worker:
             wait(self.peers.all_done, self._stop_if_asked)
             names = [f"{i}-of-{self.processes.count}" for i in range(self.processes.count)]
             folders = [self.directory / results.PROCESSES / name for name in names]
+        self.file.close()
         tables = ((results.METRICS, ("run", "iteration")), (results.RUNS, ("run",)))
         for name, keys in tables:
             results.merge_tables([f / name for f in folders], self.directory / name, keys)

@@ -1,0 +1,193 @@
+"""The command: options, and one line for every mistake, before anything is compiled or written."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gipo_jax import cli, results
+
+SMALL = (
+    *("--num-envs", "2", "--rollout-length", "4", "--batch-size", "8", "--total-steps", "96"),
+    *("--hidden-sizes", "8", "--num-logs", "3", "--eval-episodes", "0", "--buffer-size", "16"),
+    "--quiet",
+)
+
+MINE = """
+import jax.numpy as jnp
+
+def mine(log_ratio, advantage, bound=2.0):
+    return jnp.minimum(jnp.exp(log_ratio), bound) * advantage
+
+def broken(log_ratio, advantage):
+    return undefined_name * advantage
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return str(path)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    """The one line that a command line with a mistake gives."""
+    assert cli.main(arguments) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("gipo-jax: "), error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("--env Nowhere-v0", ("env", "Nowhere-v0", "CartPole-v1")),
+        ("--objective gippo", ("objective", "gippo", "ppo_clip")),
+        ("--objective ppo_clip --sigma 1", ("sigma", "ppo_clip", "clip_eps")),
+        ("--sigma 0", ("sigma", "0")),
+        ("--sigma nan", ("sigma", "nan")),
+        ("--sigma one", ("sigma", "one")),
+        ("--gamma 1.5", ("gamma", "1.5", "[0, 1]")),
+        ("--gamma 0.9 -0.1", ("gamma", "-0.1")),
+        ("--seeds 0", ("seeds", "0")),
+        ("--seeds two", ("seeds", "two")),
+        ("--num-envs x", ("num_envs", "x")),
+        ("--buffer-size 12", ("buffer_size", "12", "multiple of")),
+        ("--buffer-size 8 --batch-size 16", ("buffer_size", "8", "batch_size 16")),
+        ("--total-steps 97", ("total_steps", "97")),
+        ("--batch-mode fast", ("batch_mode", "fast", "vmap")),
+        ("--memory-limit much", ("memory_limit", "much", "8GB")),
+        ("--kernel square", ("kernel", "square", "cauchy")),
+        ("--env CartPole-v1 --action-head gaussian", ("action_head", "gaussian")),
+        ("--no-such-option 3", ("--no-such-option",)),
+        ("--objective-arg sigma", ("objective-arg", "NAME=VALUE")),
+        ("--objective-arg width=3", ("width", "sigma")),
+        ("--objective nowhere.py:f", ("objective", "nowhere.py")),
+        ("--num-processes 2", ("--num-processes", "--distributed")),
+    ],
+)
+def test_a_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, names: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    error = fails(capsys, "sweep", *SMALL, *arguments.split(), "--out", str(out))
+    for name in names:
+        assert name in error
+    assert not out.exists()
+
+
+def test_without_a_folder_there_is_no_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--out" in fails(capsys, "sweep")
+
+
+def test_a_folder_inside_a_file_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert "is a file" in fails(capsys, "sweep", *SMALL, "--out", str(tmp_path / "file" / "out"))
+
+
+def test_a_folder_without_permission_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An administrator may write anywhere, so the system's answer is put in its mouth.
+    monkeypatch.setattr(results.os, "access", lambda path, mode: False)
+    error = fails(capsys, "sweep", *SMALL, "--out", str(tmp_path / "out"))
+    assert "permission" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_nothing_to_resume_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "holds a sweep" in fails(capsys, "sweep", "--resume", "--out", str(tmp_path))
+
+
+def test_nothing_can_be_drawn_where_there_is_no_sweep(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "holds no sweep" in fails(capsys, "plot", str(tmp_path), code=1)
+
+
+def test_an_error_in_a_users_objective_is_shown_as_theirs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, mine: str
+) -> None:
+    out = tmp_path / "out"
+    error = fails(capsys, "sweep", *SMALL, "--objective", f"{mine}:broken", "--out", str(out))
+    assert f"{mine}:8, in broken: NameError: name 'undefined_name'" in error
+    assert not out.exists()
+
+
+def test_a_file_that_does_not_run_is_shown_with_its_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "bad.py").write_text("\nx = 1 / 0\n")
+    (tmp_path / "worse.py").write_text("\n\ndef f(:\n")
+    reference = f"{tmp_path}/bad.py:f"
+    error = fails(capsys, "sweep", "--objective", reference, "--out", str(tmp_path / "out"))
+    assert "bad.py:2" in error and "ZeroDivisionError" in error
+    reference = f"{tmp_path}/worse.py:f"
+    error = fails(capsys, "sweep", "--objective", reference, "--out", str(tmp_path / "out"))
+    assert "worse.py:3" in error and "SyntaxError" in error
+
+
+def test_a_users_objective_is_swept_and_resumed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, mine: str
+) -> None:
+    out = str(tmp_path / "out")
+    settings = [*SMALL, "--objective", f"{mine}:mine", "--objective-arg", "bound=1.5", "3"]
+    assert cli.main(["sweep", *settings, "--seeds", "2", "--out", out]) == 0
+    assert f"4 runs; results in {out}" in capsys.readouterr().out
+    table = results.read_runs(out)
+    assert table.objective.tolist() == ["mine"] * 4
+    assert table.bound.tolist() == [1.5, 1.5, 3, 3]
+
+    # Everything is there: going on finds nothing to do, with or without the settings.
+    assert cli.main(["sweep", "--resume", "--out", out]) == 0
+    assert cli.main(["sweep", "--resume", *settings, "--seeds", "2", "--out", out]) == 0
+    capsys.readouterr()
+    assert "number of runs: 2" in fails(capsys, "sweep", "--resume", *settings, "--out", out)
+    assert "resume" in fails(capsys, "sweep", *settings, "--out", out)
+    Path(mine).write_text(MINE.replace("2.0", "4.0"))
+    assert "has changed since" in fails(capsys, "sweep", "--resume", "--out", out)
+
+
+def test_help_lists_every_option_with_its_default_and_meaning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sweep", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    options = """
+        --env --objective --sigma --sigma-neg-ratio --kernel --buffer-size --seeds --seed-offset
+        --total-steps --num-envs --rollout-length --batch-size --updates-per-iteration
+        --learning-rate --value-learning-rate --gamma --gae-lambda --resume --out --clip-eps
+        --batch-mode --distributed --tensorboard --objective-arg
+    """
+    for option in options.split():
+        assert f"{option} " in text
+    assert "discount; a number in [0, 1] (default: 0.99)" in text
+    assert "(default: gipo 1" in text
+
+
+def test_objectives_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["objectives"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["NAME", "KIND", "PARAMETERS", "PAPER"]
+    gipo = next(line for line in lines if line.startswith("gipo"))
+    assert "per-sample" in gipo and "sigma=1" in gipo and "2603.03955" in gipo
+
+
+def test_the_module_is_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gipo_jax", "sweep", "--gamma", "2", "--out", "/nowhere/x"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=Path(__file__).resolve().parents[1],
+    )
+    assert done.returncode == 2
+    assert "gamma: 2 is not valid" in done.stderr and "Traceback" not in done.stderr
