@@ -17,7 +17,7 @@ from gymnax.environments import spaces
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from gipo_jax import buffer, objectives, train
+from gipo_jax import objectives, train
 from gipo_jax.config import Config, HParams
 
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -528,10 +528,16 @@ def test_replay_keeps_only_what_the_mode_needs() -> None:
 
 
 def test_train_is_chunks_in_a_row(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first update comes with the third rollout, at which replay holds a batch."""
     monkeypatch.setattr(jax, "jit", quick)
-    config = Config(env=toy(pay=1.0), **(SMALL | {"total_steps": BLOCK * 6, "num_logs": 3}))
-    hparams = train.make_hparams(config, buffer_size=2 * BLOCK)
-    state, metrics = train.train(config, hparams)
-    assert all(x.shape == (3,) for x in metrics.values())
-    assert np.array_equal(metrics["policy_age_max"], [1, 1, 1])
-    assert buffer.init({"x": jnp.zeros((4, 4))}, 2)["x"].shape == state.replay.advantage.shape
+    settings = {"total_steps": BLOCK * 6, "num_logs": 4, "batch_size": 3 * BLOCK}
+    config = Config(env=toy(pay=1.0), **(SMALL | settings))
+    state, metrics = train.train(config, train.make_hparams(config, buffer_size=3 * BLOCK))
+    assert train.log_boundaries(config) == [1, 3, 4, 6]
+    assert all(x.shape == (4,) for x in metrics.values())
+    assert np.array_equal(metrics["policy_age_max"], [0, 2, 2, 2])
+    assert state.replay.advantage.shape == (3, 4, 4)
+    # Means over the iterations that updated, of which the first point has none.
+    for name in ("entropy", "value_loss", "grad_norm"):
+        assert list(np.isnan(metrics[name])) == [True, False, False, False]
+    np.testing.assert_allclose(metrics["entropy"][1:], np.log(2), rtol=0.01)
