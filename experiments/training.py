@@ -79,7 +79,7 @@ COMMON: dict[str, Any] = {
     "batch_size": 64,
     # The same critic for every method, so that tuning a policy's learning rate tunes only that.
     "value_learning_rate": 1e-3,
-    "entropy_coef": 0.01,
+    "entropy_coef": 0.0,
     "schedule": "linear",
     "eval_episodes": 0,
     "num_logs": 16,

@@ -232,7 +232,7 @@ class HParams:
         0.95, "decay of generalised advantage estimation", "a number in [0, 1]", _unit
     )
     entropy_coef: Scalar = setting(
-        0.0, "weight of the entropy bonus", "a finite number >= 0", _not_negative
+        0.03, "weight of the entropy bonus", "a finite number >= 0", _not_negative
     )
     kl_coef: Scalar = setting(
         0.0, "weight of the penalty KL(behavior || policy)", "a finite number >= 0", _not_negative
