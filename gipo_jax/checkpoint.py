@@ -12,7 +12,7 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -111,7 +111,7 @@ def write_arrays(path: Path, tree: Any) -> None:
     for number, (_, leaf) in enumerate(leaves):
         # One array at a time, so that the host need not hold a second copy of all of them.
         with (path / f"{number}.npy").open("wb") as file:
-            np.save(file, _to_host(leaf), allow_pickle=False)
+            _write_array(file, leaf)
     names = [jax.tree_util.keystr(name) for name, _ in leaves]
     (path / _NAMES).write_text(json.dumps(names))
 
@@ -161,10 +161,23 @@ def stacked(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
 
 
-def _to_host(leaf: Any) -> np.ndarray:
+def _write_array(file: BinaryIO, leaf: Any) -> None:
+    """Writes an array in NumPy's format, one device's part after the other."""
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
-    return np.asarray(leaf)
+    parts = [leaf]
+    if isinstance(leaf, jax.Array) and leaf.ndim:
+        # The array as a whole would be copied, and the copy kept as long as the array.
+        shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        parts = [shard.data for shard in shards]
+    described = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(leaf.dtype)),
+        "fortran_order": False,
+        "shape": tuple(leaf.shape),
+    }
+    np.lib.format.write_array_header_1_0(file, described)
+    for part in parts:
+        file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
 
 
 def _numbers(directory: Path) -> list[int]:

@@ -405,8 +405,10 @@ class _Worker:
         """Makes a checkpoint of everything, with ``state`` of the runs now in training."""
         parts = list(self.started)
         if state is not None:
-            host = jax.tree.map(lambda x: x[: len(runs)], state)
-            parts.insert(0, _Part(tuple(runs), point, host))
+            count = len(runs)
+            # Slicing copies, which the largest sweeps have no memory for.
+            kept = jax.tree.map(lambda x: x if len(x) == count else x[:count], state)
+            parts.insert(0, _Part(tuple(runs), point, kept))
         progress = {
             "finished": self.finished,
             "diverged": self.diverged,
