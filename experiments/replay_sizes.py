@@ -107,7 +107,11 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     if finished is not None:
         runs, curves = finished
         store.write("replay_sizes_runs", runs, 6)
-        store.write("replay_sizes_curves", curves, 4)
+        # A file a regime: together they would be too large for a repository.
+        for regime in REGIMES:
+            part_of = curves["run"].isin(runs.loc[runs["regime"] == regime, "run"])
+            if part_of.any():
+                store.write(_curves_table(regime), curves[part_of], 3)
     tuned = training.collect(store, [s for r, t in pairs for s in _tuning(scale, r, t)])
     if tuned is not None:
         store.write("replay_sizes_tuning", tuned[0], 6)
@@ -167,13 +171,20 @@ def _main(store: Store, scale: Scale, regime: str, task: Task) -> Sweep | None:
     return Sweep(f"replay {regime} {task.env}".replace(" ", "_"), tuple(runs), {"regime": regime})
 
 
+def _curves_table(regime: str) -> str:
+    return f"replay_sizes_curves_{regime.replace('-', '_')}"
+
+
 def load_curves(store: Store, runs: pd.DataFrame) -> pd.DataFrame:
     """Stored curves with the columns that tell runs apart, and ``progress`` in (0, 1].
 
     Raises:
         DataError: as in ``Store.read``.
     """
-    curves = store.read("replay_sizes_curves", ["run", "env_steps", *training.CURVES])
+    curves = pd.concat(
+        store.read(_curves_table(regime), ["run", "env_steps", *training.CURVES])
+        for regime in runs["regime"].unique()
+    )
     curves = curves.merge(
         runs[["run", "regime", "env", "method", "age", "seed", "final_return"]], on="run"
     )

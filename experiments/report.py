@@ -51,7 +51,7 @@ def write(out: Path, path: Path) -> None:
         _stability(out),
         _efficiency(out),
         _utilization(out),
-        _ablations(),
+        _ablations(out),
     ]
     folder = Path(os.path.relpath(out.resolve(), path.resolve().parent))
     manifest = Store(out, "report", "").manifest()
@@ -333,6 +333,11 @@ def _utilization(out: Path) -> Section:
     )
 
 
-def _ablations() -> Section:
+def _ablations(out: Path) -> Section:
+    studies = ("sigma", "asymmetry", "kernel", "token_vs_joint")
+    drawn = tuple(name for name in studies if (out / "figures" / f"{name}.png").is_file())
     text = "Described, not judged: see the plan."
-    return Section("Ablations", "", text, ("sigma", "asymmetry", "kernel", "token_vs_joint"))
+    missing = [name for name in studies if name not in drawn]
+    if missing:
+        text += f" Not run yet at this scale: {', '.join(missing)}."
+    return Section("Ablations", "", text, drawn)

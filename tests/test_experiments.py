@@ -212,7 +212,7 @@ def test_replay_sizes(trained: Path) -> None:
     assert set(used) == {best}
     # Each objective weighs the same stale data in its own way.
     stale = runs[(runs.age == 16) & (runs.seed == 0) & (runs.regime == "reuse-heavy")]
-    curves = pd.read_csv(trained / "data" / "replay_sizes_curves.csv")
+    curves = pd.read_csv(trained / "data" / "replay_sizes_curves_reuse_heavy.csv")
     assert curves[curves.run.isin(stale.run)].groupby("run").ess.mean().nunique() == methods
     headline = numbers(trained, "replay_sizes")
     assert (headline.low <= headline.iqm).all() and (headline.iqm <= headline.high).all()
