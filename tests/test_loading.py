@@ -84,10 +84,14 @@ def test_tensorboard_files_are_written(trained: Path) -> None:
     assert len(list(trained.glob("tensorboard/*/events*"))) == 2
 
 
+def hang(event: threading.Event) -> None:
+    event.wait()
+
+
 def test_a_callback_that_hangs_holds_up_nothing() -> None:
     never = threading.Event()
     warned: list[str] = []
-    dispatcher = logs.Dispatcher([lambda rows: never.wait() and None], warned.append)
+    dispatcher = logs.Dispatcher([lambda rows: hang(never)], warned.append)
     for _ in range(logs.WAITING + 5):
         dispatcher.send([])
     dispatcher.close(seconds=0.2)
