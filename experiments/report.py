@@ -11,6 +11,8 @@ import pandas as pd
 from experiments.store import DataError, Store
 from gipo_jax import plots
 
+_DEPARTURES = Path(__file__).with_name("DEPARTURES.md")
+
 REPRODUCED, PARTLY, NOT = "reproduced", "partly", "not reproduced here"
 GIPO, PPO, SAPO, NO_CLIP = (
     plots.look("gipo", 1.0).label,
@@ -52,6 +54,7 @@ def write(out: Path, path: Path) -> None:
         _efficiency(out),
         _utilization(out),
         _ablations(out),
+        Section("Departures from the plan", "", _DEPARTURES.read_text().strip(), ()),
     ]
     folder = Path(os.path.relpath(out.resolve(), path.resolve().parent))
     manifest = Store(out, "report", "").manifest()
