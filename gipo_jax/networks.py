@@ -100,13 +100,15 @@ def _categorical(num_tokens: int, bins: int, to_env: Callable[[Array], Array]) -
         return jnp.sum(threshold >= cumulative, axis=-1, dtype=jnp.int32)
 
     def log_prob(logits: Array, action: Array) -> Array:
-        # A one-hot product: the gradient of a gather is a scatter, which is serial on CPU.
-        chosen = jnp.sum(logits * jax.nn.one_hot(action, bins, dtype=logits.dtype), axis=-1)
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        # Bins first: XLA on CPU is slow over a last axis of two or three. A one-hot product: the
+        # gradient of a gather is a scatter, which is serial there.
+        logits = jnp.moveaxis(logits, -1, 0)
+        chosen = jax.nn.one_hot(action, bins, dtype=logits.dtype, axis=0)
+        return jnp.sum(logits * chosen, axis=0) - jax.nn.logsumexp(logits, axis=0)
 
     def entropy(logits: Array) -> Array:
-        log_probs = jax.nn.log_softmax(logits)
-        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+        log_probs = jax.nn.log_softmax(jnp.moveaxis(logits, -1, 0), axis=0)
+        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=0)
 
     def mode(logits: Array) -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -135,6 +137,10 @@ def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
         dimensions, 2, False, noise, sample, lambda outputs: outputs[..., 0], log_prob, entropy,
         to_env,
     )  # fmt: skip
+
+
+_FEW_COLUMNS = 8
+_MANY_ROWS = 512
 
 
 class Torso(nn.Module):
@@ -190,7 +196,24 @@ def _dense(size: int, scale: float) -> nn.Dense:
         )
         return draw(key)
 
-    return nn.Dense(size, kernel_init=orthogonal)
+    dot_general = _narrow if size <= _FEW_COLUMNS else None
+    return nn.Dense(size, kernel_init=orthogonal, dot_general=dot_general)
+
+
+def _narrow(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """``x @ kernel`` for a kernel of few columns, in the place of Flax's ``dot_general``.
+
+    XLA's product of matrices on CPU is slow for them: with many rows, an update of a policy with
+    two actions takes 1.3 times as long as with a product of matrix and vector for each column
+    (benchmarks/NOTES.md).
+    """
+
+    def by_column(x: Array, kernel: Array) -> Array:
+        return jnp.stack([x @ column for column in kernel.T], axis=-1)
+
+    if x.size < _MANY_ROWS * x.shape[-1]:
+        return x @ kernel
+    return jax.lax.platform_dependent(x, kernel, cpu=by_column, default=jnp.matmul)
 
 
 class Network(NamedTuple):
