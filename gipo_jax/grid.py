@@ -160,9 +160,15 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
         pairs = [(old["config"], new["config"]), *zip(old["runs"], new["runs"], strict=False)]
         for left, right in pairs:
             for name in left | right:
-                if name != "name" and left.get(name) != right.get(name):
-                    return name, left.get(name), right.get(name)
+                values = left.get(name), right.get(name)
+                if name != "name" and _placeless(values[0]) != _placeless(values[1]):
+                    return name, *values
     return None
+
+
+def _placeless(value: Any) -> Any:
+    """A stored setting without the place of its file: the same code elsewhere is the same."""
+    return {k: v for k, v in value.items() if k != "file"} if isinstance(value, dict) else value
 
 
 def load_objective(reference: str) -> Callable[..., Any]:

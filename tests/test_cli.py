@@ -1,5 +1,6 @@
 """The command: options, and one line for every mistake, before anything is compiled or written."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,10 @@ def test_a_users_objective_is_swept_and_resumed(
 
     # Everything is there: going on finds nothing to do, with or without the settings.
     assert cli.main(["sweep", "--resume", "--out", out]) == 0
+    assert cli.main(["sweep", "--resume", *settings, "--seeds", "2", "--out", out]) == 0
+    # The same code in another place is the same objective.
+    elsewhere = shutil.copy(mine, tmp_path / "elsewhere.py")
+    settings[settings.index(f"{mine}:mine")] = f"{elsewhere}:mine"
     assert cli.main(["sweep", "--resume", *settings, "--seeds", "2", "--out", out]) == 0
     capsys.readouterr()
     assert "number of runs: 2" in fails(capsys, "sweep", "--resume", *settings, "--out", out)
