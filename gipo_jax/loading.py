@@ -1,5 +1,6 @@
 """Trained runs as objects: parameters and a policy to call."""
 
+import dataclasses
 import json
 import operator
 from collections.abc import Callable
@@ -53,7 +54,8 @@ def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any
     if run not in range(len(runs)):
         raise ConfigError("run", run, f"a run of the sweep, 0 to {len(runs) - 1}")
     config, hparams = runs[run].config, runs[run].hparams
-    algorithm = train.make(config)
+    size = int(hparams.buffer_size)
+    algorithm = train.make(dataclasses.replace(config, max_buffer_size=size))
     for folder in sorted((directory / results.PARAMS).glob("[0-9]*")):
         if folder.suffix or run not in (members := json.loads((folder / "runs.json").read_text())):
             continue

@@ -241,8 +241,14 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     Separate towers take ``hidden_sizes`` each. A shared torso takes all but the last of them, and
     policy and value have a last hidden layer of their own. ``value_hidden_sizes`` replaces the
     value's part.
+
+    Raises:
+        ConfigError: a shared torso of no layers.
     """
     planes = len(obs_shape) == 3
+    if config.shared_torso and not planes and len(config.hidden_sizes) == 1:
+        valid = "False with one hidden size, because all but the last are shared"
+        raise ConfigError("shared_torso", True, valid)
     obs_rank = len(obs_shape)
     shared, own = config.hidden_sizes[:-1], config.hidden_sizes[-1:]
     if not config.shared_torso:

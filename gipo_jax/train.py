@@ -118,7 +118,11 @@ class Algorithm:
     objective: objectives.Spec
 
     def init(self, hparams: HParams) -> TrainState:
-        """First state of a run; its key is ``fold_in(key(0), seed)``."""
+        """First state of a run; its key is ``fold_in(key(0), seed)``.
+
+        Raises:
+            ConfigError: ``config.max_buffer_size`` is left open.
+        """
         key = jax.random.fold_in(jax.random.key(0), hparams.seed)
         key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
         params = self.network.init(key_params)
@@ -520,8 +524,10 @@ class Algorithm:
                 truncated=like((), jnp.bool_),
                 final_obs=obs,
             )
-        rows = config.max_buffer_size or int(_DEFAULTS.buffer_size)
-        return buffer.init(block, rows // config.block_size)
+        if config.max_buffer_size is None:
+            valid = "the largest buffer_size that the algorithm will run with"
+            raise ConfigError("max_buffer_size", None, valid)
+        return buffer.init(block, config.max_buffer_size // config.block_size)
 
 
 _DEFAULTS = HParams()
@@ -643,7 +649,7 @@ def _kl_pull(log_ratio: Array) -> Array:
 
 def _keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
     """Takes the new learner, unless it or an earlier one is not finite."""
-    sums = [jnp.sum(x) for x in jax.tree.leaves(learner.params)]
+    sums = [jnp.sum(x) for x in jax.tree.leaves((learner.params, learner.objective_state))]
     finite = jnp.all(jnp.isfinite(jnp.stack(sums)))
     good = finite & (state.diverged_at < 0)
     return state._replace(

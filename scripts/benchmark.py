@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -107,6 +109,7 @@ class Training:
         compile_s: seconds of compilation.
         env_steps: environment steps of one call, all runs together.
         updates: likewise.
+        flops: operations of matrix products, likewise; of networks as ``iteration_flops`` knows.
     """
 
     def __init__(
@@ -153,6 +156,9 @@ class Training:
         self._next, self._iterations = started, iterations
         self.env_steps = runs * iterations * config.block_size
         self.updates = runs * iterations * config.updates_per_iteration * config.reuse_per_batch
+        inputs, head = math.prod(self.algorithm.env.obs_shape), self.algorithm.head
+        outputs = head.num_tokens * head.output_width
+        self.flops = runs * iterations * iteration_flops(config, inputs, outputs)
 
     def __call__(self) -> float:
         if not self._states:
@@ -171,14 +177,52 @@ def training_rows(
     context: Context, name: str, cases: Mapping[str, Training], axis: str
 ) -> list[Row]:
     """Times trainings in turn; environment steps and updates a second of each."""
-    seconds = in_turn(list(cases.values()), context.repeats)
+    *seconds, product = in_turn([*cases.values(), matmul()], context.repeats)
     rows = []
     for (label, case), times in zip(cases.items(), seconds, strict=True):
         measured = row(name, {axis: label}, "env-steps/s", case.env_steps, times)
         measured["updates_per_s"] = case.updates / statistics.median(times)
         measured["compile_s"] = case.compile_s
+        measured["fraction_of_matmul"] = roofline_fraction(case.flops, times, product)
         rows.append(measured)
     return rows
+
+
+MATMUL_FLOPS = 2e10
+"""Operations of one call of ``matmul()``."""
+
+
+def matmul(size: int = 1024) -> Callable[[], float]:
+    """Times a chain of square float32 products of about ``MATMUL_FLOPS``."""
+    times = max(2, round(MATMUL_FLOPS / (2 * size**3)))
+    scale = MATMUL_FLOPS / (times * 2 * size**3)
+    x = jnp.full((size, size), 1 / size)
+    chain = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: y @ x, x))
+    return lambda: scale * stopwatch(lambda: chain(x))
+
+
+def roofline_fraction(flops: float, seconds: list[float], product: list[float]) -> float:
+    """Share of the machine's rate of matrix products, both measured in one run."""
+    rate = MATMUL_FLOPS / statistics.median(product)
+    return flops / statistics.median(seconds) / rate
+
+
+def iteration_flops(config: Config, inputs: int, outputs: int) -> float:
+    """Operations of the matrix products of one iteration with separate towers of dense layers.
+
+    Acting takes the policy forward, labels the value twice, an update both forward and, for the
+    gradients of weights and inputs, twice as much again, save for the input of the first layer.
+    """
+
+    def tower(outputs: int) -> tuple[int, int]:
+        sizes = (inputs, *config.hidden_sizes, outputs)
+        products = [a * b for a, b in itertools.pairwise(sizes)]
+        return sum(products), products[0]
+
+    (policy, policy_first), (value, value_first) = tower(outputs), tower(1)
+    updates = config.updates_per_iteration * config.reuse_per_batch
+    learning = config.batch_size * (6 * (policy + value) - 2 * (policy_first + value_first))
+    return config.block_size * (2 * policy + 4 * value) + updates * learning
 
 
 # Worker processes
@@ -273,9 +317,9 @@ def serve(what: str, work: Work) -> None:
         print(json.dumps({"seconds": run()}), flush=True)
 
 
-def ppo_worker(work: Work) -> tuple[Callable[[], float], Work]:
+def ppo_config(work: Work) -> Config:
     block = work["num_envs"] * work["rollout_length"]
-    config = Config(
+    return Config(
         env="CartPole-v1",
         objective="ppo_clip",
         num_envs=work["num_envs"],
@@ -286,6 +330,11 @@ def ppo_worker(work: Work) -> tuple[Callable[[], float], Work]:
         activation="tanh",
         eval_episodes=0,
     )
+
+
+def ppo_worker(work: Work) -> tuple[Callable[[], float], Work]:
+    config = ppo_config(work)
+    block = config.block_size
     training = Training(config, work["runs"], work["total_steps"] // block, block)
     return training, {"compile_s": training.compile_s}
 
@@ -376,18 +425,32 @@ WORKERS: dict[str, Callable[[Work], tuple[Callable[[], float], Work]]] = {
 
 
 def against_peer(
-    context: Context, name: str, case: Work, unit: str, work: float, commands: list[list[str]]
-) -> list[Row]:
-    """Times this project and a peer in turn; the last row is the ratio of each round."""
+    context: Context,
+    name: str,
+    case: Work,
+    unit: str,
+    work: float,
+    commands: list[list[str]],
+    limit: Callable[[], float],
+) -> tuple[list[Row], list[float]]:
+    """Times this project and a peer in turn; the last row is the ratio of each round.
+
+    Args:
+        limit: timed in the same rounds, such as ``matmul()``.
+
+    Returns:
+        rows of this project, the peer and the ratio; seconds of ``limit``.
+    """
     with workers(commands, {}) as (ours, theirs):
-        seconds = in_turn([ours, theirs], context.repeats)
+        *seconds, limits = in_turn([ours, theirs, limit], context.repeats)
         about = [ours.about, theirs.about]
     rows = [
         row(name, case | {"by": by}, unit, work, times) | {"compile_s": info["compile_s"]}
         for by, times, info in zip(("gipo_jax", "peer"), seconds, about, strict=True)
     ]
     ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)]
-    return [*rows, row(name, case | {"by": "ratio"}, "times", 1.0, [1 / r for r in ratios])]
+    rows.append(row(name, case | {"by": "ratio"}, "times", 1.0, [1 / r for r in ratios]))
+    return rows, limits
 
 
 # Benchmarks
@@ -397,10 +460,17 @@ def bench_peer(context: Context) -> list[Row]:
     """PPO against rejax 0.1.3 on identical work, 1 and 8 runs."""
     rows = []
     for runs in (1, 8):
-        steps = PPO_WORK["total_steps"] // (8 if context.quick or runs > 1 else 1)
+        steps = PPO_WORK["total_steps"] // (8 if context.quick else 1)
         work = PPO_WORK | {"runs": runs, "total_steps": steps}
         commands = [own_worker("ppo", work), peer_worker("rejax", work)]
-        rows += against_peer(context, "peer", {"runs": runs}, "env-steps/s", runs * steps, commands)
+        measured, product = against_peer(
+            context, "peer", {"runs": runs}, "env-steps/s", runs * steps, commands, matmul()
+        )
+        block = work["num_envs"] * work["rollout_length"]
+        flops = runs * steps / block * iteration_flops(ppo_config(work), 4, 2)
+        for by in measured[:2]:
+            by["fraction_of_matmul"] = roofline_fraction(flops, by["seconds"], product)
+        rows += measured
     return rows
 
 
@@ -419,16 +489,28 @@ def bench_replay(context: Context) -> list[Row]:
         }
         commands = [own_worker("replay", work), peer_worker("flashbax", work)]
         case = {"capacity": f"2^{exponent}"}
-        rows += against_peer(context, "replay", case, "iterations/s", work["iterations"], commands)
+        measured, copying = against_peer(
+            context, "replay", case, "iterations/s", work["iterations"], commands, copy()
+        )
+        # A row is read and written when it is added, and again when it is drawn.
+        moved = work["num_envs"] * work["rollout_length"] + work["batches"] * work["batch_size"]
+        row_bytes = 4 * (work["obs_size"] + 4)
+        bandwidth = COPY_BYTES / statistics.median(copying)
+        for by in measured[:2]:
+            by["fraction_of_copy"] = by["median"] * 2 * moved * row_bytes / bandwidth
+        rows += measured
     return rows
 
 
 def bench_runs(context: Context) -> list[Row]:
     """Default settings with 1, 4, 16 (and 64) runs in one program."""
-    counts = (1, 4, 8, 16) if context.quick else (1, 4, 8, 16, 64)
+    counts = (1, 4, 8, 16) if context.quick else (1, 2, 4, 8, 16, 64)
     config = Config(env="CartPole-v1", eval_episodes=0)
-    cases = {str(runs): Training(config, runs, max(1600 // runs, 100), 2048) for runs in counts}
-    return training_rows(context, "runs", cases, "runs")
+    cases = {str(runs): Training(config, runs, max(3200 // runs, 200), 2048) for runs in counts}
+    rows = training_rows(context, "runs", cases, "runs")
+    for measured in rows:
+        measured["times_one_run"] = measured["median"] / rows[0]["median"]
+    return rows
 
 
 def bench_modes(context: Context) -> list[Row]:
@@ -494,32 +576,27 @@ def bench_objectives(context: Context) -> list[Row]:
     return rows
 
 
-def matmul(size: int, times: int) -> Callable[[], float]:
-    """Times a chain of square float32 products."""
-    x = jnp.full((size, size), 1 / size)
-    chain = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda _, y: y @ x, x))
-    return lambda: stopwatch(lambda: chain(x))
+COPY_BYTES = 2**31
+"""Traffic of one call of ``copy()``, reading and writing."""
 
 
-def copy(size: int, times: int) -> Callable[[], float]:
-    """Times passes over an array that read and write all of it."""
-    x = jnp.zeros(size, jnp.float32)
-    chain = jax.jit(lambda x: jax.lax.fori_loop(0, times, lambda i, y: y + i, x))
+def copy() -> Callable[[], float]:
+    """Times passes that read and write all of an array of 256 MiB."""
+    x = jnp.zeros(2**26, jnp.float32)
+    passes = COPY_BYTES // (2 * x.nbytes)
+    chain = jax.jit(lambda x: jax.lax.fori_loop(0, passes, lambda i, y: y + i, x))
     return lambda: stopwatch(lambda: chain(x))
 
 
 def bench_roofline(context: Context) -> list[Row]:
     """What the machine does at best: float32 products and memory traffic."""
-    sizes, rows = (512, 1024, 2048), []
-    times = [max(2, int(2e10 / (2 * n**3))) for n in sizes]
-    length, passes = 2**26, 4
-    measures = [matmul(n, k) for n, k in zip(sizes, times, strict=True)] + [copy(length, passes)]
-    seconds = in_turn(measures, context.repeats)
-    for n, k, measured in zip(sizes, times, seconds, strict=False):
-        rows.append(row("roofline", {"product": f"{n}^3"}, "GFLOP/s", k * 2 * n**3 / 1e9, measured))
-    traffic = passes * length * 8 / 1e9
-    rows.append(row("roofline", {"copy": "256 MiB"}, "GB/s", traffic, seconds[-1]))
-    return rows
+    sizes = (512, 1024, 2048)
+    *products, traffic = in_turn([*map(matmul, sizes), copy()], context.repeats)
+    rows = [
+        row("roofline", {"product": f"{n}^3"}, "GFLOP/s", MATMUL_FLOPS / 1e9, seconds)
+        for n, seconds in zip(sizes, products, strict=True)
+    ]
+    return [*rows, row("roofline", {"copy": "256 MiB"}, "GB/s", COPY_BYTES / 1e9, traffic)]
 
 
 @struct.dataclass
@@ -587,11 +664,9 @@ def bench_metaworld(context: Context) -> list[Row]:
         for every in (1, 2)
         for updates in (few, many)
     }
-    size = 1024
-    chain = max(2, int(2e10 / (2 * size**3)))
-    *seconds, product = in_turn([*cases.values(), matmul(size, chain)], context.repeats)
+    *seconds, product = in_turn([*cases.values(), matmul()], context.repeats)
     by_case = dict(zip(cases, seconds, strict=True))
-    rate = chain * 2 * size**3 / statistics.median(product)
+    rate = MATMUL_FLOPS / statistics.median(product)
     # The difference of two programs leaves the updates alone.
     update = {
         every: [

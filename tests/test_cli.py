@@ -109,7 +109,7 @@ def test_a_folder_with_nothing_to_resume_is_refused(
 def test_nothing_can_be_drawn_where_there_is_no_sweep(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert "holds no sweep" in fails(capsys, "plot", str(tmp_path), code=1)
+    assert "a folder that holds a sweep" in fails(capsys, "plot", str(tmp_path))
 
 
 def test_an_error_in_a_users_objective_is_shown_as_theirs(

@@ -484,7 +484,12 @@ def test_learning_rate_schedules(schedule: str, warmup: int) -> None:
     [
         {},
         {"advantage_mode": "recomputed", "normalize_obs": True},
-        {"advantage_mode": "vtrace", "shared_torso": True, "layer_norm": True},
+        {
+            "advantage_mode": "vtrace",
+            "shared_torso": True,
+            "layer_norm": True,
+            "hidden_sizes": (4, 4),
+        },
         {"env": "Pendulum-v1", "joint_ratio": True},
         {"env": "Pendulum-v1", "action_head": "gaussian", "sampling": "uniform"},
         {"env": "Breakout-MinAtar", "objective": "r2vpo", "batch_size": 32},

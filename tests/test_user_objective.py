@@ -5,8 +5,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from gipo_jax import cli, objectives
-from gipo_jax.config import ConfigError
+from gipo_jax import cli, objectives, train
+from gipo_jax.config import Config, ConfigError
 
 MINE = """
 import jax.numpy as jnp
@@ -171,3 +171,17 @@ def test_gradient_weight_checks_what_an_objective_returns() -> None:
 
     with pytest.raises(ConfigError, match=r"float32\[3\].*like the one before, float32\[2\]"):
         objectives.gradient_weight(grows, jnp.zeros(4), 1.0)
+
+
+def test_a_run_whose_objective_loses_its_state_is_frozen_before_that() -> None:
+    @objectives.declare(initial_state=lambda params: jnp.float32(0))
+    def forgetful(log_ratio, advantage, state):  # type: ignore[no-untyped-def]
+        return log_ratio * advantage, jnp.where(state < 2, state + 1, jnp.nan)
+
+    config = Config(
+        objective=forgetful, num_envs=2, rollout_length=4, batch_size=8, updates_per_iteration=1,
+        total_steps=40, hidden_sizes=(4,), eval_episodes=0, num_logs=1,
+    )  # fmt: skip
+    state, _ = train.train(config, train.make_hparams(config, buffer_size=8))
+    assert state.diverged_at == 2
+    assert state.learner.objective_state == 2
