@@ -77,20 +77,19 @@ def run(
     """
     options = options or Options()
     directory = Path(directory).absolute()
-    worker, error = None, None
+    results.check_directory(directory, resume)
+    peers = Peers(directory / results.PROCESSES, processes) if processes.count > 1 else None
     try:
-        worker = _Worker(list(runs), directory, options, resume, processes)
-    except (ConfigError, results.ResultsError) as found:
-        error = found
-    agreed = processes.agree(error is None)
-    if error is not None:
-        raise error
-    if not agreed or worker is None:
-        raise ConfigError("distributed", True, "settings that all processes take; see the others")
-    callbacks: list[logs.Callback] = [on_log] if on_log else []
-    if options.tensorboard:
-        callbacks.append(logs.TensorBoard(directory / "tensorboard", [r.name for r in runs]))
-    return worker.work(callbacks)
+        worker = _Worker(list(runs), directory, options, resume, processes, peers)
+        if peers is not None:
+            peers.agree()
+        callbacks: list[logs.Callback] = [on_log] if on_log else []
+        if options.tensorboard:
+            callbacks.append(logs.TensorBoard(directory / "tensorboard", [r.name for r in runs]))
+        return worker.work(callbacks)
+    finally:
+        if peers is not None:
+            peers.close("stopped")
 
 
 class _Part(NamedTuple):
@@ -126,6 +125,7 @@ class _Worker:
         options: Options,
         resume: bool,
         processes: Processes,
+        peers: Peers | None,
     ) -> None:
         if not runs:
             raise ConfigError("runs", [], "at least one run")
@@ -133,14 +133,12 @@ class _Worker:
         if options.tensorboard:
             logs.check_tensorboard()
         self.runs, self.directory, self.options, self.resume = runs, directory, options, resume
-        self.processes = processes
-        self.peers: Peers | None = None
+        self.processes, self.peers = processes, peers
         # Where several processes write, each has a folder of its own; process 0 merges.
         self.folder = directory
         if processes.count > 1:
             name = f"{processes.index}-of-{processes.count}"
             self.folder = directory / results.PROCESSES / name
-        results.check_directory(directory, resume)
         self.encoded = json.loads(json.dumps(grid.encode(runs)))
         if resume:
             self._check_same(results.read_config(directory))
@@ -184,8 +182,6 @@ class _Worker:
                 f" what the last checkpoint holds is safe; {self._how_to_resume()}"
             ) from error
         finally:
-            if self.peers is not None:
-                self.peers.close("stopped")
             dispatcher.close()
             self.reporter.close()
         return Summary(self.directory, len(self.tasks), tuple(sorted(self.diverged)))
@@ -287,16 +283,19 @@ class _Worker:
         columns = ["run", "iteration", "env_steps"]
         names = [name for task in self.tasks for name in task.program.metrics]
         columns += list(dict.fromkeys(names))
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.resume:
             columns = results.read_config(self.directory)["metrics"]
-        elif self.processes.index == 0:
-            results.write_atomic(self.directory / results.CONFIG, self._config_text(columns))
-        if self.processes.count > 1:
-            meeting = self.directory / results.PROCESSES
-            self.peers = Peers(meeting, self.processes, self._how_to_resume())
-            self.processes.part()
-            self.peers.watch()
+
+        def prepare() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not self.resume:
+                results.write_atomic(self.directory / results.CONFIG, self._config_text(columns))
+
+        if self.peers is not None:
+            self.peers.begin(prepare, self._how_to_resume())
+        else:
+            prepare()
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / results.METRICS
         self.file = results.MetricsFile(path, columns, self.metrics_bytes)
         self.returns = results.Returns()
