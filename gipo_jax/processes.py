@@ -118,6 +118,10 @@ def _be_alone() -> None:
     jax.distributed.shutdown()
 
 
+_STEPS = ("checking", "ready", "saved", "running", "done")
+"""What a process tells the others, in this order; one that ends too early tells ``stopped``."""
+
+
 class Peers:
     """Watches the other processes of a sweep.
 
@@ -144,14 +148,17 @@ class Peers:
         self._beat()
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def agree(self) -> None:
-        """Tells the others that this process is ready, and waits until all of them are.
+    def agree(self, status: str = "ready") -> None:
+        """Tells the others how far this process is, and waits until all of them are.
+
+        Args:
+            status: one of ``_STEPS``.
 
         Raises:
             ConfigError: one of them is not going to be.
         """
-        self._tell("ready")
-        self._wait_for(self._others(), ("ready", "running", "done"))
+        self._tell(status)
+        self._wait_for(self._others(), status)
 
     def begin(self, prepare: Callable[[], None], hint: str) -> None:
         """Has process 0 prepare the sweep's folder, and waits until it has.
@@ -167,7 +174,7 @@ class Peers:
         if self._processes.index == 0:
             prepare()
         else:
-            self._wait_for([0], ("running", "done"))
+            self._wait_for([0], "running")
         self._tell("running")
 
     def all_done(self) -> bool:
@@ -219,7 +226,8 @@ class Peers:
             return ""
         return status if launch == self._processes.launch else ""
 
-    def _wait_for(self, others: list[int], statuses: tuple[str, ...]) -> None:
+    def _wait_for(self, others: list[int], status: str) -> None:
+        statuses = _STEPS[_STEPS.index(status) :]
         while not all(self._read(index) in statuses for index in others):
             if self.lost is not None:
                 valid = f"settings that all processes take, but {self.lost}: see what it says"
