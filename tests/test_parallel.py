@@ -119,7 +119,8 @@ def test_one_process_goes_on_for_two(long: Path, of_two: Path, tmp_path: Path) -
 
 def test_two_processes_go_on_for_one(long: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
-    kill_midway([start(out, 1, *SETTINGS, *LONG)], [out])
+    # Its arrays lie on two devices, those of the processes on one.
+    kill_midway([start(out, 2, *SETTINGS, *LONG)], [out])
     for process in together(out, "--resume"):
         finish(process)
     assert tables(out) == tables(long)
