@@ -1,9 +1,8 @@
 """Checkpoints of a running sweep: all arrays and the progress, written whole or not at all.
 
-A checkpoint is a folder of plain files: an array each, in NumPy's format, and JSON. It gets its
-final name only when complete, every file has a checksum, and the last two are kept, so that a
-damaged one can be passed over. (Orbax would be the usual choice, but it writes arrays of a single
-process only in process 0, and processes here save without waiting for each other.)
+A checkpoint is a folder: arrays as Orbax stores them, and the progress in JSON. It gets its final
+name only when complete, and the last two are kept. Orbax reads flipped bits back without a word, so
+every file has a checksum of ours, by which a damaged checkpoint is found and passed over.
 """
 
 import json
@@ -12,23 +11,26 @@ import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 
 from gipo_jax.results import ResultsError
 
-FORMAT = 1
+FORMAT = 2
 """Version of what a checkpoint holds; another version is refused."""
 
 KEEP = 2
 
 ARRAYS = "arrays"
-_NAMES = "names.json"
 _PROGRESS = "progress.json"
 _MANIFEST = "manifest.json"
 _TEMPORARY = "incomplete-"
+
+_IN_FLIGHT = 1 << 28
+"""Bytes that may be on their way from devices to disk; a single array may be larger."""
 
 
 class CheckpointError(ResultsError):
@@ -101,23 +103,17 @@ def newest(directory: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str
 
 
 def write_arrays(path: Path, tree: Any) -> None:
-    """Writes a pytree of arrays, keys included, to a new folder, a file each.
+    """Writes a pytree of arrays, keys included, to a new folder.
 
     Raises:
         OSError: it could not be written.
     """
-    path.mkdir()
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    for number, (_, leaf) in enumerate(leaves):
-        # One array at a time, so that the host need not hold a second copy of all of them.
-        with (path / f"{number}.npy").open("wb") as file:
-            _write_array(file, leaf)
-    names = [jax.tree_util.keystr(name) for name, _ in leaves]
-    (path / _NAMES).write_text(json.dumps(names))
+    with _options():
+        ocp.save(path.absolute(), {name: _plain(leaf) for name, leaf in _named(tree).items()})
 
 
 def read_arrays(path: Path, like: Any) -> Any:
-    """Reads what ``write_arrays`` wrote.
+    """Reads what ``write_arrays`` wrote, on whatever devices the arrays were then.
 
     Args:
         path: its folder.
@@ -129,31 +125,25 @@ def read_arrays(path: Path, like: Any) -> Any:
     Raises:
         CheckpointError: other shapes or names are stored, so another version wrote it.
     """
+    wanted = _named(like)
     try:
-        names = json.loads((path / _NAMES).read_text())
-        stored = {
-            name: np.load(path / f"{number}.npy", allow_pickle=False)
-            for number, name in enumerate(names)
-        }
-    except (OSError, ValueError) as error:
+        with _options():
+            stored = ocp.load(path.absolute(), dict.fromkeys(wanted, np.ndarray))
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read {path}: {_line(error)}") from error
 
     def restore(name: str, leaf: Any) -> Any:
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        expected = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
-        value = stored.get(name)
-        if value is None or value.shape != expected.shape or value.dtype != expected.dtype:
+        value, expected = stored[name], jax.eval_shape(_plain, leaf)
+        if value.shape != expected.shape or value.dtype != expected.dtype:
             raise CheckpointError(
                 f"checkpoint {path} does not fit: {name} should be"
                 f" {expected.dtype}{list(expected.shape)};"
                 " it was written with other settings or by another version of gipo_jax"
             )
-        return jax.random.wrap_key_data(value) if is_key else value
+        return jax.random.wrap_key_data(value) if _is_key(leaf) else value
 
-    paths, structure = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree.unflatten(
-        structure, [restore(jax.tree_util.keystr(p), leaf) for p, leaf in paths]
-    )
+    restored = [restore(name, leaf) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), restored)
 
 
 def stacked(tree: Any, count: int) -> Any:
@@ -161,23 +151,33 @@ def stacked(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
 
 
-def _write_array(file: BinaryIO, leaf: Any) -> None:
-    """Writes an array in NumPy's format, one device's part after the other."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    parts = [leaf]
-    if isinstance(leaf, jax.Array) and leaf.ndim:
-        # The array as a whole would be copied, and the copy kept as long as the array.
-        shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-        parts = [shard.data for shard in shards]
-    described = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(leaf.dtype)),
-        "fortran_order": False,
-        "shape": tuple(leaf.shape),
-    }
-    np.lib.format.write_array_header_1_0(file, described)
-    for part in parts:
-        file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+def _options() -> ocp.Context:
+    """How Orbax reads and writes."""
+    context = ocp.Context()
+    # Compressing takes several times as long; memory has no room for a copy of a large replay.
+    context.array.saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False
+    context.memory.is_prioritized_key_fn = lambda name: False
+    context.memory.transfer_concurrent_bytes = _IN_FLIGHT
+    # Arrays are read back as NumPy's, and placed by whoever asked.
+    context.array.saving.enable_write_sharding_file = False
+    context.array.saving.array_metadata_store = None
+    return context
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves of a pytree by their paths in it, in order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator=":"): leaf for path, leaf in leaves}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Any) -> Any:
+    """An array, or the words of a key."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def _numbers(directory: Path) -> list[int]:

@@ -177,8 +177,8 @@ def _add_distributed(group: Any) -> None:
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="share the runs among processes: start the same command in each; under Slurm or on"
-        " TPU pods the three options below are found out",
+        help="share the runs among processes: start the same command in each; under Slurm the"
+        " three options below are found out",
     )
     group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0")
     group.add_argument("--num-processes", type=_integer, metavar="N", help="processes in all")

@@ -1,12 +1,15 @@
 """Sharing a sweep among processes, on one host or many, that all see its folder.
 
 Each process trains runs of its own and never waits for another inside a program, so a process that
-dies takes nothing with it. Processes watch each other by files in the sweep's folder.
+dies takes nothing with it. JAX only brings them together; from then on they watch each other by
+files in the sweep's folder.
 """
 
 import contextlib
 import dataclasses
 import os
+import secrets
+import socket
 import sys
 import threading
 import time
@@ -22,6 +25,9 @@ BEAT_SECONDS = 1.0
 LOST_SECONDS = 25.0
 """Silence after which a process counts as dead."""
 
+START_SECONDS = 120.0
+"""Time that processes may need to find each other, and then to first show up in the folder."""
+
 GRACE_SECONDS = 25.0
 """Time to save and end by itself once another process is dead."""
 
@@ -36,31 +42,17 @@ class Processes:
     Attributes:
         index: 0 .. count - 1.
         count: processes in all.
+        launch: the same in processes started together, and another the next time.
     """
 
     index: int
     count: int
+    launch: str = ""
 
     def share(self, runs: tuple[int, ...]) -> tuple[int, ...]:
         """The runs of a group that this process trains."""
         bounds = [len(runs) * i // self.count for i in (self.index, self.index + 1)]
         return runs[slice(*bounds)]
-
-    def agree(self, good: bool) -> bool:
-        """Waits for all processes; whether all of them are ``good``."""
-        if self.count == 1:
-            return good
-        from jax.experimental import multihost_utils
-
-        return bool(np.all(multihost_utils.process_allgather(np.asarray([good]))))
-
-    def part(self) -> None:
-        """Waits for all processes, and leaves JAX's group of them.
-
-        JAX would abort this process when another one dies. From here on all work is local.
-        """
-        if self.count > 1:
-            jax.distributed.shutdown()
 
 
 ALONE = Processes(0, 1)
@@ -71,7 +63,7 @@ def start(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Processes:
-    """Joins the other processes; call before any computation.
+    """Meets the other processes; call before any computation. JAX is this process's alone after.
 
     Args:
         coordinator_address: ``host:port`` of process 0; with the others, found out under Slurm.
@@ -79,17 +71,23 @@ def start(
         process_id: index of this one.
 
     Raises:
-        ConfigError: they could not find each other.
+        ConfigError: they could not find each other, or JAX cannot run each by itself.
     """
     try:
         jax.distributed.initialize(
             coordinator_address,
             num_processes,
             process_id,
-            initialization_timeout=120,
+            initialization_timeout=int(START_SECONDS),
             heartbeat_timeout_seconds=30,
         )
-        return Processes(jax.process_index(), jax.process_count())
+        from jax.experimental import multihost_utils
+
+        index, count = jax.process_index(), jax.process_count()
+        drawn = np.uint32(secrets.randbits(32))
+        launch = f"{int(multihost_utils.broadcast_one_to_all(drawn)):08x}"
+        jax.distributed.shutdown()
+        _be_alone()
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         valid = (
@@ -97,6 +95,31 @@ def start(
             f" or a cluster that tells them; {reason}"
         )
         raise ConfigError("distributed", coordinator_address, valid) from error
+    if jax.process_count() > 1:
+        valid = "processes that each see only the devices of their own host"
+        raise ConfigError("distributed", True, valid)
+    return Processes(index, count, launch)
+
+
+def _be_alone() -> None:
+    """Makes JAX forget the group it has left.
+
+    In a group, JAX would abort this process when another one dies, and Orbax would save the arrays
+    of all processes together.
+    """
+    # Devices made anew have the place in the group that was taken last: one of a group of one.
+    from jax.extend.backend import clear_backends
+
+    clear_backends()
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    jax.distributed.initialize(f"127.0.0.1:{port}", 1, 0, cluster_detection_method="deactivate")
+    jax.distributed.shutdown()
+
+
+_STEPS = ("checking", "ready", "saved", "running", "done")
+"""What a process tells the others, in this order; one that ends too early tells ``stopped``."""
 
 
 class Peers:
@@ -106,35 +129,76 @@ class Peers:
         lost: what to say about a process that is gone, or None.
     """
 
-    def __init__(self, folder: Path, processes: Processes, hint: str) -> None:
-        """Announces this process.
+    def __init__(self, folder: Path, processes: Processes) -> None:
+        """Announces this process and begins to watch.
 
         Args:
             folder: where the processes meet.
             processes: this one and their number.
-            hint: how to go on, for the message.
         """
         self.lost: str | None = None
-        self._folder, self._processes, self._hint = folder, processes, hint
-        self._status = "running"
+        self._folder, self._processes, self._hint = folder, processes, ""
+        self._status = "checking"
+        self._seen: set[int] = set()
+        self._began = time.monotonic()
         self._ended = threading.Event()
+        # The main thread tells while the watching one beats.
+        self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         self._beat()
-
-    def watch(self) -> None:
-        """Begins to watch; call when all have announced themselves."""
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def agree(self, status: str = "ready") -> None:
+        """Tells the others how far this process is, and waits until all of them are.
+
+        Args:
+            status: one of ``_STEPS``.
+
+        Raises:
+            ConfigError: one of them is not going to be.
+        """
+        self._tell(status)
+        self._wait_for(self._others(), status)
+
+    def begin(self, prepare: Callable[[], None], hint: str) -> None:
+        """Has process 0 prepare the sweep's folder, and waits until it has.
+
+        Args:
+            prepare: called in process 0 alone.
+            hint: how to go on if a process is lost.
+
+        Raises:
+            ConfigError: process 0 is gone.
+        """
+        self._hint = f"; {hint}"
+        if self._processes.index == 0:
+            prepare()
+        else:
+            self._wait_for([0], "running")
+        self._tell("running")
 
     def all_done(self) -> bool:
         """Whether every other process has finished its runs."""
         return all(self._read(index) == "done" for index in self._others())
 
     def close(self, status: str) -> None:
-        """Tells the others how it ended, ``done`` or ``stopped``; the first call counts."""
-        if not self._ended.is_set():
-            self._status = status
-            self._beat()
+        """Tells the others how it ended, ``done`` or ``stopped``; the first call counts.
+
+        Where the sweep never began, nothing is left of it in the folder.
+        """
+        if self._ended.is_set():
+            return
+        if self._status == "running":
+            self._tell(status)
             self._ended.set()
+            return
+        # The others are to see that it was there, and then that it is gone.
+        time.sleep(2 * BEAT_SECONDS)
+        self._ended.set()
+        with self._lock, contextlib.suppress(OSError):
+            self._file(self._processes.index).unlink()
+            for folder in (self._folder, self._folder.parent):
+                folder.rmdir()
 
     def _others(self) -> list[int]:
         return [i for i in range(self._processes.count) if i != self._processes.index]
@@ -142,16 +206,33 @@ class Peers:
     def _file(self, index: int) -> Path:
         return self._folder / f"{index}.status"
 
+    def _tell(self, status: str) -> None:
+        self._status = status
+        self._beat()
+
     def _beat(self) -> None:
-        temporary = self._file(self._processes.index).with_suffix(".tmp")
-        temporary.write_text(self._status)
-        temporary.replace(self._file(self._processes.index))
+        with self._lock:
+            if self._ended.is_set():
+                return
+            temporary = self._file(self._processes.index).with_suffix(".tmp")
+            temporary.write_text(f"{self._processes.launch} {self._status}")
+            temporary.replace(self._file(self._processes.index))
 
     def _read(self, index: int) -> str:
+        """What a process last told; empty where it has not, or was of another launch."""
         try:
-            return self._file(index).read_text()
+            launch, _, status = self._file(index).read_text().partition(" ")
         except OSError:
             return ""
+        return status if launch == self._processes.launch else ""
+
+    def _wait_for(self, others: list[int], status: str) -> None:
+        statuses = _STEPS[_STEPS.index(status) :]
+        while not all(self._read(index) in statuses for index in others):
+            if self.lost is not None:
+                valid = f"settings that all processes take, but {self.lost}: see what it says"
+                raise ConfigError("distributed", True, valid)
+            time.sleep(BEAT_SECONDS / 4)
 
     def _watch(self) -> None:
         lost_at = None
@@ -164,7 +245,7 @@ class Peers:
                 continue
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > GRACE_SECONDS:
-                print(f"gipo-jax: {self.lost}; {self._hint}", file=sys.stderr, flush=True)
+                print(f"gipo-jax: {self.lost}{self._hint}", file=sys.stderr, flush=True)
                 os._exit(EXIT_CODE)
 
     def _look(self) -> None:
@@ -172,9 +253,16 @@ class Peers:
         now = self._file(self._processes.index).stat().st_mtime
         for index in self._others():
             status = self._read(index)
+            if status:
+                self._seen.add(index)
+                silent = now - self._file(index).stat().st_mtime > LOST_SECONDS
+                gone = status != "done" and silent
+            else:
+                late = time.monotonic() - self._began > START_SECONDS
+                status, gone = ("stopped", False) if index in self._seen else ("", late)
             if status == "stopped":
                 self.lost = f"process {index} was stopped"
-            elif status != "done" and now - self._file(index).stat().st_mtime > LOST_SECONDS:
+            elif gone:
                 self.lost = f"process {index} has died"
 
 

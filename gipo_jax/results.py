@@ -109,6 +109,13 @@ def check_directory(directory: Path, resume: bool) -> None:
         raise ConfigError("out", str(directory), f"a folder with write permission on {nearest}")
 
 
+def process_folders(directory: Path, count: int) -> list[Path]:
+    """Where each of ``count`` processes writes; a single one has no folder of its own."""
+    if count == 1:
+        return [directory]
+    return [directory / PROCESSES / f"{index}-of-{count}" for index in range(count)]
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replaces a file as a whole: a reader, or a kill, sees the old text or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -126,6 +133,10 @@ def number(value: Any) -> str:
     if isinstance(value, float | np.floating):
         return "" if math.isnan(value) else str(np.float32(value))
     return str(value)
+
+
+def _changed(path: Path) -> ResultsError:
+    return ResultsError(f"{path} is shorter than its checkpoint says; it was changed")
 
 
 class MetricsFile:
@@ -148,7 +159,7 @@ class MetricsFile:
             self._append(",".join(self.columns) + "\n")
         else:
             if self._file.seek(0, os.SEEK_END) < size:
-                raise ResultsError(f"{path} is shorter than its checkpoint says; it was changed")
+                raise _changed(path)
             self._file.truncate(size)
             self._file.seek(size)
 
@@ -159,6 +170,20 @@ class MetricsFile:
         for row in rows:
             writer.writerow([number(row.get(name)) for name in self.columns])
         self._append(text.getvalue())
+
+    def take(self, path: Path, size: int, runs: Iterable[int]) -> None:
+        """Appends the rows of some runs from the first ``size`` bytes of another such file.
+
+        Raises:
+            ResultsError: the other file is shorter than ``size``.
+        """
+        with path.open("rb") as file:
+            text = file.read(size)
+        if len(text) < size:
+            raise _changed(path)
+        wanted = {str(run) for run in runs}
+        rows = text.decode().splitlines(keepends=True)[1:]
+        self._append("".join(row for row in rows if row.partition(",")[0] in wanted))
 
     def sync(self) -> int:
         """Forces rows to disk and returns the size of the file in bytes."""

@@ -77,20 +77,19 @@ def run(
     """
     options = options or Options()
     directory = Path(directory).absolute()
-    worker, error = None, None
+    results.check_directory(directory, resume)
+    peers = Peers(directory / results.PROCESSES, processes) if processes.count > 1 else None
     try:
-        worker = _Worker(list(runs), directory, options, resume, processes)
-    except (ConfigError, results.ResultsError) as found:
-        error = found
-    agreed = processes.agree(error is None)
-    if error is not None:
-        raise error
-    if not agreed or worker is None:
-        raise ConfigError("distributed", True, "settings that all processes take; see the others")
-    callbacks: list[logs.Callback] = [on_log] if on_log else []
-    if options.tensorboard:
-        callbacks.append(logs.TensorBoard(directory / "tensorboard", [r.name for r in runs]))
-    return worker.work(callbacks)
+        worker = _Worker(list(runs), directory, options, resume, processes, peers)
+        if peers is not None:
+            peers.agree()
+        callbacks: list[logs.Callback] = [on_log] if on_log else []
+        if options.tensorboard:
+            callbacks.append(logs.TensorBoard(directory / "tensorboard", [r.name for r in runs]))
+        return worker.work(callbacks)
+    finally:
+        if peers is not None:
+            peers.close("stopped")
 
 
 class _Part(NamedTuple):
@@ -126,6 +125,7 @@ class _Worker:
         options: Options,
         resume: bool,
         processes: Processes,
+        peers: Peers | None,
     ) -> None:
         if not runs:
             raise ConfigError("runs", [], "at least one run")
@@ -133,17 +133,18 @@ class _Worker:
         if options.tensorboard:
             logs.check_tensorboard()
         self.runs, self.directory, self.options, self.resume = runs, directory, options, resume
-        self.processes = processes
-        self.peers: Peers | None = None
+        self.processes, self.peers = processes, peers
         # Where several processes write, each has a folder of its own; process 0 merges.
-        self.folder = directory
-        if processes.count > 1:
-            name = f"{processes.index}-of-{processes.count}"
-            self.folder = directory / results.PROCESSES / name
-        results.check_directory(directory, resume)
+        self.folder = results.process_folders(directory, processes.count)[processes.index]
         self.encoded = json.loads(json.dumps(grid.encode(runs)))
+        # The folders that count; not this one's as long as the sweep was of other processes.
+        self.sources = [self.folder]
         if resume:
-            self._check_same(results.read_config(directory))
+            stored = results.read_config(directory)
+            self._check_same(stored)
+            if stored["processes"] != processes.count:
+                self.sources = results.process_folders(directory, stored["processes"])
+        self.regroups = self.sources != [self.folder]
         self.groups = plan.group_runs(runs)
         self.mine = [index for group in self.groups for index in processes.share(group.runs)]
         self.group_of = {index: group for group in self.groups for index in group.runs}
@@ -152,9 +153,10 @@ class _Worker:
         self.finished: list[int] = []
         self.diverged: dict[int, int] = {}
         self.started: list[_Part] = []
-        self.metrics_bytes: int | None = None
+        self.metrics_bytes: dict[Path, int] = {}
         if resume:
-            self._load_checkpoint()
+            for source in self.sources:
+                self._load_checkpoint(source)
         self.tasks = self._plan()
         # As they will be trained: cut to the layout of now.
         self.started = [p for task in self.tasks for p in task.parts if p.state is not None]
@@ -184,8 +186,6 @@ class _Worker:
                 f" what the last checkpoint holds is safe; {self._how_to_resume()}"
             ) from error
         finally:
-            if self.peers is not None:
-                self.peers.close("stopped")
             dispatcher.close()
             self.reporter.close()
         return Summary(self.directory, len(self.tasks), tuple(sorted(self.diverged)))
@@ -194,33 +194,38 @@ class _Worker:
 
     def _check_same(self, stored: Mapping[str, Any]) -> None:
         found = grid.difference(stored["groups"], self.encoded)
-        if found is None and stored["processes"] != self.processes.count:
-            found = "num_processes", stored["processes"], self.processes.count
         if found is not None:
             name, before, now = found
             raise ConfigError(name, now, f"{before!r}, as in the sweep that {self.directory} holds")
 
-    def _load_checkpoint(self) -> None:
+    def _load_checkpoint(self, source: Path) -> None:
+        """Takes over what the newest checkpoint of a folder holds of the runs of this process."""
         found = checkpoint.newest(
-            self.folder / results.CHECKPOINTS, lambda text: print(text, file=sys.stderr)
+            source / results.CHECKPOINTS, lambda text: print(text, file=sys.stderr)
         )
         if found is None:
             return
         path, progress = found
-        self.finished = list(progress["finished"])
-        self.diverged = {int(k): v for k, v in progress["diverged"].items()}
-        self.metrics_bytes = progress["metrics_bytes"]
+        mine = set(self.mine)
+        self.finished += mine.intersection(progress["finished"])
+        self.diverged |= {int(k): v for k, v in progress["diverged"].items() if int(k) in mine}
+        self.metrics_bytes[source] = progress["metrics_bytes"]
+        parts = progress["started"]
+        if mine.isdisjoint(run for part in parts for run in part["runs"]):
+            return
         shapes = []
-        for part in progress["started"]:
+        for part in parts:
             group = self.group_of[part["runs"][0]]
             one = jax.eval_shape(group.algorithm.init, group.hparams[0])
             shapes.append(checkpoint.stacked(one, len(part["runs"])))
-        if shapes:
-            states = checkpoint.read_arrays(path / checkpoint.ARRAYS, shapes)
-            self.started = [
-                _Part(tuple(part["runs"]), part["point"], state)
-                for part, state in zip(progress["started"], states, strict=True)
-            ]
+        states = checkpoint.read_arrays(path / checkpoint.ARRAYS, shapes)
+        for part, state in zip(parts, states, strict=True):
+            lanes = [lane for lane, run in enumerate(part["runs"]) if run in mine]
+            if len(lanes) < len(part["runs"]):
+                state = jax.tree.map(lambda x, lanes=lanes: x[np.asarray(lanes, int)], state)
+            if lanes:
+                runs = tuple(part["runs"][lane] for lane in lanes)
+                self.started.append(_Part(runs, part["point"], state))
 
     def _plan(self) -> list[_Task]:
         devices = jax.local_devices()
@@ -287,23 +292,51 @@ class _Worker:
         columns = ["run", "iteration", "env_steps"]
         names = [name for task in self.tasks for name in task.program.metrics]
         columns += list(dict.fromkeys(names))
-        self.folder.mkdir(parents=True, exist_ok=True)
         if self.resume:
             columns = results.read_config(self.directory)["metrics"]
-        elif self.processes.index == 0:
-            results.write_atomic(self.directory / results.CONFIG, self._config_text(columns))
-        if self.processes.count > 1:
-            meeting = self.directory / results.PROCESSES
-            self.peers = Peers(meeting, self.processes, self._how_to_resume())
-            self.processes.part()
-            self.peers.watch()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if self.regroups:
+            self._take_over(columns)
+        if self.peers is not None:
+            self.peers.begin(lambda: self._write_config(columns), self._how_to_resume())
+        else:
+            self._write_config(columns)
+        if not self.regroups:
+            self._open_metrics(columns, self.metrics_bytes.get(self.folder))
+            self.saved_at = time.monotonic()
+            self._write_runs()
+
+    def _open_metrics(self, columns: Sequence[str], size: int | None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / results.METRICS
-        self.file = results.MetricsFile(path, columns, self.metrics_bytes)
+        self.file = results.MetricsFile(path, columns, size)
+        for source, covered in self.metrics_bytes.items():
+            if source != self.folder:
+                self.file.take(source / results.METRICS, covered, self.mine)
         self.returns = results.Returns()
-        if self.metrics_bytes is not None:
-            self.returns.load(path)
-        self.saved_at = time.monotonic()
-        self._write_runs()
+        self.returns.load(path)
+
+    def _take_over(self, columns: Sequence[str]) -> None:
+        """Makes this process's folder from those of the processes that the sweep was of.
+
+        Those stay as they are, and count, until ``config.json`` tells of the new ones.
+        """
+        # Left by an earlier attempt, or from when there were as many processes before.
+        shutil.rmtree(self.folder / results.CHECKPOINTS, ignore_errors=True)
+        self._open_metrics(columns, None)
+        self._save()
+        if self.peers is not None:
+            self.peers.agree("saved")
+
+    def _write_config(self, columns: Sequence[str]) -> None:
+        path = self.directory / results.CONFIG
+        if not self.resume:
+            results.write_atomic(path, self._config_text(columns))
+        elif self.regroups:
+            stored = results.read_config(self.directory) | {"processes": self.processes.count}
+            results.write_atomic(path, json.dumps(stored, indent=1) + "\n")
+            for source in self.sources:
+                shutil.rmtree(source / results.CHECKPOINTS, ignore_errors=True)
 
     def _config_text(self, columns: Sequence[str]) -> str:
         stored = {
@@ -462,8 +495,7 @@ class _Worker:
             if self.processes.index > 0:
                 return
             wait(self.peers.all_done, self._stop_if_asked)
-            names = [f"{i}-of-{self.processes.count}" for i in range(self.processes.count)]
-            folders = [self.directory / results.PROCESSES / name for name in names]
+            folders = results.process_folders(self.directory, self.processes.count)
         self.file.close()
         tables = ((results.METRICS, ("run", "iteration")), (results.RUNS, ("run",)))
         for name, keys in tables:

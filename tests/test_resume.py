@@ -96,7 +96,7 @@ def test_another_layout_resumes(alone: Path, stopped: Path) -> None:
         assert (alone / name).read_bytes() == (stopped / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["arrays/3.npy", "progress.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["arrays/state/manifest.ocdbt", "progress.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "garbled", "missing"])
 def test_a_damaged_checkpoint_is_passed_over(
     stopped: Path, name: str, damage: str, capsys: pytest.CaptureFixture[str]
