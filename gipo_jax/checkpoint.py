@@ -5,11 +5,14 @@ name only when complete, and the last two are kept. Orbax reads flipped bits bac
 every file has a checksum of ours, by which a damaged checkpoint is found and passed over.
 """
 
+import contextlib
 import json
+import logging
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from gipo_jax.results import ResultsError
+from gipo_jax.results import ResultsError, write_atomic
 
 FORMAT = 2
 """Version of what a checkpoint holds; another version is refused."""
@@ -28,9 +31,6 @@ ARRAYS = "arrays"
 _PROGRESS = "progress.json"
 _MANIFEST = "manifest.json"
 _TEMPORARY = "incomplete-"
-
-_IN_FLIGHT = 1 << 28
-"""Bytes that may be on their way from devices to disk; a single array may be larger."""
 
 
 class CheckpointError(ResultsError):
@@ -59,8 +59,8 @@ def save(directory: Path, progress: dict[str, Any], state: Any | None) -> Path:
         if state is not None:
             write_arrays(temporary / ARRAYS, state)
         stored = {"format": FORMAT, "progress": progress, "arrays": state is not None}
-        _write_synced(temporary / _PROGRESS, json.dumps(stored))
-        _write_synced(temporary / _MANIFEST, json.dumps(_checksums(temporary)))
+        write_atomic(temporary / _PROGRESS, json.dumps(stored))
+        write_atomic(temporary / _MANIFEST, json.dumps(_checksums(temporary)))
         temporary.replace(directory / name)
         _sync_folder(directory)
         for number in present[: len(present) - KEEP + 1]:
@@ -108,8 +108,15 @@ def write_arrays(path: Path, tree: Any) -> None:
     Raises:
         OSError: it could not be written.
     """
-    with _options():
-        ocp.save(path.absolute(), {name: _plain(leaf) for name, leaf in _named(tree).items()})
+    try:
+        with _orbax():
+            ocp.save(path.absolute(), {name: _plain(leaf) for name, leaf in _named(tree).items()})
+    except ValueError as error:
+        # What the file system said is at the end of a long text.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def read_arrays(path: Path, like: Any) -> Any:
@@ -127,7 +134,7 @@ def read_arrays(path: Path, like: Any) -> Any:
     """
     wanted = _named(like)
     try:
-        with _options():
+        with _orbax():
             stored = ocp.load(path.absolute(), dict.fromkeys(wanted, np.ndarray))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read {path}: {_line(error)}") from error
@@ -140,10 +147,9 @@ def read_arrays(path: Path, like: Any) -> Any:
                 f" {expected.dtype}{list(expected.shape)};"
                 " it was written with other settings or by another version of gipo_jax"
             )
-        return jax.random.wrap_key_data(value) if _is_key(leaf) else value
+        return value if leaf.dtype == expected.dtype else jax.random.wrap_key_data(value)
 
-    restored = [restore(name, leaf) for name, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), restored)
+    return jax.tree.unflatten(jax.tree.structure(like), [restore(*x) for x in wanted.items()])
 
 
 def stacked(tree: Any, count: int) -> Any:
@@ -151,18 +157,26 @@ def stacked(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
 
 
-def _options() -> ocp.Context:
-    """How Orbax reads and writes."""
+@contextlib.contextmanager
+def _orbax() -> Iterator[None]:
+    """Orbax reads and writes in here as it should, and silently: what it logs, it raises too."""
     context = ocp.Context()
-    # Compressing takes several times as long; memory has no room for a copy of a large replay.
+    # Compressing takes several times as long.
     context.array.saving.use_compression = False
+    # Memory has no room for a second copy of a large replay.
     context.memory.deepcopy_host_arrays = False
     context.memory.is_prioritized_key_fn = lambda name: False
-    context.memory.transfer_concurrent_bytes = _IN_FLIGHT
-    # Arrays are read back as NumPy's, and placed by whoever asked.
+    context.memory.transfer_concurrent_bytes = 1 << 28
+    # Arrays are read back as NumPy's and placed by whoever asked: no need to store where they were.
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.array_metadata_store = None
-    return context
+    log = logging.getLogger("absl")
+    log.disabled = True
+    try:
+        with context:
+            yield
+    finally:
+        log.disabled = False
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -171,19 +185,14 @@ def _named(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator=":"): leaf for path, leaf in leaves}
 
 
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _plain(leaf: Any) -> Any:
     """An array, or the words of a key."""
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
 
 
 def _numbers(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in directory.glob("[0-9]*"))
 
 
 def _damage(path: Path) -> str | None:
@@ -197,10 +206,8 @@ def _damage(path: Path) -> str | None:
     except OSError as error:
         return _line(error)
     for name, checksum in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != checksum:
-            return f"{name} does not match its checksum"
+        if found.get(name) != checksum:
+            return f"{name} does not match its checksum" if name in found else f"{name} is missing"
     return None
 
 
@@ -220,13 +227,6 @@ def _checksum(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:

@@ -181,6 +181,31 @@ def test_a_failed_save_leaves_earlier_checkpoints(
     assert checkpoint.newest(tmp_path, pytest.fail) == (first, {"n": 1})
 
 
+# In a program of its own, where a file may not grow beyond 100 KB: that fails as on a full disk.
+FULL = """
+import pathlib, resource, sys
+import numpy as np
+from gipo_jax import checkpoint
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    checkpoint.save(pathlib.Path(sys.argv[1]), {}, [np.arange(100_000)])
+except checkpoint.CheckpointError as error:
+    print(error)
+"""
+
+
+def test_arrays_that_find_no_room_are_one_line(tmp_path: Path) -> None:
+    first = checkpoint.save(tmp_path, {"n": 1}, None)
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=root)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "cannot write a checkpoint" in done.stdout and "File too large" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert checkpoint.newest(tmp_path, pytest.fail) == (first, {"n": 1})
+
+
 def test_three_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     settings = [word for word in kill_test.SETTINGS if word != "ppo_clip"]
     assert kill_test.check(tmp_path, 3, random.Random(0), print, settings) == []
