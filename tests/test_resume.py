@@ -114,9 +114,12 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert len(warned) == 1 and "00000002 is damaged" in warned[0]
 
 
-def test_falling_back_ends_with_the_same_bytes(alone: Path, stopped: Path) -> None:
-    (stopped / "checkpoints/00000002/arrays/0.npy").write_bytes(b"")
+def test_falling_back_ends_with_the_same_bytes(
+    alone: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (stopped / "checkpoints/00000002/arrays/state/manifest.ocdbt").write_bytes(b"")
     sweep.run(runs(), stopped, OPTIONS, resume=True)
+    assert "checkpoint 00000002 is damaged" in capsys.readouterr().err
     assert same(alone, stopped)
 
 
