@@ -99,16 +99,20 @@ def _categorical(num_tokens: int, bins: int, to_env: Callable[[Array], Array]) -
         threshold = uniform[..., None] * cumulative[..., -1:]
         return jnp.sum(threshold >= cumulative, axis=-1, dtype=jnp.int32)
 
+    # XLA on CPU is slow over a last axis of few, and transposing many costs more.
+    axis = 0 if bins <= _FEW_COLUMNS else -1
+
     def log_prob(logits: Array, action: Array) -> Array:
-        # Bins first: XLA on CPU is slow over a last axis of two or three. A one-hot product: the
-        # gradient of a gather is a scatter, which is serial there.
-        logits = jnp.moveaxis(logits, -1, 0)
-        chosen = jax.nn.one_hot(action, bins, dtype=logits.dtype, axis=0)
-        return jnp.sum(logits * chosen, axis=0) - jax.nn.logsumexp(logits, axis=0)
+        logits = jnp.moveaxis(logits, -1, axis)
+        # A one-hot product: the gradient of a gather is a scatter, which is serial on CPU.
+        chosen = jax.nn.one_hot(action, bins, dtype=logits.dtype, axis=axis)
+        return jnp.sum(logits * chosen, axis=axis) - jax.nn.logsumexp(logits, axis=axis)
 
     def entropy(logits: Array) -> Array:
-        log_probs = jax.nn.log_softmax(jnp.moveaxis(logits, -1, 0), axis=0)
-        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=0)
+        logits = jnp.moveaxis(logits, -1, axis)
+        # The sum is that of log_prob, and so computed once.
+        log_probs = logits - jax.nn.logsumexp(logits, axis=axis, keepdims=True)
+        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=axis)
 
     def mode(logits: Array) -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
