@@ -538,7 +538,7 @@ def bench_capacity(context: Context) -> list[Row]:
     )
     exponents = (12, 16, 20) if context.quick else (12, 14, 16, 18, 20)
     cases = {
-        f"2^{n}": Training(config, 1, 100, 2**n, started=2**n // config.block_size)
+        f"2^{n}": Training(config, 1, 400, 2**n, started=2**n // config.block_size)
         for n in exponents
     }
     return training_rows(context, "capacity", cases, "capacity")
