@@ -20,5 +20,6 @@ failed=0
 "$python" -m ruff check || failed=1
 "$python" -m ruff format --check || failed=1
 "$python" -m mypy || failed=1
-"$python" -m pytest --durations=10 ${arguments[@]+"${arguments[@]}"} || failed=1
+# Two processes, a file at a time each: fixtures that train are made once.
+"$python" -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=20 ${arguments[@]+"${arguments[@]}"} || failed=1
 exit $failed
