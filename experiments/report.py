@@ -339,8 +339,23 @@ def _utilization(out: Path) -> Section:
 def _ablations(out: Path) -> Section:
     studies = ("sigma", "asymmetry", "kernel", "token_vs_joint")
     drawn = tuple(name for name in studies if (out / "figures" / f"{name}.png").is_file())
-    text = "Described, not judged: see the plan."
+    text = "Described, not judged: see the plan. Final return, mean over seeds."
     missing = [name for name in studies if name not in drawn]
     if missing:
         text += f" Not run yet at this scale: {', '.join(missing)}."
-    return Section("Ablations", "", text, drawn)
+    tables = [_ablation_table(_table(out, name)) for name in drawn]
+    return Section("Ablations", "", "\n\n".join([text, *tables]), drawn)
+
+
+def _ablation_table(table: pd.DataFrame) -> str:
+    """A row a setting, a column a task and replay size."""
+    where = [name for name in ("env", "age") if name in table]
+    settings = [name for name in table if name not in (*where, "mean", "low", "high", "seeds")]
+    places = list(dict.fromkeys(table[where].itertuples(index=False, name=None)))
+    names = [" ".join([*map(str, place[:-1]), f"replay {place[-1]}"]) for place in places]
+    rows = []
+    for setting, part in table.groupby(settings, sort=True):
+        cells = part.set_index(where)
+        by_place = [cells.loc[place if len(where) > 1 else place[0]] for place in places]
+        rows.append([*setting, *(_cell(cell, "mean") for cell in by_place)])
+    return _markdown([*settings, *names], rows)
