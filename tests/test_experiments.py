@@ -304,3 +304,17 @@ def test_committed_data_give_the_committed_numbers(tmp_path: Path) -> None:
     for committed in tables:
         again = pd.read_csv(tmp_path / "tables" / committed.name)
         pd.testing.assert_frame_equal(again, pd.read_csv(committed), rtol=1e-4)
+
+    report.write(tmp_path, tmp_path / "RESULTS.md")
+    again_text = (tmp_path / "RESULTS.md").read_text()
+    assert verdicts(again_text) == verdicts((ROOT / "RESULTS.md").read_text())
+    assert len(verdicts(again_text)) == 7
+    tokens = pd.read_csv(RESULTS / "tables" / "token_vs_joint.csv")
+    mean = tokens[(tokens.age == 128) & tokens.joint_ratio & (tokens.sigma == 2)]["mean"].item()
+    row = next(line for line in again_text.splitlines() if line.startswith("| True | 2.0 |"))
+    assert row.split("|")[4].strip().startswith(f"{mean:.3g} [")
+
+
+def verdicts(text: str) -> list[str]:
+    """The rows of the table of verdicts."""
+    return [line for line in text.splitlines() if line.startswith("| ") and line.endswith("** |")]
