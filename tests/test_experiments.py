@@ -30,6 +30,8 @@ from experiments import (  # noqa: E402
 from experiments.store import sha256  # noqa: E402
 from scripts import reproduce  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:

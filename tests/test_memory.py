@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 # In a program of its own, whose memory is only the sweep's.
 PROGRAM = """
 import sys, threading, time

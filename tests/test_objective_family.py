@@ -17,6 +17,8 @@ from experiments.ablations import AGE_LOOKS, FRESH, STALE  # noqa: E402
 from experiments.store import Store  # noqa: E402
 from gipo_jax import objectives, plots, results, sweep  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TASK = dataclasses.replace(
     training.CATCH,
     settings={"num_envs": 4, "rollout_length": 8, "total_steps": 16 * 32},

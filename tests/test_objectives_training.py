@@ -11,6 +11,8 @@ from jax import Array
 from gipo_jax import objectives, train
 from gipo_jax.config import Config, ConfigError, HParams
 
+pytestmark = pytest.mark.slow
+
 NAMES = list(objectives.REGISTRY)
 BLOCK = 16
 TINY: dict[str, Any] = {

@@ -15,7 +15,7 @@ import pytest
 
 from gipo_jax import checkpoint, grid, results, sweep
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (

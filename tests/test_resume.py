@@ -17,7 +17,7 @@ from gipo_jax import checkpoint, results, sweep
 from gipo_jax.config import ConfigError
 from scripts import kill_test
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 OPTIONS = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
 
