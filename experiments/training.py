@@ -217,11 +217,6 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
     return pd.concat(tables, ignore_index=True), pd.concat(curves, ignore_index=True)
 
 
-def with_runs(curves: pd.DataFrame, runs: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Curves with columns of the runs they belong to."""
-    return curves.merge(runs[["run", *columns]], on="run")
-
-
 def take_slice(sweeps: Sequence[Sweep], part: tuple[int, int]) -> list[Sweep]:
     """The i-th of n shares of the sweeps, i from 1."""
     index, count = part

@@ -58,7 +58,7 @@ def save(directory: Path, progress: dict[str, Any], state: Any | None) -> Path:
         temporary.mkdir()
         if state is not None:
             write_arrays(temporary / ARRAYS, state)
-        stored = {"format": FORMAT, "progress": progress, "arrays": state is not None}
+        stored = {"format": FORMAT, "progress": progress}
         write_atomic(temporary / _PROGRESS, json.dumps(stored))
         write_atomic(temporary / _MANIFEST, json.dumps(_checksums(temporary)))
         temporary.replace(directory / name)

@@ -265,12 +265,9 @@ def _start_processes(given: dict[str, Any]) -> Any:
 
 def _plot(given: dict[str, Any]) -> int:
     from gipo_jax import plots, results
-    from gipo_jax.config import ConfigError
 
     directory = Path(given["directory"])
-    if not (directory / results.CONFIG).exists():
-        valid = f"a folder that holds a sweep ({results.CONFIG})"
-        raise ConfigError("directory", str(directory), valid)
+    results.check_holds_sweep(directory, "directory")
     for path in plots.draw_sweep(directory):
         print(path)
     return 0

@@ -1,6 +1,5 @@
 """Trained runs as objects: parameters and a policy to call."""
 
-import dataclasses
 import json
 import operator
 from collections.abc import Callable
@@ -54,13 +53,14 @@ def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any
     if run not in range(len(runs)):
         raise ConfigError("run", run, f"a run of the sweep, 0 to {len(runs) - 1}")
     config, hparams = runs[run].config, runs[run].hparams
-    size = int(hparams.buffer_size)
-    algorithm = train.make(dataclasses.replace(config, max_buffer_size=size))
+    algorithm = train.make(config)
     for folder in sorted((directory / results.PARAMS).glob("[0-9]*")):
         if folder.suffix or run not in (members := json.loads((folder / "runs.json").read_text())):
             continue
-        state = jax.eval_shape(algorithm.init, hparams)
-        kept = {"params": state.learner.params, "normalizer": state.normalizer}
+        kept = {
+            "params": jax.eval_shape(algorithm.network.init, jax.random.key(0)),
+            "normalizer": normalizer.init(algorithm.env.obs_shape),
+        }
         like = checkpoint.stacked(kept, len(members))
         stored = checkpoint.read_arrays(folder / checkpoint.ARRAYS, like)
         lane = operator.itemgetter(members.index(run))

@@ -87,6 +87,12 @@ def _read_table(directory: Path, name: str) -> pd.DataFrame:
         raise ResultsError(f"{path} cannot be read: {error}") from error
 
 
+def check_holds_sweep(directory: Path, field: str) -> None:
+    """Raises ConfigError, naming the setting ``field``, where a folder holds no sweep."""
+    if not (directory / CONFIG).exists():
+        raise ConfigError(field, str(directory), f"a folder that holds a sweep ({CONFIG})")
+
+
 def check_directory(directory: Path, resume: bool) -> None:
     """Checks that a sweep may write to a folder, without touching anything.
 
@@ -94,8 +100,7 @@ def check_directory(directory: Path, resume: bool) -> None:
         ConfigError: it holds another sweep, holds none to resume, or cannot be written to.
     """
     if resume:
-        if not (directory / CONFIG).exists():
-            raise ConfigError("out", str(directory), f"a folder that holds a sweep ({CONFIG})")
+        check_holds_sweep(directory, "out")
     elif (directory / CONFIG).exists():
         raise ConfigError(
             "out", str(directory), "a folder without a sweep in it; --resume continues this one"

@@ -109,7 +109,6 @@ class Training:
         compile_s: seconds of compilation.
         env_steps: environment steps of one call, all runs together.
         updates: likewise.
-        flops: operations of matrix products, likewise; of networks as ``iteration_flops`` knows.
     """
 
     def __init__(
@@ -156,9 +155,6 @@ class Training:
         self._next, self._iterations = started, iterations
         self.env_steps = runs * iterations * config.block_size
         self.updates = runs * iterations * config.updates_per_iteration * config.reuse_per_batch
-        inputs, head = math.prod(self.algorithm.env.obs_shape), self.algorithm.head
-        outputs = head.num_tokens * head.output_width
-        self.flops = runs * iterations * iteration_flops(config, inputs, outputs)
 
     def __call__(self) -> float:
         if not self._states:
@@ -183,7 +179,11 @@ def training_rows(
         measured = row(name, {axis: label}, "env-steps/s", case.env_steps, times)
         measured["updates_per_s"] = case.updates / statistics.median(times)
         measured["compile_s"] = case.compile_s
-        measured["fraction_of_matmul"] = roofline_fraction(case.flops, times, product)
+        config, env, head = case.algorithm.config, case.algorithm.env, case.algorithm.head
+        outputs = head.num_tokens * head.output_width
+        flops = iteration_flops(config, math.prod(env.obs_shape), outputs)
+        flops *= case.env_steps / config.block_size
+        measured["fraction_of_matmul"] = roofline_fraction(flops, times, product)
         rows.append(measured)
     return rows
 
