@@ -9,7 +9,7 @@ import pandas as pd
 from experiments import training
 from experiments.store import Store
 from experiments.training import Method, Sweep, Task
-from gipo_jax import plots
+from gipo_jax.analysis import plots
 
 FRESH, STALE = 1, 128
 """Replay sizes, in iterations."""

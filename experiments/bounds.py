@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.store import Store
-from gipo_jax import gridworld, objectives, plots
+from gipo_jax import objectives
+from gipo_jax.analysis import gridworld, plots
 
 QUESTION = "Does sigma bound every update, and do estimates concentrate as the bound implies?"
 

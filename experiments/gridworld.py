@@ -1,4 +1,4 @@
-"""The exact bias-variance study of gipo_jax.gridworld, for one logit and for all of them."""
+"""The exact bias-variance study in the GridWorld, for one logit and for all of them."""
 
 import functools
 from typing import Any
@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from experiments.store import Store
-from gipo_jax import gridworld, objectives, plots
+from gipo_jax import objectives
+from gipo_jax.analysis import gridworld, plots
 
 QUESTION = "Which objectives trade bias against variance best where both are known exactly?"
 

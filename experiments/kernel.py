@@ -5,7 +5,7 @@ import numpy as np
 from experiments import ablations
 from experiments.store import Store
 from experiments.training import Method
-from gipo_jax import plots
+from gipo_jax.analysis import plots
 from gipo_jax.config import KERNELS
 
 QUESTION = "Does the shape of the trust weight matter: Gaussian, Laplacian or Cauchy?"

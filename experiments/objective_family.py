@@ -16,7 +16,9 @@ from experiments.ablations import AGE_LOOKS, FRESH, REGIME, STALE
 from experiments.family import NAMES, any_of_them
 from experiments.store import Store
 from experiments.training import Sweep, Task
-from gipo_jax import objectives, plots, results, stats, sweep
+from gipo_jax import objectives, sweep
+from gipo_jax.analysis import plots, stats
+from gipo_jax.sweep import results
 
 QUESTION = "How does GIPO compare with the whole family of objectives, on fresh and stale data?"
 

@@ -8,7 +8,7 @@ import pandas as pd
 from experiments import training
 from experiments.store import DataError, Store
 from experiments.training import METHODS, REGIMES, Method, Sweep, Task
-from gipo_jax import plots, stats
+from gipo_jax.analysis import plots, stats
 
 QUESTION = "Does GIPO learn best over replay sizes from on-policy to 128 iterations old?"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.store import DataError, Store
-from gipo_jax import plots
+from gipo_jax.analysis import plots
 
 _DEPARTURES = Path(__file__).with_name("DEPARTURES.md")
 

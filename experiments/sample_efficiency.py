@@ -5,7 +5,7 @@ import pandas as pd
 
 from experiments import replay_sizes
 from experiments.store import DataError, Store
-from gipo_jax import plots, stats
+from gipo_jax.analysis import plots, stats
 
 QUESTION = "Does GIPO need fewer environment steps to reach a given return?"
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from experiments import replay_sizes
 from experiments.store import Store
-from gipo_jax import plots, stats
+from gipo_jax.analysis import plots, stats
 
 QUESTION = "Is training with GIPO more stable: less spread, no collapse, no divergence?"
 

@@ -3,7 +3,7 @@
 from experiments import training
 from experiments.store import Store
 from experiments.training import GIPO, Method, Sweep
-from gipo_jax import plots
+from gipo_jax.analysis import plots
 
 QUESTION = "What does stale replay cost each objective on CartPole and Acrobot?"
 

@@ -18,7 +18,8 @@ import jax
 import pandas as pd
 from matplotlib.figure import Figure
 
-from gipo_jax import plots, provenance
+from gipo_jax import provenance
+from gipo_jax.analysis import plots
 
 
 class DataError(Exception):

@@ -3,7 +3,7 @@
 from experiments import ablations, training
 from experiments.store import Store
 from experiments.training import Method
-from gipo_jax import plots
+from gipo_jax.analysis import plots
 
 QUESTION = "With several action tokens, should the ratio be per token or joint?"
 

@@ -14,7 +14,8 @@ import pandas as pd
 
 from experiments.compared import NAMES, compared
 from experiments.store import DataError, Store
-from gipo_jax import results, sweep
+from gipo_jax import sweep
+from gipo_jax.sweep import results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ CURVES = (
     "near_zero_fraction_new",
     "near_zero_fraction_old",
     "old_share",
-    "d95",
+    "log_ratio_abs_p95",
     "policy_age",
 )
 """Columns of metrics.csv kept in thinned curves."""

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.store import Store
-from gipo_jax import objectives, plots
+from gipo_jax import objectives
+from gipo_jax.analysis import plots
 
 QUESTION = "What weight does a sample keep as its importance ratio leaves 1?"
 

@@ -6,7 +6,7 @@ import scipy.stats
 
 from experiments import replay_sizes
 from experiments.store import Store
-from gipo_jax import plots
+from gipo_jax.analysis import plots
 
 QUESTION = "Does clipping collapse on old data, where, and does return follow?"
 
@@ -14,7 +14,7 @@ SHOWN = {
     "near_zero_fraction_old": "share of old samples\nwith weight < 0.001",
     "ess_old": "effective sample size / n\nof old samples",
     "old_share": "old samples' share\nof all weight",
-    "d95": "95th percentile\nof |log r|",
+    "log_ratio_abs_p95": "95th percentile\nof |log r|",
 }
 
 

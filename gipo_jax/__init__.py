@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gipo_jax.loading import Trained
+    from gipo_jax.agents import Trained
 
 __version__ = "0.1.0"
 
 
 def load(directory: Any, run: int = 0, *, env: Any = None, objective: Any = None) -> "Trained":
-    """A trained run of a sweep's folder; see ``gipo_jax.loading.load``."""
+    """A trained run of a sweep's folder; see ``gipo_jax.agents.load``."""
     # Importing gymnax takes seconds and computes; the package itself should do neither.
-    from gipo_jax import loading
+    from gipo_jax import agents
 
-    return loading.load(directory, run, env=env, objective=objective)
+    return agents.load(directory, run, env=env, objective=objective)

@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), BAD_INPUT)
 
     from gipo_jax.config import ConfigError
-    from gipo_jax.interrupts import Interrupted
-    from gipo_jax.results import ResultsError
+    from gipo_jax.sweep.interrupts import Interrupted
+    from gipo_jax.sweep.results import ResultsError
 
     try:
         return options.act(dict(vars(options)))
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_sweep(commands: Any) -> None:
     from gipo_jax.config import Config, HParams
-    from gipo_jax.options import Options
+    from gipo_jax.sweep.options import Options
 
     parser = commands.add_parser(
         "sweep",
@@ -211,7 +211,8 @@ def _reader(default: Any) -> Any:
 def _sweep(given: dict[str, Any]) -> int:
     # Importing gymnax computes something, and processes must find each other before that.
     processes = _start_processes(given)
-    from gipo_jax import grid, results, sweep
+    from gipo_jax import sweep
+    from gipo_jax.sweep import grid, results
 
     given = {name: v for name, v in given.items() if name not in ("act", "distributed")}
     directory, resume = given.pop("out"), given.pop("resume", False)
@@ -231,7 +232,7 @@ def _sweep(given: dict[str, Any]) -> int:
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """What ``expand`` takes, from what was given on the command line."""
-    from gipo_jax import grid
+    from gipo_jax.sweep import grid
 
     settings = dict(given)
     for name in set(grid.CONFIG_FIELDS) - set(_LISTED):
@@ -251,7 +252,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _start_processes(given: dict[str, Any]) -> Any:
-    from gipo_jax import processes
+    from gipo_jax.sweep import processes
 
     names = ("coordinator_address", "num_processes", "process_id")
     where = {name: given.pop(name) for name in names if name in given}
@@ -264,7 +265,8 @@ def _start_processes(given: dict[str, Any]) -> Any:
 
 
 def _plot(given: dict[str, Any]) -> int:
-    from gipo_jax import plots, results
+    from gipo_jax.analysis import plots
+    from gipo_jax.sweep import results
 
     directory = Path(given["directory"])
     results.check_holds_sweep(directory, "directory")

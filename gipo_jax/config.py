@@ -113,7 +113,7 @@ class Config:
         "an integer >= 1",
         _integer(1),
     )
-    actor_every: int = setting(
+    policy_delay: int = setting(
         1, "the actor takes part in every n-th update", "an integer >= 1", _integer(1)
     )
     max_buffer_size: int | None = setting(
@@ -176,7 +176,7 @@ class Config:
     normalize_obs: bool = setting(
         False, "standardise observations with running statistics", "true or false", _flag
     )
-    time_limit_is_death: bool = setting(
+    truncation_is_termination: bool = setting(
         False, "treat a time limit as termination (no bootstrap)", "true or false", _flag
     )
     max_episode_steps: int | None = setting(

@@ -52,8 +52,8 @@ def utilization(
         scalars. ``ess`` and ``near_zero_fraction`` (also of new and old data apart: ``_new``,
         ``_old``), ``clip_fraction`` (what PPO with eps 0.2 would ignore), ``suppressed_fraction``
         (trust weight below 1e-3), ``mean_weight`` (of u), ``old_share`` and ``old_gradient_share``
-        (of the sum of u and of abs(u A)), ``d95`` (95th percentile of abs(x)), ``policy_age`` and
-        ``policy_age_max``. NaN where a group is empty.
+        (of the sum of u and of abs(u A)), ``log_ratio_abs_p95`` (95th percentile of abs(x)),
+        ``policy_age`` and ``policy_age_max``. NaN where a group is empty.
     """
     age = jnp.broadcast_to(age, log_ratio.shape)
     new, old = age <= NEW_AGE, age >= OLD_AGE
@@ -75,7 +75,7 @@ def utilization(
         "mean_weight": jnp.mean(weight),
         "old_share": jnp.sum(weight, where=old) / jnp.sum(weight),
         "old_gradient_share": jnp.sum(gradient, where=old) / jnp.sum(gradient),
-        "d95": jnp.percentile(jnp.abs(log_ratio), 95),
+        "log_ratio_abs_p95": jnp.percentile(jnp.abs(log_ratio), 95),
         "policy_age": jnp.mean(age.astype(jnp.float32)),
         "policy_age_max": jnp.max(age).astype(jnp.float32),
     }

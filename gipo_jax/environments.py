@@ -66,7 +66,7 @@ def make(config: Config) -> Environment:
 
     Args:
         config: uses ``env`` (a gymnax name or environment object), ``max_episode_steps`` and
-            ``time_limit_is_death``.
+            ``truncation_is_termination``.
 
     Raises:
         ConfigError: no such environment, or spaces that no network here reads.
@@ -87,7 +87,7 @@ def make(config: Config) -> Environment:
     def step(key: Array, state: Any, action: Array) -> Step:
         obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
         terminated, truncated = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)
-        if config.time_limit_is_death:
+        if config.truncation_is_termination:
             terminated = terminated | truncated
         return Step(
             state=_strong(state),

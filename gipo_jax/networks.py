@@ -148,17 +148,17 @@ _MANY_ROWS = 512
 
 
 class Torso(nn.Module):
-    """Hidden layers: for planes a 3 x 3 convolution first, then dense layers."""
+    """Hidden layers: for images a 3 x 3 convolution first, then dense layers."""
 
     hidden_sizes: tuple[int, ...]
     activation: str
     layer_norm: bool
-    planes: bool
+    conv: bool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         activation = _ACTIVATIONS[self.activation]
-        if self.planes:
+        if self.conv:
             # A dense layer over patches: a convolution whose kernels differ by run, as under vmap,
             # is a grouped convolution, which XLA does slowly on CPU.
             height, width = x.shape[-3] - 2, x.shape[-2] - 2
@@ -230,13 +230,13 @@ class Network(NamedTuple):
         init: ``key -> params``.
         policy: ``params, obs -> outputs [..., num_tokens, output_width]``.
         value: ``params, obs -> [...]``.
-        both: ``params, obs -> outputs, value``, the torso computed once where it is shared.
+        policy_and_value: ``params, obs -> outputs, value``; a shared torso is computed once.
     """
 
     init: Callable[[Array], Params]
     policy: Callable[[Params, Array], Array]
     value: Callable[[Params, Array], Array]
-    both: Callable[[Params, Array], tuple[Array, Array]]
+    policy_and_value: Callable[[Params, Array], tuple[Array, Array]]
 
 
 def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Network:
@@ -249,8 +249,8 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     Raises:
         ConfigError: a shared torso of no layers.
     """
-    planes = len(obs_shape) == 3
-    if config.shared_torso and not planes and len(config.hidden_sizes) == 1:
+    conv = len(obs_shape) == 3
+    if config.shared_torso and not conv and len(config.hidden_sizes) == 1:
         valid = "False with one hidden size, because all but the last are shared"
         raise ConfigError("shared_torso", True, valid)
     obs_rank = len(obs_shape)
@@ -260,7 +260,7 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     value_own = config.value_hidden_sizes or own
 
     def layers(sizes: tuple[int, ...], first: bool) -> Torso:
-        return Torso(sizes, config.activation, config.layer_norm, planes and first)
+        return Torso(sizes, config.activation, config.layer_norm, conv and first)
 
     torso = layers(shared, first=True)
     policy_tower = layers(own, first=not config.shared_torso)
@@ -269,7 +269,7 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     value_output = _dense(1, 1.0)
 
     def flat(obs: Array) -> Array:
-        if planes:
+        if conv:
             return obs
         return obs.reshape(*obs.shape[: obs.ndim - obs_rank], -1)
 
@@ -300,7 +300,7 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
         params["value"]["output"], _ = _init(value_output, key_value_output, hidden)
         return params
 
-    def both(params: Params, obs: Array) -> tuple[Array, Array]:
+    def policy_and_value(params: Params, obs: Array) -> tuple[Array, Array]:
         x = features(params, obs)
         return policy_from(params, x), value_from(params, x)
 
@@ -308,7 +308,7 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
         init=init,
         policy=lambda params, obs: policy_from(params, features(params, obs)),
         value=lambda params, obs: value_from(params, features(params, obs)),
-        both=both,
+        policy_and_value=policy_and_value,
     )
 
 

@@ -23,7 +23,7 @@ from gipo_jax.rollout import Transition
 Metrics = dict[str, Array]
 
 
-class Replayed(NamedTuple):
+class ReplayRow(NamedTuple):
     """What replay keeps of a transition. Fields that the advantage mode does not need are None.
 
     ``stored`` keeps the labels made at collection; ``recomputed`` and ``vtrace`` keep what is
@@ -180,7 +180,7 @@ class Algorithm:
             state = state._replace(normalizer=normalizer.update(state.normalizer, transition.obs))
         return state, metrics
 
-    def chunk(
+    def train_and_log(
         self, state: TrainState, hparams: HParams, start: int | Array, stop: int | Array
     ) -> tuple[TrainState, Metrics]:
         """Iterations ``start .. stop - 1``, then evaluation and diagnostics: one logged point.
@@ -238,9 +238,9 @@ class Algorithm:
         moments: normalizer.Normalizer,
         transition: Transition,
         hparams: HParams,
-    ) -> Replayed:
+    ) -> ReplayRow:
         """The part of a rollout that replay keeps, with advantages where they are stored."""
-        kept = Replayed(transition.obs, transition.action, transition.behavior_log_prob)
+        kept = ReplayRow(transition.obs, transition.action, transition.behavior_log_prob)
         if self.config.advantage_mode != "stored":
             return kept._replace(
                 reward=transition.reward,
@@ -279,17 +279,17 @@ class Algorithm:
             batch = self._sample(state, learner.params, hparams, index, iteration)
             # The authors' damping of reused batches.
             scale = 1 / jnp.sqrt(count % config.reuse_per_batch + 1.0)
-            if config.actor_every == 1:
+            if config.policy_delay == 1:
                 return self._update_both(state, learner, batch, hparams, iteration, scale)
             return jax.lax.cond(
-                count % config.actor_every == 0,
+                count % config.policy_delay == 0,
                 lambda: self._update_both(state, learner, batch, hparams, iteration, scale),
                 lambda: self._update_value(learner, batch, hparams, iteration),
             )
 
         def learn(learner: Learner) -> tuple[Learner, Metrics]:
             learner, metrics = jax.lax.scan(update, learner, jnp.arange(updates))
-            actor_updates = -(-updates // config.actor_every)
+            actor_updates = -(-updates // config.policy_delay)
             return learner, {
                 name: jnp.sum(x) / (updates if name.startswith("value") else actor_updates)
                 for name, x in metrics.items()
@@ -336,7 +336,7 @@ class Algorithm:
         obs = self._read(state.normalizer, segment.obs)
         final_obs = self._read(state.normalizer, segment.final_obs)
         rewards = (segment.reward, segment.terminated, segment.truncated)
-        outputs, value = self.network.both(params, obs)
+        outputs, value = self.network.policy_and_value(params, obs)
         next_value = self.network.value(params, final_obs)
         if self.config.advantage_mode == "vtrace":
             log_prob = self.head.log_prob(outputs, segment.action)
@@ -407,7 +407,7 @@ class Algorithm:
         """One update of policy and value."""
 
         def loss(params: Any) -> tuple[Array, tuple[PolicyGradient, Metrics]]:
-            outputs, value = self.network.both(params, batch.obs)
+            outputs, value = self.network.policy_and_value(params, batch.obs)
             log_prob = self.head.log_prob(outputs, batch.action)
             entropy = jnp.mean(self.head.entropy(outputs))
             value_loss = jnp.mean((value - batch.value_target) ** 2)
@@ -492,7 +492,7 @@ class Algorithm:
         """Utilization of a fresh sample of replay under the policy as it now is."""
         index = self._draw(key, hparams, iteration, 1)[0]
         batch = self._sample(state, state.learner.params, hparams, index, iteration)
-        outputs, value = self.network.both(state.learner.params, batch.obs)
+        outputs, value = self.network.policy_and_value(state.learner.params, batch.obs)
         log_prob = self.head.log_prob(outputs, batch.action)
         result = self._policy_gradient(state, state.learner, hparams, batch, log_prob)
         log_ratio = log_prob - batch.behavior_log_prob
@@ -514,7 +514,9 @@ class Algorithm:
             return jax.ShapeDtypeStruct((*lead, *shape), dtype)
 
         obs, token = like(env.obs_shape, env.obs_dtype), (head.num_tokens,)
-        block = Replayed(obs, like(token, jnp.int32 if head.discrete else jnp.float32), like(token))
+        block = ReplayRow(
+            obs, like(token, jnp.int32 if head.discrete else jnp.float32), like(token)
+        )
         if config.advantage_mode == "stored":
             block = block._replace(advantage=like(()), value_target=like(()))
         else:
@@ -584,7 +586,7 @@ def make_hparams(
 
 
 def log_boundaries(config: Config) -> list[int]:
-    """Iterations after which ``chunk`` ends: ``num_logs`` evenly spaced, or every one if fewer."""
+    """Iterations after which a point is logged: ``num_logs`` evenly spaced, every one if fewer."""
     points = min(config.num_logs, config.num_iterations)
     return [config.num_iterations * (i + 1) // points for i in range(points)]
 
@@ -603,11 +605,11 @@ def train(config: Config, hparams: HParams) -> tuple[TrainState, Metrics]:
         config = dataclasses.replace(config, max_buffer_size=int(hparams.buffer_size))
     algorithm = make(config)
     check_sizes(config, hparams)
-    chunk: Callable[..., Any] = jax.jit(algorithm.chunk, donate_argnums=0)
+    train_and_log: Callable[..., Any] = jax.jit(algorithm.train_and_log, donate_argnums=0)
     state = jax.jit(algorithm.init)(hparams)
     points, start = [], 0
     for stop in log_boundaries(config):
-        state, metrics = chunk(state, hparams, start, stop)
+        state, metrics = train_and_log(state, hparams, start, stop)
         points.append(metrics)
         start = stop
     return state, jax.tree.map(lambda *x: jnp.stack(x), *points)

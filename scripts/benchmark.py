@@ -40,8 +40,9 @@ from gymnax.environments import environment, spaces  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from gipo_jax import buffer, plan, program, provenance, train  # noqa: E402
+from gipo_jax import buffer, provenance, train  # noqa: E402
 from gipo_jax.config import Config  # noqa: E402
+from gipo_jax.sweep import plan, program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks"
@@ -163,7 +164,7 @@ class Training:
         self._next = stop
         begin = time.perf_counter()
         for part, hparams in enumerate(self._hparams):
-            state, _ = self._program.chunk(self._states[part], hparams, start, stop)
+            state, _ = self._program.train_and_log(self._states[part], hparams, start, stop)
             self._states[part] = state
         jax.block_until_ready(self._states)
         return time.perf_counter() - begin
@@ -655,7 +656,7 @@ def bench_metaworld(context: Context) -> list[Row]:
     few, many = 2, 18 if context.quick else 34
     cases = {
         (every, updates): Training(
-            dataclasses.replace(base, actor_every=every, updates_per_iteration=updates),
+            dataclasses.replace(base, policy_delay=every, updates_per_iteration=updates),
             1,
             1,
             20_000,
@@ -679,12 +680,12 @@ def bench_metaworld(context: Context) -> list[Row]:
     for every in (1, 2):
         # By medians: single differences scatter more than either term.
         medians = [statistics.median(by_case[every, n]) for n in (few, many)]
-        measured = row("metaworld", {"actor_every": every}, "updates/s", 1.0, update[every])
+        measured = row("metaworld", {"policy_delay": every}, "updates/s", 1.0, update[every])
         measured["median"] = (many - few) / (medians[1] - medians[0])
         rows.append(measured)
     rows[0]["fraction_of_matmul"] = rows[0]["median"] * metaworld_flops(512) / rate
     speedup = rows[1]["median"] / rows[0]["median"]
-    rows.append(row("metaworld", {"actor_every": "2 against 1"}, "times", 1.0, [1 / speedup]))
+    rows.append(row("metaworld", {"policy_delay": "2 against 1"}, "times", 1.0, [1 / speedup]))
     return rows
 
 

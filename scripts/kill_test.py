@@ -23,7 +23,8 @@ import jax
 import numpy as np
 
 import gipo_jax
-from gipo_jax import results, runtime
+from gipo_jax import runtime
+from gipo_jax.sweep import results
 
 SETTINGS = (
     *("--objective", "gipo", "ppo_clip", "--sigma", "0.5", "1", "--buffer-size", "32", "64"),

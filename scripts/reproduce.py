@@ -19,10 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import experiments
 from experiments import report
 from experiments.store import DataError, Store
-from gipo_jax import plots, runtime
+from gipo_jax import runtime
+from gipo_jax.analysis import plots
 from gipo_jax.config import ConfigError
-from gipo_jax.interrupts import Interrupted
-from gipo_jax.results import ResultsError
+from gipo_jax.sweep.interrupts import Interrupted
+from gipo_jax.sweep.results import ResultsError
 
 BAD_INPUT, FAILED = 2, 1
 

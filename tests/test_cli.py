@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gipo_jax import cli, results
+from gipo_jax import cli
+from gipo_jax.sweep import results
 
 SMALL = (
     *("--num-envs", "2", "--rollout-length", "4", "--batch-size", "8", "--total-steps", "96"),

@@ -36,7 +36,7 @@ BAD_CONFIG: list[tuple[str, Any]] = [
     ("batch_size", 0),
     ("updates_per_iteration", 0),
     ("reuse_per_batch", 0),
-    ("actor_every", 0),
+    ("policy_delay", 0),
     ("max_buffer_size", 0),
     ("sampling", "prioritized"),
     ("advantage_mode", "mc"),

@@ -53,7 +53,7 @@ def test_utilization_is_numpy(seed: int) -> None:
         "mean_weight": u.mean(),
         "old_share": u[old].sum() / u.sum(),
         "old_gradient_share": np.abs(u * a)[old].sum() / np.abs(u * a).sum(),
-        "d95": np.percentile(np.abs(x), 95),
+        "log_ratio_abs_p95": np.percentile(np.abs(x), 95),
         "policy_age": age.mean(),
         "policy_age_max": age.max(),
     }

@@ -109,7 +109,7 @@ def test_termination_wins_when_a_step_does_both(toy: Any) -> None:
 
 
 def test_a_time_limit_may_count_as_death(toy: Any) -> None:
-    env = environments.make(Config(env=toy(limit=2), time_limit_is_death=True))
+    env = environments.make(Config(env=toy(limit=2), truncation_is_termination=True))
     assert flags(run_out(env, 3)) == [NEITHER, TERMINATED, NEITHER]
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gipo_jax import gridworld, objectives
+from gipo_jax import objectives
+from gipo_jax.analysis import gridworld
 from gipo_jax.config import ConfigError
 
 # GIPO paper's study: bias and variance for the behaviours A, B and C, to six digits.

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import gipo_jax
-from gipo_jax import logs, results, sweep
+from gipo_jax import sweep
 from gipo_jax.config import ConfigError
+from gipo_jax.sweep import logs, results
 
 pytestmark = pytest.mark.timeout(300)
 

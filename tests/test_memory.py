@@ -13,7 +13,8 @@ PROGRAM = """
 import sys, threading, time
 from gipo_jax import runtime
 runtime.set_cpu_defaults()
-from gipo_jax import plan, program, sweep
+from gipo_jax import sweep
+from gipo_jax.sweep import plan, program
 
 runs = sweep.expand(env="Acrobot-v1", buffer_size=32 * 32768, seeds=6, total_steps=96, num_logs=3,
                     eval_episodes=0)

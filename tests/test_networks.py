@@ -180,9 +180,9 @@ def test_outputs_have_the_leading_shape_of_observations(
         params = network.init(jax.random.key(0))
         obs = jax.random.normal(jax.random.key(1), (2, 3, *obs_shape))
         return {
-            "both": network.both(params, obs),
+            "both": network.policy_and_value(params, obs),
             "apart": (network.policy(params, obs), network.value(params, obs)),
-            "one": network.both(params, obs[1, 2]),
+            "one": network.policy_and_value(params, obs[1, 2]),
         }
 
     result = run()
@@ -217,7 +217,7 @@ def test_the_value_trains_the_torso_only_if_attached(
 ) -> None:
     network, params = build((4,), shared_torso=shared, detach_value=detach)
     obs = jax.random.normal(jax.random.key(1), (3, 4))
-    for value in (network.value, lambda p, x: network.both(p, x)[1]):
+    for value in (network.value, lambda p, x: network.policy_and_value(p, x)[1]):
         gradient = quick(jax.grad(lambda p, value=value: jnp.sum(value(p, obs))))(params)
         moved = any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(gradient["policy"]))
         assert moved == reaches
@@ -249,7 +249,7 @@ def test_layer_norm_makes_outputs_blind_to_the_scale_of_hidden_layers() -> None:
 
 def test_patches_are_a_convolution() -> None:
     """The dense layer over 3 x 3 patches against XLA's own convolution."""
-    torso = networks.Torso(hidden_sizes=(), activation="relu", layer_norm=False, planes=True)
+    torso = networks.Torso(hidden_sizes=(), activation="relu", layer_norm=False, conv=True)
     obs = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
     params = torso.init(jax.random.key(1), obs)
     dense = params["params"]["Dense_0"]

@@ -15,7 +15,9 @@ from experiments import objective_family as family  # noqa: E402
 from experiments import training  # noqa: E402
 from experiments.ablations import AGE_LOOKS, FRESH, STALE  # noqa: E402
 from experiments.store import Store  # noqa: E402
-from gipo_jax import objectives, plots, results, sweep  # noqa: E402
+from gipo_jax import objectives, sweep  # noqa: E402
+from gipo_jax.analysis import plots  # noqa: E402
+from gipo_jax.sweep import results  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

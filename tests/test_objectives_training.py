@@ -204,16 +204,16 @@ def reweighted() -> dict[str, Any]:
     lanes = stack([settings_of(config, learning_rate=0.03, **v) for v in varied.values()])
 
     @jax.jit
-    def chunk(state: Any, lanes: HParams, start: int, stop: int) -> Any:
+    def train_and_log(state: Any, lanes: HParams, start: int, stop: int) -> Any:
         return jax.lax.map(
-            lambda lane: algorithm.chunk(lane[0], lane[1], start, stop), (state, lanes)
+            lambda lane: algorithm.train_and_log(lane[0], lane[1], start, stop), (state, lanes)
         )
 
     same = stack([plain] * len(varied))
     first = jax.jit(lambda lanes: jax.lax.map(algorithm.init, lanes))(same)
-    stale, _ = chunk(first, same, 0, 20)
-    once, _ = chunk(stale, lanes, 20, 21)
-    _, metrics = chunk(stale, lanes, 20, 40)
+    stale, _ = train_and_log(first, same, 0, 20)
+    once, _ = train_and_log(stale, lanes, 20, 21)
+    _, metrics = train_and_log(stale, lanes, 20, 40)
 
     def moved(group: str) -> dict[str, float]:
         change = jax.tree.map(
@@ -242,7 +242,7 @@ def test_ess_scales_the_policy_learning_rate_only(reweighted: dict[str, Any]) ->
 
 def test_kl_penalty_keeps_the_policy_near_the_data(reweighted: dict[str, Any]) -> None:
     assert reweighted["kl"]["kl"] < 0.7 * reweighted["kl"]["plain"]
-    assert reweighted["d95"]["kl"] < reweighted["d95"]["plain"]
+    assert reweighted["log_ratio_abs_p95"]["kl"] < reweighted["log_ratio_abs_p95"]["plain"]
 
 
 def test_recent_fraction_draws_from_the_newest_iteration(reweighted: dict[str, Any]) -> None:

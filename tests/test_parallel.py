@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from gipo_jax import checkpoint, grid, results, sweep
+from gipo_jax import sweep
+from gipo_jax.sweep import checkpoint, grid, results
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 

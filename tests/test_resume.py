@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gipo_jax import checkpoint, results, sweep
+from gipo_jax import sweep
 from gipo_jax.config import ConfigError
+from gipo_jax.sweep import checkpoint, results
 from scripts import kill_test
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -188,7 +189,7 @@ def test_a_failed_save_leaves_earlier_checkpoints(
 FULL = """
 import pathlib, resource, sys
 import numpy as np
-from gipo_jax import checkpoint
+from gipo_jax.sweep import checkpoint
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

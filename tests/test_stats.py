@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from gipo_jax import stats
+from gipo_jax.analysis import stats
 
 RUNS = np.random.default_rng(5).normal(size=(10, 3))
 

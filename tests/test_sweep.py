@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gipo_jax import checkpoint, grid, plan, program, results, sweep, train
+from gipo_jax import agents, sweep, train
 from gipo_jax.config import Config, ConfigError
+from gipo_jax.sweep import checkpoint, grid, plan, program, results
 
 QUIET = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
 SMALL: dict[str, Any] = {
@@ -201,7 +202,7 @@ def test_one_program_a_group_is_made_however_many_runs(tmp_path: Path) -> None:
     summary = sweep.run(runs, tmp_path, QUIET)
     jax.monitoring.unregister_event_duration_listener(listen)
     assert summary.compilations == 2
-    # Two functions a group: first states, and chunk.
+    # Two functions a group: first states, and train_and_log.
     assert len(made) == 4
 
 
@@ -218,9 +219,8 @@ def test_a_run_that_diverges_is_frozen_and_named_and_harms_no_other(
     assert 0 <= table.diverged_step[0] < SMALL["total_steps"]
     for run in range(1, 6):
         pd.testing.assert_frame_equal(rows(tmp_path, run), rows(swept, run), check_exact=True)
-    from gipo_jax import loading
 
-    params = loading.load(tmp_path, 0).params
+    params = agents.load(tmp_path, 0).params
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 

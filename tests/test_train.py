@@ -62,13 +62,13 @@ class Program(NamedTuple):
     algorithm: train.Algorithm
     lanes: list[HParams]
     start: Callable[[HParams], train.TrainState]
-    chunk: Callable[..., tuple[train.TrainState, dict[str, Array]]]
+    train_and_log: Callable[..., tuple[train.TrainState, dict[str, Array]]]
 
     def run(
         self, stop: int, lanes: list[HParams] | None = None
     ) -> tuple[train.TrainState, dict[str, Array]]:
         hparams = stack(lanes or self.lanes)
-        return self.chunk(self.start(hparams), hparams, 0, stop)
+        return self.train_and_log(self.start(hparams), hparams, 0, stop)
 
     def final(self, stop: int) -> train.TrainState:
         """State after ``stop`` iterations, without compiling what a logged point adds."""
@@ -88,7 +88,7 @@ def program(config: Config, settings: list[dict[str, Any]]) -> Program:
         algorithm,
         [train.make_hparams(config, **x) for x in settings],
         quick(jax.vmap(algorithm.init)),
-        quick(jax.vmap(algorithm.chunk, in_axes=(0, 0, None, None))),
+        quick(jax.vmap(algorithm.train_and_log, in_axes=(0, 0, None, None))),
     )
 
 
@@ -143,7 +143,7 @@ def test_nor_is_it_where_labels_are_made_anew(toy: Any, mode: str) -> None:
 def test_unless_a_time_limit_counts_as_death(toy: Any) -> None:
     # Whole episodes, or the share of last steps would differ from one rollout to the next.
     program = endless(
-        toy, time_limit_is_death=True, num_envs=2, rollout_length=8, max_episode_steps=8
+        toy, truncation_is_termination=True, num_envs=2, rollout_length=8, max_episode_steps=8
     )
     value = values(program, program.final(400))
     # One state, whose value is the mean over steps of 1 + gamma V, and in one of eight of 1.
@@ -182,15 +182,15 @@ def test_a_run_that_diverges_is_frozen_and_harms_no_other(stored: Program) -> No
         stored.algorithm.config, seed=2, buffer_size=64, learning_rate=1e38
     )
 
-    healthy, _ = stored.chunk(state, stack(lanes), 3, 6)
-    frozen, _ = stored.chunk(state, stack(broken), 3, 6)
+    healthy, _ = stored.train_and_log(state, stack(lanes), 3, 6)
+    frozen, _ = stored.train_and_log(state, stack(broken), 3, 6)
     assert list(healthy.diverged_at) == [-1] * 5
     assert list(frozen.diverged_at) == [-1, -1, 3, -1, -1]
     assert equal(lane_of(frozen.learner, 2), lane_of(state.learner, 2))
     for lane in (0, 1, 3, 4):
         assert equal(lane_of(frozen, lane), lane_of(healthy, lane))
     # It stays frozen, and keeps its mark, also where its settings would now be harmless.
-    later, _ = stored.chunk(frozen, stack(lanes), 6, 9)
+    later, _ = stored.train_and_log(frozen, stack(lanes), 6, 9)
     assert list(later.diverged_at) == [-1, -1, 3, -1, -1]
     assert equal(lane_of(later.learner, 2), lane_of(state.learner, 2))
     assert not equal(lane_of(later.learner, 1), lane_of(frozen.learner, 1))
@@ -202,15 +202,15 @@ def test_training_is_pure(stored: Program) -> None:
 
 
 def test_chunks_may_be_cut_anywhere(stored: Program) -> None:
-    """And a second chunk does not compile a second time."""
+    """And a second train_and_log does not compile a second time."""
     hparams = stack(stored.lanes)
     whole, _ = stored.run(7)
     state, _ = stored.run(3)
-    state, _ = stored.chunk(state, hparams, 3, 7)
+    state, _ = stored.train_and_log(state, hparams, 3, 7)
     for field in ("learner", "replay", "envs", "key", "diverged_at"):
         a, b = ({"x": getattr(s, field)} for s in (whole, state))
         assert all(equal(lane_of(a, i), lane_of(b, i)) for i in range(5))
-    assert stored.chunk._cache_size() == 1  # type: ignore[attr-defined]
+    assert stored.train_and_log._cache_size() == 1  # type: ignore[attr-defined]
 
 
 def test_a_lane_of_some_capacity_is_a_run_with_a_buffer_of_that_size(toy: Any) -> None:
@@ -258,7 +258,7 @@ def fresh(toy: Any) -> tuple[Program, train.TrainState, list[dict[str, np.ndarra
     hparams = stack(made.lanes)
     state, points = made.start(hparams), []
     for start, stop in ((0, 1), (1, 40)):
-        state, metrics = made.chunk(state, hparams, start, stop)
+        state, metrics = made.train_and_log(state, hparams, start, stop)
         points.append({k: np.asarray(v) for k, v in metrics.items()})
     return made, state, points
 
@@ -414,7 +414,7 @@ def updated(toy: Any) -> dict[str, Updated]:
     return {
         "once": run(),
         "twice": run(reuse_per_batch=2),
-        "critic": run(reuse_per_batch=2, actor_every=2),
+        "critic": run(reuse_per_batch=2, policy_delay=2),
     }
 
 
@@ -493,7 +493,7 @@ def test_learning_rate_schedules(schedule: str, warmup: int) -> None:
         {"env": "Pendulum-v1", "joint_ratio": True},
         {"env": "Pendulum-v1", "action_head": "gaussian", "sampling": "uniform"},
         {"env": "Breakout-MinAtar", "objective": "r2vpo", "batch_size": 32},
-        {"env": "FrozenLake-misc", "actor_every": 2, "reuse_per_batch": 2},
+        {"env": "FrozenLake-misc", "policy_delay": 2, "reuse_per_batch": 2},
     ],
 )
 def test_a_chunk_returns_the_state_it_takes(settings: dict[str, Any]) -> None:
@@ -502,7 +502,7 @@ def test_a_chunk_returns_the_state_it_takes(settings: dict[str, Any]) -> None:
     algorithm = train.make(config)
     hparams = train.make_hparams(config, buffer_size=2 * BLOCK)
     state = jax.eval_shape(algorithm.init, hparams)
-    after, metrics = jax.eval_shape(algorithm.chunk, state, hparams, 0, 3)
+    after, metrics = jax.eval_shape(algorithm.train_and_log, state, hparams, 0, 3)
 
     def described(tree: Any) -> Any:
         return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
@@ -514,7 +514,8 @@ def test_a_chunk_returns_the_state_it_takes(settings: dict[str, Any]) -> None:
         "episode_return", "episodes", "eval_return", "eval_return_sampled", "ess", "ess_new",
         "ess_old", "near_zero_fraction", "near_zero_fraction_new", "near_zero_fraction_old",
         "clip_fraction", "suppressed_fraction", "mean_weight", "policy_age", "policy_age_max",
-        "d95", "old_share", "old_gradient_share", "kl", "entropy", "policy_loss", "value_loss",
+        "log_ratio_abs_p95", "old_share", "old_gradient_share",
+        "kl", "entropy", "policy_loss", "value_loss",
         "grad_norm", "value_grad_norm", "explained_variance",
     }  # fmt: skip
     assert set(metrics) == names

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from gipo_jax.results import ResultsError, write_atomic
+from gipo_jax.sweep.results import ResultsError, write_atomic
 
 FORMAT = 2
 """Version of what a checkpoint holds; another version is refused."""

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gipo_jax import checkpoint, grid, normalizer, results, train
+from gipo_jax import normalizer, train
 from gipo_jax.config import Config, ConfigError, HParams
 from gipo_jax.environments import Environment
+from gipo_jax.sweep import checkpoint, grid, results
 
 
 class Trained(NamedTuple):

@@ -1,10 +1,4 @@
-"""Sweeps: many runs trained by few programs, in a folder that any interruption leaves usable.
-
-``expand`` turns lists of settings into runs, ``run`` trains them::
-
-    runs = sweep.expand(objective=["gipo", "ppo_clip"], buffer_size=[512, 8192], seeds=5)
-    sweep.run(runs, "results")
-"""
+"""Trains the runs of a sweep and writes their results."""
 
 import dataclasses
 import json
@@ -20,17 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gipo_jax import checkpoint, grid, logs, plan, provenance, results, train
+from gipo_jax import provenance, train
 from gipo_jax.config import ConfigError, check_fields
-from gipo_jax.grid import Run, expand
-from gipo_jax.interrupts import Interrupted, Interrupts
-from gipo_jax.options import Options
-from gipo_jax.plan import Group, Slices
-from gipo_jax.processes import ALONE, Peers, Processes, wait
-from gipo_jax.program import Program
-from gipo_jax.progress import Reporter
-
-__all__ = ["Interrupted", "Options", "Run", "Summary", "expand", "run"]
+from gipo_jax.sweep import checkpoint, grid, logs, plan, results
+from gipo_jax.sweep.grid import Run
+from gipo_jax.sweep.interrupts import Interrupted, Interrupts
+from gipo_jax.sweep.options import Options
+from gipo_jax.sweep.plan import Group, Slices
+from gipo_jax.sweep.processes import ALONE, Peers, Processes, wait
+from gipo_jax.sweep.program import Program
+from gipo_jax.sweep.progress import Reporter
 
 
 class Summary(NamedTuple):
@@ -369,7 +362,7 @@ class _Worker:
             self._stop_if_asked(part.runs, point, state)
             start, stop = stops[point - 1] if point else 0, stops[point]
             began = time.monotonic()
-            state, metrics = program.chunk(state, hparams, start, stop)
+            state, metrics = program.train_and_log(state, hparams, start, stop)
             seconds = time.monotonic() - began
             self._record(group, part.runs, stop, metrics, state)
             steps = (stop - start) * group.algorithm.config.block_size * len(part.runs)

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from gipo_jax import results, stats
+from gipo_jax.analysis import stats
+from gipo_jax.sweep import results
 
 WIDTH = 7.0
 """Width of a figure in inches: a page's text width."""

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gipo_jax import program, train
+from gipo_jax import train
 from gipo_jax.config import ConfigError, HParams
-from gipo_jax.grid import Run, env_name
-from gipo_jax.program import Layout
+from gipo_jax.sweep import program
+from gipo_jax.sweep.grid import Run, env_name
+from gipo_jax.sweep.program import Layout
 
 USABLE = 0.9
 """Part of the memory that a plan may take: the rest is for the program itself."""

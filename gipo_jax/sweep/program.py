@@ -77,7 +77,7 @@ def stack(hparams: Sequence[HParams], width: int) -> HParams:
 
 
 class Program:
-    """``init`` and ``chunk`` of an algorithm for a batch of runs, compiled on request.
+    """``init`` and ``train_and_log`` of an algorithm for a batch of runs, compiled on request.
 
     Attributes:
         layout: how the runs are laid out.
@@ -100,11 +100,11 @@ class Program:
         def init(hparams: HParams) -> TrainState:
             return _blocks(layout, algorithm.init, hparams)
 
-        def chunk(
+        def train_and_log(
             state: TrainState, hparams: HParams, start: Array, stop: Array
         ) -> tuple[TrainState, Metrics]:
             def one(state: TrainState, hparams: HParams) -> tuple[TrainState, Metrics]:
-                return algorithm.chunk(state, hparams, start, stop)
+                return algorithm.train_and_log(state, hparams, start, stop)
 
             return _blocks(layout, one, state, hparams)
 
@@ -112,21 +112,23 @@ class Program:
         hparams = self._abstract(stack([example], layout.width))
         step = jax.ShapeDtypeStruct((), jnp.int32)
         init_shared = share(init, in_specs=(runs,), out_specs=runs)
-        chunk_shared = share(chunk, in_specs=(runs, runs, P(), P()), out_specs=(runs, runs))
+        train_and_log_shared = share(
+            train_and_log, in_specs=(runs, runs, P(), P()), out_specs=(runs, runs)
+        )
         self._init_traced = jax.jit(init_shared).trace(hparams)
         self.state = self._abstract(self._init_traced.out_info)
-        self._chunk_traced = jax.jit(chunk_shared, donate_argnums=0).trace(
+        self._train_and_log_traced = jax.jit(train_and_log_shared, donate_argnums=0).trace(
             self.state, hparams, step, step
         )
-        self.metrics = list(self._chunk_traced.out_info[1])
+        self.metrics = list(self._train_and_log_traced.out_info[1])
         self._copy = jax.jit(lambda state: state, out_shardings=self._sharding)
         self._init: Any = None
-        self._chunk: Any = None
+        self._train_and_log: Any = None
 
     def compile(self) -> None:
         """Compiles both functions, once."""
         self._init = self._init_traced.lower().compile()
-        self._chunk = self._chunk_traced.lower().compile()
+        self._train_and_log = self._train_and_log_traced.lower().compile()
 
     def place(self, hparams: Sequence[HParams]) -> HParams:
         """Settings of at most ``layout.width`` runs on the devices."""
@@ -146,7 +148,7 @@ class Program:
         # The copy owns its memory: a buffer that came from the host must not be donated.
         return self._copy(jax.device_put(jax.tree.map(fill, state), self._sharding))
 
-    def chunk(
+    def train_and_log(
         self, state: TrainState, hparams: HParams, start: int, stop: int
     ) -> tuple[TrainState, dict[str, np.ndarray]]:
         """Iterations ``start .. stop - 1`` of all runs; ``state`` is used up.
@@ -154,7 +156,7 @@ class Program:
         Returns:
             state, and metrics ``[width]`` by name, on the host.
         """
-        state, metrics = self._chunk(state, hparams, np.int32(start), np.int32(stop))
+        state, metrics = self._train_and_log(state, hparams, np.int32(start), np.int32(stop))
         return state, jax.device_get(metrics)
 
     def _abstract(self, tree: Any) -> Any:
@@ -183,7 +185,7 @@ def _blocks(layout: Layout, function: Callable[..., Any], *arguments: Any) -> An
         return jax.tree.map(take, split)
 
     out_shapes = jax.eval_shape(lambda: one(*block(0)))
-    # A chunk returns its state first; its result replaces its argument.
+    # ``train_and_log`` returns its state first; its result replaces its argument.
     in_place = isinstance(out_shapes, tuple) and not hasattr(out_shapes, "_fields")
     empty = functools.partial(jax.tree.map, lambda x: _zeros((layout.blocks, *x.shape), x.dtype))
     carry = (split[0], empty(out_shapes[1])) if in_place else empty(out_shapes)
