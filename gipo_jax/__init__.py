@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gipo_jax.agents import Trained
+    from gipo_jax.agents import Agent
 
 __version__ = "0.1.0"
 
 
-def load(directory: Any, run: int = 0, *, env: Any = None, objective: Any = None) -> "Trained":
+def load(directory: Any, run: int = 0, *, env: Any = None, objective: Any = None) -> "Agent":
     """A trained run of a sweep's folder; see ``gipo_jax.agents.load``."""
     # Importing gymnax takes seconds and computes; the package itself should do neither.
     from gipo_jax import agents

@@ -1,5 +1,6 @@
-"""Trained runs as objects: parameters and a policy to call."""
+"""Trained runs as objects to act with, from a vmapped call or from a sweep's folder."""
 
+import functools
 import json
 import operator
 from collections.abc import Callable
@@ -7,17 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
-from gipo_jax import normalizer, train
+from gipo_jax import train
 from gipo_jax.config import Config, ConfigError, HParams
-from gipo_jax.environments import Environment
 from gipo_jax.sweep import checkpoint, grid, results
 
 
-class Trained(NamedTuple):
+class Agent(NamedTuple):
     """A trained run.
 
     Attributes:
@@ -27,16 +26,41 @@ class Trained(NamedTuple):
         env: the environment it was trained in.
         policy: ``obs [..., *obs_shape], key -> action [..., *action_shape]``, as the environment's
             ``step`` takes it. With a PRNG key it samples, without one it takes the most likely.
+        evaluate: ``key, episodes -> mean return`` of fresh episodes with the most likely actions,
+            and with sampled ones.
     """
 
     config: Config
     hparams: HParams
     params: Any
-    env: Environment
+    env: Any
     policy: Callable[..., Array]
+    evaluate: Callable[..., tuple[Array, Array]]
 
 
-def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any = None) -> Trained:
+def agent(
+    config: Config, hparams: HParams, state: train.TrainState, run: int | None = None
+) -> Agent:
+    """The agent that a run of ``train.make_train(config)`` trained.
+
+    Args:
+        config: the configuration.
+        hparams: what the training function took.
+        state: the final state it returned.
+        run: which run, where the call was vmapped; None where it was not.
+
+    Raises:
+        ConfigError: no such run.
+    """
+    if run is not None:
+        count = state.diverged_at.shape[0] if np.ndim(state.diverged_at) else 0
+        if run not in range(count):
+            raise ConfigError("run", run, f"a run of the results, 0 to {count - 1}")
+        hparams, state = train.select((hparams, state), run)
+    return _agent(train.make(config), hparams, state.learner.params, state.normalizer)
+
+
+def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any = None) -> Agent:
     """Reads a trained run.
 
     Args:
@@ -58,32 +82,27 @@ def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any
     for folder in sorted((directory / results.PARAMS).glob("[0-9]*")):
         if folder.suffix or run not in (members := json.loads((folder / "runs.json").read_text())):
             continue
-        kept = {
-            "params": jax.eval_shape(algorithm.network.init, jax.random.key(0)),
-            "normalizer": normalizer.init(algorithm.env.obs_shape),
-        }
+        state = jax.eval_shape(algorithm.init, hparams)
+        kept = {"params": state.learner.params, "normalizer": state.normalizer}
         like = checkpoint.stacked(kept, len(members))
         stored = checkpoint.read_arrays(folder / checkpoint.ARRAYS, like)
-        lane = operator.itemgetter(members.index(run))
-        mine = jax.tree.map(lane, stored)
-        policy = _policy(algorithm, mine["params"], mine["normalizer"])
-        return Trained(config, hparams, mine["params"], algorithm.env, policy)
+        mine = jax.tree.map(operator.itemgetter(members.index(run)), stored)
+        return _agent(algorithm, hparams, mine["params"], mine["normalizer"])
     raise results.ResultsError(f"run {run} of {directory} has not finished")
 
 
-def _policy(
-    algorithm: train.Algorithm, params: Any, moments: normalizer.Normalizer
-) -> Callable[..., Array]:
-    head, env = algorithm.head, algorithm.env
+def _agent(algorithm: train.Algorithm, hparams: HParams, params: Any, moments: Any) -> Agent:
+    return Agent(
+        algorithm.config,
+        hparams,
+        params,
+        algorithm.env,
+        functools.partial(algorithm.choose_action, params, moments),
+        functools.partial(_evaluate, algorithm, params, moments),
+    )
 
-    def policy(obs: ArrayLike, key: Array | None = None) -> Array:
-        obs = jnp.asarray(obs, jnp.float32)
-        if algorithm.config.normalize_obs:
-            obs = normalizer.normalize(moments, obs)
-        outputs = algorithm.network.policy(params, obs)
-        if key is None:
-            return head.to_env(head.mode(outputs))
-        batch = obs.shape[: obs.ndim - len(env.obs_shape)]
-        return head.to_env(head.sample(outputs, head.noise(key, batch)))
 
-    return policy
+def _evaluate(
+    algorithm: train.Algorithm, params: Any, moments: Any, key: Array, episodes: int = 10
+) -> tuple[Array, Array]:
+    return jax.jit(algorithm.evaluate, static_argnums=3)(params, moments, key, episodes)

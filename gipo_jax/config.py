@@ -7,10 +7,11 @@ so any of its fields can be swept inside one program by stacking along a leading
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 Scalar = float | jax.Array
 """A Python number, or an array of them where runs are stacked."""
@@ -70,6 +71,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 ADVANTAGE_MODES = ("stored", "recomputed", "vtrace")
 SAMPLING_MODES = ("shuffled", "uniform")
 ACTION_HEADS = ("auto", "tokens", "gaussian")
+DEFAULT_BUFFER_SIZE = 512
+RATIO_LEVELS = ("token", "joint")
 KERNELS = ("gaussian", "laplacian", "cauchy")
 
 
@@ -109,16 +112,16 @@ class Config:
     )
     reuse_per_batch: int = setting(
         1,
-        "updates made with each batch; the actor's loss is scaled by 1/sqrt(reuse index + 1)",
+        "updates made with each batch; the policy's loss is scaled by 1/sqrt(reuse index + 1)",
         "an integer >= 1",
         _integer(1),
     )
     policy_delay: int = setting(
-        1, "the actor takes part in every n-th update", "an integer >= 1", _integer(1)
+        1, "the policy takes part in every n-th update", "an integer >= 1", _integer(1)
     )
     max_buffer_size: int | None = setting(
         None,
-        "rows allocated for replay; a sweep takes the largest buffer size of the group",
+        "transitions allocated for replay, at least the largest buffer size; a sweep finds it out",
         "an integer >= 1, or None for the default buffer size",
         lambda v: v is None or _integer(1)(v),
     )
@@ -137,8 +140,11 @@ class Config:
     normalize_advantage: bool = setting(
         True, "standardise advantages in each batch", "true or false", _flag
     )
-    joint_ratio: bool = setting(
-        False, "one ratio per action instead of one per token", "true or false", _flag
+    ratio_level: str = setting(
+        "token",
+        "one importance ratio for each action token, or one for the whole action (joint)",
+        f"one of {', '.join(RATIO_LEVELS)}",
+        _one_of(*RATIO_LEVELS),
     )
     action_head: str = setting(
         "auto",
@@ -208,6 +214,11 @@ class Config:
     def num_iterations(self) -> int:
         return self.total_steps // self.block_size
 
+    @property
+    def allocated_size(self) -> int:
+        """Transitions that replay has room for."""
+        return self.max_buffer_size or DEFAULT_BUFFER_SIZE
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,16 +227,25 @@ class HParams:
 
     seed: Scalar = setting(0, "seed of the run", "an integer in [0, 2^31)", _integer(0, 2**31))
     buffer_size: Scalar = setting(
-        512, "transitions kept for replay", "an integer in [1, 2^31)", _integer(1, 2**31)
+        DEFAULT_BUFFER_SIZE,
+        "transitions kept for replay",
+        "an integer in [1, 2^31)",
+        _integer(1, 2**31),
+    )
+    min_age: Scalar = setting(
+        0,
+        "newest iterations of data held back from sampling",
+        "an integer in [0, 2^31)",
+        _integer(0, 2**31),
     )
     learning_rate: Scalar = setting(
         6e-4, "learning rate of the policy", "a finite number > 0", _positive
     )
     value_learning_rate: Scalar = setting(
         None,
-        "learning rate of the value function; by default the policy's",
-        "a finite number > 0",
-        _positive,
+        "learning rate of the value function; None takes the policy's",
+        "a finite number > 0, or None",
+        lambda v: v is None or _positive(v),
     )
     gamma: Scalar = setting(0.99, "discount", "a number in [0, 1]", _unit)
     gae_lambda: Scalar = setting(
@@ -264,6 +284,19 @@ class HParams:
     objective_params: dict[str, Scalar] = dataclasses.field(default_factory=dict)
 
 
+_INTEGERS = ("seed", "buffer_size", "min_age", "warmup_iterations")
+
+
+def stack(hparams: Sequence[HParams]) -> HParams:
+    """Settings of several runs as one pytree of NumPy arrays ``[runs]``."""
+
+    def column(path: Any, *values: Any) -> np.ndarray:
+        integer = jax.tree_util.keystr(path, simple=True) in _INTEGERS
+        return np.asarray(values, np.int32 if integer else np.float32)
+
+    return jax.tree_util.tree_map_with_path(column, *hparams)
+
+
 def check_fields(settings: Any) -> None:
     """Checks every field of a dataclass made of ``setting`` fields; raises ConfigError."""
     for field in dataclasses.fields(settings):
@@ -286,7 +319,7 @@ def check_sizes(config: Config, hparams: HParams) -> None:
         raise ConfigError(
             "total_steps", config.total_steps, f"a multiple of {product}, such as {near}"
         )
-    size = int(hparams.buffer_size)
+    size, age = int(hparams.buffer_size), int(hparams.min_age)
     if size % block or size < block:
         near = max(size // block, 1) * block
         raise ConfigError("buffer_size", size, f"a positive multiple of {product}, such as {near}")
@@ -298,12 +331,19 @@ def check_sizes(config: Config, hparams: HParams) -> None:
             config.max_buffer_size,
             f"a multiple of {product} and at least the buffer size {size}",
         )
-    if config.sampling == "shuffled" and size < config.batch_size:
+    if age * block >= size:
+        raise ConfigError(
+            "min_age",
+            age,
+            f"less than the {size // block} iterations that buffer_size {size} holds",
+        )
+    if config.sampling == "shuffled" and size - age * block < config.batch_size:
+        held_back = f" beside the {age * block} held back by min_age {age}" if age else ""
         raise ConfigError(
             "buffer_size",
             size,
-            f"at least batch_size {config.batch_size}, which is drawn without replacement"
-            " (or sampling 'uniform')",
+            f"at least batch_size {config.batch_size}{held_back}, which is drawn without"
+            " replacement (or sampling 'uniform')",
         )
     if config.advantage_mode != "stored" and config.batch_size % config.rollout_length:
         raise ConfigError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gipo_jax import cpu
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.environments import Environment
 
@@ -99,8 +100,7 @@ def _categorical(num_tokens: int, bins: int, to_env: Callable[[Array], Array]) -
         threshold = uniform[..., None] * cumulative[..., -1:]
         return jnp.sum(threshold >= cumulative, axis=-1, dtype=jnp.int32)
 
-    # XLA on CPU is slow over a last axis of few, and transposing many costs more.
-    axis = 0 if bins <= _FEW_COLUMNS else -1
+    axis = cpu.category_axis(bins)
 
     def log_prob(logits: Array, action: Array) -> Array:
         logits = jnp.moveaxis(logits, -1, axis)
@@ -141,10 +141,6 @@ def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
         dimensions, 2, False, noise, sample, lambda outputs: outputs[..., 0], log_prob, entropy,
         to_env,
     )  # fmt: skip
-
-
-_FEW_COLUMNS = 8
-_MANY_ROWS = 512
 
 
 class Torso(nn.Module):
@@ -192,32 +188,7 @@ class PolicyOutput(nn.Module):
 
 
 def _dense(size: int, scale: float) -> nn.Dense:
-    def orthogonal(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        # Run by run under vmap: a batched QR on CPU waits, in a thread of XLA's pool, for work it
-        # gave to the same pool, which hangs for ever once every thread of a small pool does so.
-        draw = jax.custom_batching.sequential_vmap(
-            lambda key: nn.initializers.orthogonal(scale)(key, shape, dtype)
-        )
-        return draw(key)
-
-    dot_general = _narrow if size <= _FEW_COLUMNS else None
-    return nn.Dense(size, kernel_init=orthogonal, dot_general=dot_general)
-
-
-def _narrow(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """``x @ kernel`` for a kernel of few columns, in the place of Flax's ``dot_general``.
-
-    XLA's product of matrices on CPU is slow for them: with many rows, an update of a policy with
-    two actions takes 1.3 times as long as with a product of matrix and vector for each column
-    (benchmarks/NOTES.md).
-    """
-
-    def by_column(x: Array, kernel: Array) -> Array:
-        return jnp.stack([x @ column for column in kernel.T], axis=-1)
-
-    if x.size < _MANY_ROWS * x.shape[-1]:
-        return x @ kernel
-    return jax.lax.platform_dependent(x, kernel, cpu=by_column, default=jnp.matmul)
+    return nn.Dense(size, kernel_init=cpu.orthogonal(scale), dot_general=cpu.dot_general(size))
 
 
 class Network(NamedTuple):

@@ -123,14 +123,14 @@ def declare(
     return attach
 
 
-def _held(log_ratio: Array, maximum: ArrayLike) -> Array:
+def clamp_straight_through(log_ratio: Array, maximum: ArrayLike) -> Array:
     """``log_ratio``, at most ``maximum`` in value, with gradient 1 on both sides of it."""
     return log_ratio - stop_gradient(jnp.maximum(log_ratio - maximum, 0))
 
 
 def _ratio(log_ratio: Array, max_log_ratio: ArrayLike = 80.0) -> Array:
     """r = e^x, finite in float32; the default leaves room for a factor of 6000 on top."""
-    return jnp.exp(_held(log_ratio, max_log_ratio))
+    return jnp.exp(clamp_straight_through(log_ratio, max_log_ratio))
 
 
 def _weighted_score(weight: ArrayLike, log_ratio: Array, advantage: Array) -> Array:

@@ -1,23 +1,41 @@
-"""The algorithm: act, store, learn from replay. Pure functions of one run, to jit, vmap and scan.
+"""The algorithm: act, label, store, sample, loss, update.
 
-One iteration (``train_step``) acts with the current policy, labels the new data with advantages,
-adds it to replay, and makes ``updates_per_iteration`` updates from samples of replay. All
+``make_train(config)`` is a whole run as one pure function of its hyper-parameters, buffer size
+included::
+
+    state, metrics = jax.jit(jax.vmap(make_train(config)))(hparams)
+
+``train_step`` is one iteration and reads from top to bottom. It collects data with the current
+policy, labels it with advantages, adds it to replay, and makes updates from samples of replay. All
 randomness comes from ``fold_in(run key, iteration)``, so a run never depends on the runs beside it.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.lax import stop_gradient
 
-from gipo_jax import advantages, buffer, diagnostics, environments, networks, normalizer, objectives
+from gipo_jax import (
+    advantages,
+    buffer,
+    diagnostics,
+    environments,
+    losses,
+    networks,
+    normalizer,
+    objectives,
+)
 from gipo_jax import rollout as rollouts
-from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes
+from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes, stack
+from gipo_jax.losses import Batch, BoundObjective
 from gipo_jax.rollout import Transition
 
 Metrics = dict[str, Array]
@@ -26,7 +44,7 @@ Metrics = dict[str, Array]
 class ReplayRow(NamedTuple):
     """What replay keeps of a transition. Fields that the advantage mode does not need are None.
 
-    ``stored`` keeps the labels made at collection; ``recomputed`` and ``vtrace`` keep what is
+    ``stored`` keeps the advantages made at collection. ``recomputed`` and ``vtrace`` keep what is
     needed to make them anew.
     """
 
@@ -80,36 +98,8 @@ class TrainState(NamedTuple):
     diverged_at: Array
 
 
-class Batch(NamedTuple):
-    """A labelled sample of replay; arrays ``[batch, ...]``, the behavior's ``[batch, tokens]``."""
-
-    obs: Array
-    action: Array
-    behavior_log_prob: Array
-    advantage: Array
-    value_target: Array
-    age: Array
-
-
-class PolicyGradient(NamedTuple):
-    """The objective at one batch: what its surrogate is and how it pulls on each log-probability.
-
-    Attributes:
-        surrogate: ``[batch, tokens]``, maximised.
-        gradient: d surrogate / d log_ratio = u * A, same shape.
-        weight: u, same shape.
-        state: the objective's next state.
-    """
-
-    surrogate: Array
-    gradient: Array
-    weight: Array
-    state: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-    """A training program for one static configuration; every method is pure."""
+class Parts(NamedTuple):
+    """What a static configuration consists of."""
 
     config: Config
     env: environments.Environment
@@ -117,68 +107,501 @@ class Algorithm:
     network: networks.Network
     objective: objectives.Spec
 
-    def init(self, hparams: HParams) -> TrainState:
-        """First state of a run; its key is ``fold_in(key(0), seed)``.
 
-        Raises:
-            ConfigError: ``config.max_buffer_size`` is left open.
-        """
-        key = jax.random.fold_in(jax.random.key(0), hparams.seed)
-        key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
-        params = self.network.init(key_params)
-        optimizer = _optimizer(hparams)
-        objective_state = objectives.first_state(self.objective, hparams.objective_params)
-        return TrainState(
-            learner=Learner(
-                params, {k: optimizer.init(params[k]) for k in params}, objective_state
-            ),
-            normalizer=normalizer.init(self.env.obs_shape),
-            envs=rollouts.reset(self.env, key_envs, self.config.num_envs),
-            replay=self._empty_replay(),
-            return_sum=jnp.zeros(()),
-            episodes=jnp.zeros(()),
-            key=key,
-            diverged_at=jnp.int32(-1),
+# One iteration, from top to bottom.
+
+
+def train_step(
+    parts: Parts, state: TrainState, hparams: HParams, iteration: int | Array
+) -> tuple[TrainState, Metrics]:
+    """One iteration: act, label, store, learn.
+
+    Args:
+        parts: of the configuration.
+        state: state before the iteration.
+        hparams: traced settings of the run.
+        iteration: index from 0; under ``vmap`` the same for all runs.
+
+    Returns:
+        state after it, and means over its updates of the losses and gradient norms.
+    """
+    key_act, key_learn = jax.random.split(jax.random.fold_in(state.key, iteration))
+
+    state, transition = act(parts, state, hparams, key_act)
+    rows = label(parts, state, hparams, transition)
+    state = state._replace(replay=buffer.add(state.replay, rows, iteration))
+    learner, metrics = learn(parts, state, hparams, iteration, key_learn)
+
+    state = _keep_finite(state, learner, iteration)
+    if parts.config.normalize_obs:
+        state = state._replace(normalizer=normalizer.update(state.normalizer, transition.obs))
+    return state, metrics
+
+
+def act(
+    parts: Parts, state: TrainState, hparams: HParams, key: Array
+) -> tuple[TrainState, Transition]:
+    """Collects a rollout with the current policy; arrays ``[rollout_length, num_envs, ...]``."""
+    envs, transition, return_sum, episodes = rollouts.collect(
+        parts.env,
+        parts.head,
+        policy_of(parts, state.learner.params, state.normalizer),
+        state.envs,
+        key,
+        parts.config.rollout_length,
+    )
+    transition = transition._replace(reward=transition.reward * hparams.reward_scale)
+    state = state._replace(
+        envs=envs,
+        return_sum=state.return_sum + return_sum,
+        episodes=state.episodes + episodes,
+    )
+    return state, transition
+
+
+def label(parts: Parts, state: TrainState, hparams: HParams, transition: Transition) -> ReplayRow:
+    """The part of a rollout that replay keeps, with advantages where they are stored."""
+    row = ReplayRow(transition.obs, transition.action, transition.behavior_log_prob)
+    if parts.config.advantage_mode != "stored":
+        return row._replace(
+            reward=transition.reward,
+            terminated=transition.terminated,
+            truncated=transition.truncated,
+            final_obs=transition.final_obs,
+        )
+    value = functools.partial(parts.network.value, state.learner.params)
+    advantage, value_target = advantages.gae(
+        transition.reward,
+        transition.terminated,
+        transition.truncated,
+        value(_network_input(parts, state.normalizer, transition.obs)),
+        value(_network_input(parts, state.normalizer, transition.final_obs)),
+        hparams.gamma,
+        hparams.gae_lambda,
+    )
+    return row._replace(advantage=advantage, value_target=value_target)
+
+
+def learn(
+    parts: Parts, state: TrainState, hparams: HParams, iteration: int | Array, key: Array
+) -> tuple[Learner, Metrics]:
+    """The update phase. Updates wait until replay holds a batch drawn without replacement."""
+    config = parts.config
+    updates = config.updates_per_iteration * config.reuse_per_batch
+    indices = sample_indices(config, hparams, iteration, key, config.updates_per_iteration)
+
+    def one_update(learner: Learner, count: Array) -> tuple[Learner, Metrics]:
+        index = indices[count // config.reuse_per_batch]
+        batch = gather(parts, state, learner.params, hparams, index, iteration)
+        # The authors' damping of reused batches.
+        policy_scale = 1 / jnp.sqrt(count % config.reuse_per_batch + 1.0)
+
+        def policy_and_value() -> tuple[Learner, Metrics]:
+            return update(parts, state, learner, batch, hparams, iteration, policy_scale)
+
+        if config.policy_delay == 1:
+            return policy_and_value()
+        return jax.lax.cond(
+            count % config.policy_delay == 0,
+            policy_and_value,
+            lambda: update_value(parts, learner, batch, hparams, iteration),
         )
 
-    def train_step(
-        self, state: TrainState, hparams: HParams, iteration: int | Array
-    ) -> tuple[TrainState, Metrics]:
-        """One iteration: act, store, learn.
+    def all_updates(learner: Learner) -> tuple[Learner, Metrics]:
+        learner, metrics = jax.lax.scan(one_update, learner, jnp.arange(updates))
+        policy_updates = -(-updates // config.policy_delay)
+        return learner, {
+            name: jnp.sum(x) / (updates if name.startswith("value") else policy_updates)
+            for name, x in metrics.items()
+        }
 
-        Args:
-            state: state before the iteration.
-            hparams: traced settings of the run.
-            iteration: index from 0; under ``vmap`` the same for all runs.
+    if first_update(config) == 0:
+        return all_updates(state.learner)
+    shapes = jax.eval_shape(all_updates, state.learner)[1]
+    return jax.lax.cond(
+        jnp.asarray(iteration) >= first_update(config),
+        all_updates,
+        lambda learner: (learner, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)),
+        state.learner,
+    )
 
-        Returns:
-            state after it, and means over its updates of the losses and gradient norms.
-        """
-        key_act, key_draw = jax.random.split(jax.random.fold_in(state.key, iteration))
-        params = state.learner.params
 
-        envs, transition, return_sum, episodes = rollouts.collect(
-            self.env,
-            self.head,
-            lambda obs: self.network.policy(params, self._read(state.normalizer, obs)),
-            state.envs,
-            key_act,
-            self.config.rollout_length,
+def sample_indices(
+    config: Config, hparams: HParams, iteration: int | Array, key: Array, batches: int
+) -> Array:
+    """Newest-first indices of rows, or of segments, ``[batches, per batch]``."""
+    rows = 1 if config.advantage_mode == "stored" else config.rollout_length
+    size, block = config.batch_size // rows, config.block_size // rows
+    valid = buffer.num_valid(iteration, hparams.buffer_size, config.block_size) // rows
+    draw = buffer.draw_shuffled if config.sampling == "shuffled" else buffer.draw_uniform
+    key_all, key_recent = jax.random.split(key)
+    index = draw(key_all, batches, size, valid)
+    recent = buffer.draw_uniform(key_recent, batches, size, block)
+    return jnp.where(jnp.arange(size) < hparams.recent_fraction * size, recent, index)
+
+
+def gather(
+    parts: Parts,
+    state: TrainState,
+    params: Any,
+    hparams: HParams,
+    index: Array,
+    iteration: int | Array,
+) -> Batch:
+    """A batch of replay with advantages and value targets, made anew where they are not stored."""
+    config, network = parts.config, parts.network
+    read = functools.partial(_network_input, parts, state.normalizer)
+    if config.advantage_mode == "stored":
+        row, age = buffer.take_rows(state.replay, index, iteration)
+        return Batch(
+            read(row.obs),
+            row.action,
+            row.behavior_log_prob,
+            row.advantage,
+            row.value_target,
+            age,
         )
-        transition = transition._replace(reward=transition.reward * hparams.reward_scale)
-        block = self._label(params, state.normalizer, transition, hparams)
-        state = state._replace(
-            envs=envs,
-            replay=buffer.add(state.replay, block, iteration),
-            return_sum=state.return_sum + return_sum,
-            episodes=state.episodes + episodes,
+    segment, age = buffer.take_segments(state.replay, index, iteration)
+    obs = read(segment.obs)
+    rewards = (segment.reward, segment.terminated, segment.truncated)
+    outputs, value = network.policy_and_value(params, obs)
+    next_value = network.value(params, read(segment.final_obs))
+    if config.advantage_mode == "vtrace":
+        log_prob = parts.head.log_prob(outputs, segment.action)
+        log_ratio = jnp.sum(log_prob - segment.behavior_log_prob, axis=-1)
+        labels = advantages.vtrace(log_ratio, *rewards, value, next_value, hparams.gamma)
+    else:
+        labels = advantages.gae(*rewards, value, next_value, hparams.gamma, hparams.gae_lambda)
+    batch = Batch(
+        obs,
+        segment.action,
+        segment.behavior_log_prob,
+        *stop_gradient(labels),
+        jnp.broadcast_to(age, value.shape),
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+
+
+def update(
+    parts: Parts,
+    state: TrainState,
+    learner: Learner,
+    batch: Batch,
+    hparams: HParams,
+    iteration: int | Array,
+    policy_scale: Array,
+) -> tuple[Learner, Metrics]:
+    """One update of policy and value."""
+    advantage = _advantage(parts.config, batch)
+    objective = bind_objective(parts, state, learner, hparams, batch)
+
+    def loss(params: Any, probe: Array) -> tuple[Array, losses.Losses]:
+        outputs, value = parts.network.policy_and_value(params, batch.obs)
+        return losses.actor_critic_loss(
+            parts.head.log_prob(outputs, batch.action),
+            parts.head.entropy(outputs),
+            value,
+            batch,
+            advantage,
+            objective,
+            hparams,
+            parts.config.ratio_level,
+            policy_scale,
+            probe,
         )
 
-        learner, metrics = self._learn(state, hparams, iteration, key_draw)
-        state = _keep_finite(state, learner, iteration)
-        if self.config.normalize_obs:
-            state = state._replace(normalizer=normalizer.update(state.normalizer, transition.obs))
-        return state, metrics
+    probe = jnp.zeros(losses.log_ratio_at(parts.config.ratio_level, batch.behavior_log_prob).shape)
+    (grads, probe_gradient), terms = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+        learner.params, probe
+    )
+    weight = losses.effective_weight(probe_gradient, advantage, policy_scale)
+    ess = diagnostics.effective_sample_size(weight)
+
+    schedule = learning_rate_factor(parts.config, hparams, iteration)
+    policy_rate = hparams.learning_rate * ess**hparams.ess_lr_power * schedule
+    value_rate = hparams.value_learning_rate * schedule
+    policy, policy_opt, policy_norm = _apply(learner, "policy", grads, hparams, policy_rate)
+    value, value_opt, value_norm = _apply(learner, "value", grads, hparams, value_rate)
+    learner = Learner(
+        {"policy": policy, "value": value},
+        {"policy": policy_opt, "value": value_opt},
+        terms.objective_state,
+    )
+    return learner, {
+        "policy_loss": terms.policy_loss,
+        "value_loss": terms.value_loss,
+        "entropy": terms.entropy,
+        "kl": terms.kl,
+        "grad_norm": policy_norm,
+        "value_grad_norm": value_norm,
+    }
+
+
+def update_value(
+    parts: Parts, learner: Learner, batch: Batch, hparams: HParams, iteration: int | Array
+) -> tuple[Learner, Metrics]:
+    """One update of the value function alone; it neither runs nor changes the policy's part."""
+
+    def loss(value_params: Any) -> tuple[Array, Array]:
+        params = {"policy": learner.params["policy"], "value": value_params}
+        error = jnp.mean((parts.network.value(params, batch.obs) - batch.value_target) ** 2)
+        return hparams.value_coef * error, error
+
+    grads, value_loss = jax.grad(loss, has_aux=True)(learner.params["value"])
+    rate = hparams.value_learning_rate * learning_rate_factor(parts.config, hparams, iteration)
+    value, opt_state, norm = _apply(learner, "value", {"value": grads}, hparams, rate)
+    learner = learner._replace(
+        params=learner.params | {"value": value},
+        opt_state=learner.opt_state | {"value": opt_state},
+    )
+    metrics = dict.fromkeys(("policy_loss", "entropy", "kl", "grad_norm"), jnp.zeros(()))
+    return learner, metrics | {"value_loss": value_loss, "value_grad_norm": norm}
+
+
+# What an iteration is made of.
+
+
+def policy_of(
+    parts: Parts, params: Any, moments: normalizer.Normalizer
+) -> Callable[[Array], Array]:
+    """The policy: observations ``[..., *obs_shape]`` -> outputs of the action head."""
+    return lambda obs: parts.network.policy(params, _network_input(parts, moments, obs))
+
+
+def bind_objective(
+    parts: Parts, state: TrainState, learner: Learner, hparams: HParams, batch: Batch
+) -> BoundObjective:
+    """The objective with its parameters, and with the inputs and state that it asks for."""
+    spec, level = parts.objective, parts.config.ratio_level
+    given: dict[str, Any] = dict(hparams.objective_params)
+    if spec.takes_kernel:
+        given["kernel"] = parts.config.kernel
+    if "behavior_log_prob" in spec.inputs:
+        given["behavior_log_prob"] = losses.log_ratio_at(level, batch.behavior_log_prob)
+    if "log_ratio_start" in spec.inputs:
+        outputs = parts.network.policy(state.learner.params, batch.obs)
+        log_prob = parts.head.log_prob(outputs, batch.action)
+        given["log_ratio_start"] = losses.log_ratio_at(level, log_prob - batch.behavior_log_prob)
+    if spec.initial_state is not None:
+        given["state"] = learner.objective_state
+    return functools.partial(objectives.evaluate, spec, **given)
+
+
+def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
+    """Factor on the learning rates: linear warm-up, then the configured decay.
+
+    Optax's schedules take their lengths as Python numbers; here the warm-up is traced.
+    """
+    done = jnp.asarray(iteration, jnp.float32)
+    warmup = jnp.asarray(hparams.warmup_iterations, jnp.float32)
+    warm = jnp.minimum((done + 1) / jnp.maximum(warmup, 1.0), 1.0)
+    progress = (done - warmup) / jnp.maximum(config.num_iterations - warmup, 1.0)
+    progress = jnp.clip(progress, 0.0, 1.0)
+    if config.schedule == "linear":
+        return warm * (1 - progress)
+    if config.schedule == "cosine":
+        return warm * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return warm
+
+
+def optimizer(hparams: HParams) -> optax.GradientTransformation:
+    """Adam on gradients of bounded global norm, without the learning rate."""
+    # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
+    return optax.flatten(
+        optax.chain(
+            _clip_by_global_norm(hparams.max_grad_norm),
+            optax.scale_by_adam(eps=1e-5),
+        )
+    )
+
+
+def _clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
+    """Like Optax's, but finite gradients whose squares overflow keep their direction.
+
+    Optax divides by the norm, which is then infinite, and returns zeros.
+    """
+
+    def clip(updates: Any, params: Any = None) -> Any:
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(updates)]))
+        # Squares of numbers below 1e18 do not overflow, and numbers stay as they are.
+        shrink = jnp.where(largest > 1e18, 1e18 / largest, 1.0)
+        updates = jax.tree.map(lambda x: x * shrink, updates)
+        norm = optax.tree.norm(updates)
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda x: x * factor, updates)
+
+    return optax.stateless(clip)
+
+
+def _apply(
+    learner: Learner, group: str, grads: Any, hparams: HParams, rate: Array
+) -> tuple[Any, Any, Array]:
+    """One optimizer step of a parameter group: its parameters, optimizer state, gradient norm."""
+    params, grads = learner.params[group], grads[group]
+    updates, opt_state = optimizer(hparams).update(grads, learner.opt_state[group], params)
+    updates = jax.tree.map(lambda u: -rate * u, updates)
+    return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
+
+
+def _network_input(parts: Parts, moments: normalizer.Normalizer, obs: Array) -> Array:
+    """Observations as the networks take them."""
+    scale = 255.0 if obs.dtype == jnp.uint8 else 1.0
+    obs = obs.astype(jnp.float32) / scale
+    return normalizer.normalize(moments, obs) if parts.config.normalize_obs else obs
+
+
+def _advantage(config: Config, batch: Batch) -> Array:
+    """Advantages as the objective sees them, ``[batch, tokens]`` or ``[batch, 1]`` for joint."""
+    standard = config.normalize_advantage
+    advantage = losses.standardize(batch.advantage) if standard else batch.advantage
+    shape = losses.log_ratio_at(config.ratio_level, batch.behavior_log_prob).shape
+    return jnp.broadcast_to(advantage[:, None], shape)
+
+
+def _keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
+    """Takes the new learner, unless it or an earlier one is not finite."""
+    sums = [jnp.sum(x) for x in jax.tree.leaves((learner.params, learner.objective_state))]
+    finite = jnp.all(jnp.isfinite(jnp.stack(sums)))
+    good = finite & (state.diverged_at < 0)
+    return state._replace(
+        learner=jax.tree.map(lambda new, old: jnp.where(good, new, old), learner, state.learner),
+        diverged_at=jnp.where(
+            finite | (state.diverged_at >= 0), state.diverged_at, jnp.int32(iteration)
+        ),
+    )
+
+
+# The start of a run, and what is reported of it.
+
+
+def init(parts: Parts, hparams: HParams) -> TrainState:
+    """First state of a run; its key is ``fold_in(key(0), seed)``."""
+    key = jax.random.fold_in(jax.random.key(0), hparams.seed)
+    key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
+    params = parts.network.init(key_params)
+    opt_state = {group: optimizer(hparams).init(params[group]) for group in params}
+    objective_state = objectives.first_state(parts.objective, hparams.objective_params)
+    return TrainState(
+        learner=Learner(params, opt_state, objective_state),
+        normalizer=normalizer.init(parts.env.obs_shape),
+        envs=rollouts.reset(parts.env, key_envs, parts.config.num_envs),
+        replay=empty_replay(parts),
+        return_sum=jnp.zeros(()),
+        episodes=jnp.zeros(()),
+        key=key,
+        diverged_at=jnp.int32(-1),
+    )
+
+
+def empty_replay(parts: Parts) -> Any:
+    """Replay with nothing in it, arrays ``[blocks, rollout_length, num_envs, ...]``."""
+    config, env, head = parts.config, parts.env, parts.head
+
+    def like(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((config.rollout_length, config.num_envs, *shape), dtype)
+
+    obs, token = like(env.obs_shape, env.obs_dtype), (head.num_tokens,)
+    action = like(token, jnp.int32 if head.discrete else jnp.float32)
+    row = ReplayRow(obs, action, like(token))
+    if config.advantage_mode == "stored":
+        row = row._replace(advantage=like(()), value_target=like(()))
+    else:
+        flag = like((), jnp.bool_)
+        row = row._replace(reward=like(()), terminated=flag, truncated=flag, final_obs=obs)
+    return buffer.init(row, config.allocated_size // config.block_size)
+
+
+def report(
+    parts: Parts, state: TrainState, hparams: HParams, iteration: int | Array, key: Array
+) -> Metrics:
+    """Diagnostics of a fresh sample of replay under the policy as it now is, and evaluation."""
+    key_evaluate, key_diagnose = jax.random.split(key)
+    config, params = parts.config, state.learner.params
+    index = sample_indices(config, hparams, iteration, key_diagnose, 1)[0]
+    batch = gather(parts, state, params, hparams, index, iteration)
+    outputs, value = parts.network.policy_and_value(params, batch.obs)
+    log_prob = parts.head.log_prob(outputs, batch.action)
+    log_ratio = losses.log_ratio_at(config.ratio_level, log_prob - batch.behavior_log_prob)
+    advantage = _advantage(config, batch)
+    objective = bind_objective(parts, state, state.learner, hparams, batch)
+    weight = losses.objective_weight(objective, log_ratio, advantage)
+    metrics = diagnostics.utilization(
+        log_ratio,
+        advantage,
+        weight,
+        weight * jnp.exp(-jnp.maximum(log_ratio, -80.0)),
+        batch.age[:, None],
+    )
+    metrics["explained_variance"] = diagnostics.explained_variance(batch.value_target, value)
+    if config.eval_episodes:
+        metrics["eval_return"], metrics["eval_return_sampled"] = evaluate(
+            parts, params, state.normalizer, key_evaluate, config.eval_episodes
+        )
+    return metrics
+
+
+def evaluate(
+    parts: Parts, params: Any, moments: normalizer.Normalizer, key: Array, episodes: int
+) -> tuple[Array, Array]:
+    """Mean return of fresh episodes with the most likely actions, and with sampled ones."""
+    policy = policy_of(parts, params, moments)
+    return rollouts.evaluate(parts.env, parts.head, policy, key, episodes)
+
+
+def choose_action(
+    parts: Parts, params: Any, moments: normalizer.Normalizer, obs: Array, key: Array | None = None
+) -> Array:
+    """Action ``[..., *action_shape]`` for observations, sampled with a key, else the most likely.
+
+    It is what the environment's ``step`` takes.
+    """
+    head, obs = parts.head, jnp.asarray(obs)
+    outputs = policy_of(parts, params, moments)(obs)
+    if key is None:
+        return head.to_env(head.mode(outputs))
+    batch = obs.shape[: obs.ndim - len(parts.env.obs_shape)]
+    return head.to_env(head.sample(outputs, head.noise(key, batch)))
+
+
+def first_update(config: Config) -> int:
+    """First iteration that updates: without replacement, once replay holds a whole batch."""
+    if config.sampling == "uniform":
+        return 0
+    return -(-config.batch_size // config.block_size) - 1
+
+
+# Streams folded into a run's key where iterations are not: beyond any iteration's index.
+_INIT_STREAM = 2**31 - 1
+_LOG_STREAM = 2**31 - 2
+
+
+# Whole runs, of this algorithm or any other with the same functions.
+
+
+class Algorithm(NamedTuple):
+    """A training program for one static configuration; every function is pure.
+
+    Attributes:
+        config: the configuration.
+        env: its environment, or task.
+        objective: what its objective needs.
+        init: ``hparams -> state``.
+        train_step: ``state, hparams, iteration -> state, metrics``.
+        report: ``state, hparams, iteration, key -> metrics`` of a logged point.
+        evaluate: ``params, normalizer, key, episodes -> greedy, sampled`` mean return.
+        choose_action: ``params, normalizer, obs, key=None -> action``.
+        first_update: first iteration that updates.
+    """
+
+    config: Config
+    env: Any
+    objective: objectives.Spec
+    init: Callable[[HParams], TrainState]
+    train_step: Callable[[TrainState, HParams, Any], tuple[TrainState, Metrics]]
+    report: Callable[[TrainState, HParams, Any, Array], Metrics]
+    evaluate: Callable[..., tuple[Array, Array]]
+    choose_action: Callable[..., Array]
+    first_update: int
 
     def train_and_log(
         self, state: TrainState, hparams: HParams, start: int | Array, stop: int | Array
@@ -205,342 +628,78 @@ class Algorithm:
         shapes = jax.eval_shape(self.train_step, state, hparams, start)[1]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         state, sums = jax.lax.fori_loop(start, stop, step, (state, zeros))
-        learned = jnp.maximum(jnp.asarray(stop) - jnp.maximum(start, self._first_update), 0)
-        metrics = {k: v / learned for k, v in sums.items()}
+        learned = jnp.maximum(jnp.asarray(stop) - jnp.maximum(start, self.first_update), 0)
+        metrics = {name: x / learned for name, x in sums.items()}
         metrics["episode_return"] = state.return_sum / state.episodes
         metrics["episodes"] = state.episodes
 
         last = jnp.asarray(stop) - 1
-        key_evaluate, key_diagnose = jax.random.split(
-            jax.random.fold_in(jax.random.fold_in(state.key, _LOG_STREAM), last)
-        )
-        metrics |= self._diagnose(state, hparams, last, key_diagnose)
-        if self.config.eval_episodes:
-            metrics["eval_return"], metrics["eval_return_sampled"] = rollouts.evaluate(
-                self.env,
-                self.head,
-                lambda obs: self.network.policy(
-                    state.learner.params, self._read(state.normalizer, obs)
-                ),
-                key_evaluate,
-                self.config.eval_episodes,
-            )
-        return state, metrics
-
-    def _read(self, moments: normalizer.Normalizer, obs: Array) -> Array:
-        """Observations as the networks take them."""
-        obs = obs.astype(jnp.float32)
-        return normalizer.normalize(moments, obs) if self.config.normalize_obs else obs
-
-    def _label(
-        self,
-        params: Any,
-        moments: normalizer.Normalizer,
-        transition: Transition,
-        hparams: HParams,
-    ) -> ReplayRow:
-        """The part of a rollout that replay keeps, with advantages where they are stored."""
-        kept = ReplayRow(transition.obs, transition.action, transition.behavior_log_prob)
-        if self.config.advantage_mode != "stored":
-            return kept._replace(
-                reward=transition.reward,
-                terminated=transition.terminated,
-                truncated=transition.truncated,
-                final_obs=transition.final_obs,
-            )
-        advantage, value_target = advantages.gae(
-            transition.reward,
-            transition.terminated,
-            transition.truncated,
-            self.network.value(params, self._read(moments, transition.obs)),
-            self.network.value(params, self._read(moments, transition.final_obs)),
-            hparams.gamma,
-            hparams.gae_lambda,
-        )
-        return kept._replace(advantage=advantage, value_target=value_target)
-
-    @property
-    def _first_update(self) -> int:
-        """First iteration that updates: without replacement, once replay holds a whole batch."""
-        if self.config.sampling == "uniform":
-            return 0
-        return -(-self.config.batch_size // self.config.block_size) - 1
-
-    def _learn(
-        self, state: TrainState, hparams: HParams, iteration: int | Array, key: Array
-    ) -> tuple[Learner, Metrics]:
-        """The update phase. Updates wait until replay holds a batch drawn without replacement."""
-        config = self.config
-        updates = config.updates_per_iteration * config.reuse_per_batch
-        indices = self._draw(key, hparams, iteration, config.updates_per_iteration)
-
-        def update(learner: Learner, count: Array) -> tuple[Learner, Metrics]:
-            index = indices[count // config.reuse_per_batch]
-            batch = self._sample(state, learner.params, hparams, index, iteration)
-            # The authors' damping of reused batches.
-            scale = 1 / jnp.sqrt(count % config.reuse_per_batch + 1.0)
-            if config.policy_delay == 1:
-                return self._update_both(state, learner, batch, hparams, iteration, scale)
-            return jax.lax.cond(
-                count % config.policy_delay == 0,
-                lambda: self._update_both(state, learner, batch, hparams, iteration, scale),
-                lambda: self._update_value(learner, batch, hparams, iteration),
-            )
-
-        def learn(learner: Learner) -> tuple[Learner, Metrics]:
-            learner, metrics = jax.lax.scan(update, learner, jnp.arange(updates))
-            actor_updates = -(-updates // config.policy_delay)
-            return learner, {
-                name: jnp.sum(x) / (updates if name.startswith("value") else actor_updates)
-                for name, x in metrics.items()
-            }
-
-        if self._first_update == 0:
-            return learn(state.learner)
-        shapes = jax.eval_shape(learn, state.learner)[1]
-        return jax.lax.cond(
-            jnp.asarray(iteration) >= self._first_update,
-            learn,
-            lambda learner: (learner, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)),
-            state.learner,
-        )
-
-    def _draw(self, key: Array, hparams: HParams, iteration: int | Array, batches: int) -> Array:
-        """Newest-first indices of rows, or of segments, ``[batches, per batch]``."""
-        config = self.config
-        rows = 1 if config.advantage_mode == "stored" else config.rollout_length
-        size, block = config.batch_size // rows, config.block_size // rows
-        valid = buffer.num_valid(iteration, hparams.buffer_size, config.block_size) // rows
-        draw = buffer.draw_shuffled if config.sampling == "shuffled" else buffer.draw_uniform
-        key_all, key_recent = jax.random.split(key)
-        index = draw(key_all, batches, size, valid)
-        recent = buffer.draw_uniform(key_recent, batches, size, block)
-        return jnp.where(jnp.arange(size) < hparams.recent_fraction * size, recent, index)
-
-    def _sample(
-        self,
-        state: TrainState,
-        params: Any,
-        hparams: HParams,
-        index: Array,
-        iteration: int | Array,
-    ) -> Batch:
-        """Gathers a batch and gives it advantages and value targets."""
-        if self.config.advantage_mode == "stored":
-            row, age = buffer.take_rows(state.replay, index, iteration)
-            obs = self._read(state.normalizer, row.obs)
-            return Batch(
-                obs, row.action, row.behavior_log_prob, row.advantage, row.value_target, age
-            )
-        segment, age = buffer.take_segments(state.replay, index, iteration)
-        obs = self._read(state.normalizer, segment.obs)
-        final_obs = self._read(state.normalizer, segment.final_obs)
-        rewards = (segment.reward, segment.terminated, segment.truncated)
-        outputs, value = self.network.policy_and_value(params, obs)
-        next_value = self.network.value(params, final_obs)
-        if self.config.advantage_mode == "vtrace":
-            log_prob = self.head.log_prob(outputs, segment.action)
-            log_ratio = jnp.sum(log_prob - segment.behavior_log_prob, axis=-1)
-            labels = advantages.vtrace(log_ratio, *rewards, value, next_value, hparams.gamma)
-        else:
-            labels = advantages.gae(*rewards, value, next_value, hparams.gamma, hparams.gae_lambda)
-        batch = Batch(
-            obs,
-            segment.action,
-            segment.behavior_log_prob,
-            *stop_gradient(labels),
-            jnp.broadcast_to(age, value.shape),
-        )
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-
-    def _policy_gradient(
-        self, state: TrainState, learner: Learner, hparams: HParams, batch: Batch, log_prob: Array
-    ) -> PolicyGradient:
-        """Evaluates the objective, and only what it asks for, at log pi(a|s) = ``log_prob``."""
-        joint = self.config.joint_ratio
-
-        def ratio(log_prob: Array) -> Array:
-            log_ratio = log_prob - batch.behavior_log_prob
-            return jnp.sum(log_ratio, axis=-1, keepdims=True) if joint else log_ratio
-
-        log_ratio = stop_gradient(ratio(log_prob))
-        advantage = jnp.broadcast_to(self._advantage(batch), log_ratio.shape)
-        extra: dict[str, Any] = dict(hparams.objective_params)
-        if self.objective.takes_kernel:
-            extra["kernel"] = self.config.kernel
-        if "behavior_log_prob" in self.objective.inputs:
-            behavior = batch.behavior_log_prob
-            extra["behavior_log_prob"] = (
-                jnp.sum(behavior, axis=-1, keepdims=True) if joint else behavior
-            )
-        if "log_ratio_start" in self.objective.inputs:
-            outputs = self.network.policy(state.learner.params, batch.obs)
-            extra["log_ratio_start"] = ratio(self.head.log_prob(outputs, batch.action))
-        if self.objective.initial_state is not None:
-            extra["state"] = learner.objective_state
-
-        def surrogate(log_ratio: Array) -> tuple[Array, Any]:
-            return objectives.evaluate(self.objective, log_ratio, advantage, **extra)
-
-        value, pullback, objective_state = jax.vjp(surrogate, log_ratio, has_aux=True)
-        gradient = pullback(jnp.ones_like(value))[0]
-        weight = jnp.where(advantage == 0, 0.0, gradient / jnp.where(advantage == 0, 1, advantage))
-        return PolicyGradient(value, gradient, weight, objective_state)
-
-    def _advantage(self, batch: Batch) -> Array:
-        """Advantages of a batch, ``[batch, 1]``, standardised where the configuration says so."""
-        advantage = batch.advantage
-        if self.config.normalize_advantage:
-            deviation = advantage - jnp.mean(advantage)
-            advantage = deviation / jnp.maximum(jnp.std(advantage), 1e-8)
-        return advantage[:, None]
-
-    def _update_both(
-        self,
-        state: TrainState,
-        learner: Learner,
-        batch: Batch,
-        hparams: HParams,
-        iteration: int | Array,
-        scale: Array,
-    ) -> tuple[Learner, Metrics]:
-        """One update of policy and value."""
-
-        def loss(params: Any) -> tuple[Array, tuple[PolicyGradient, Metrics]]:
-            outputs, value = self.network.policy_and_value(params, batch.obs)
-            log_prob = self.head.log_prob(outputs, batch.action)
-            entropy = jnp.mean(self.head.entropy(outputs))
-            value_loss = jnp.mean((value - batch.value_target) ** 2)
-            result = self._policy_gradient(state, learner, hparams, batch, log_prob)
-            log_ratio = log_prob - batch.behavior_log_prob
-            pull = jnp.mean(result.gradient * log_prob)
-            if self.config.joint_ratio:
-                pull = pull * self.head.num_tokens
-            total = (
-                -scale * pull
-                - hparams.entropy_coef * entropy
-                + hparams.kl_coef * jnp.mean(_kl_pull(log_ratio))
-                + hparams.value_coef * value_loss
-            )
-            metrics = {
-                "policy_loss": -jnp.mean(result.surrogate),
-                "value_loss": value_loss,
-                "entropy": entropy,
-                "kl": jnp.mean(_kl(log_ratio)),
-            }
-            return total, (result, metrics)
-
-        grads, (result, metrics) = jax.grad(loss, has_aux=True)(learner.params)
-        ess = diagnostics.effective_sample_size(result.weight)
-        rate = hparams.learning_rate * ess**hparams.ess_lr_power
-        schedule = self._schedule(hparams, iteration)
-        policy, policy_opt, metrics["grad_norm"] = _apply(
-            learner, "policy", grads, hparams, rate * schedule
-        )
-        value, value_opt, metrics["value_grad_norm"] = _apply(
-            learner, "value", grads, hparams, hparams.value_learning_rate * schedule
-        )
-        learner = Learner(
-            {"policy": policy, "value": value},
-            {"policy": policy_opt, "value": value_opt},
-            result.state,
-        )
-        return learner, metrics
-
-    def _update_value(
-        self, learner: Learner, batch: Batch, hparams: HParams, iteration: int | Array
-    ) -> tuple[Learner, Metrics]:
-        """One update of the value function alone; it neither runs nor changes the policy's part."""
-
-        def loss(value_params: Any) -> Array:
-            params = {"policy": learner.params["policy"], "value": value_params}
-            return jnp.mean((self.network.value(params, batch.obs) - batch.value_target) ** 2)
-
-        value_loss, grads = jax.value_and_grad(loss)(learner.params["value"])
-        grads = {"value": jax.tree.map(lambda g: hparams.value_coef * g, grads)}
-        rate = hparams.value_learning_rate * self._schedule(hparams, iteration)
-        value, opt, norm = _apply(learner, "value", grads, hparams, rate)
-        zero = jnp.zeros(())
-        metrics = {
-            "policy_loss": zero,
-            "value_loss": value_loss,
-            "entropy": zero,
-            "kl": zero,
-            "grad_norm": zero,
-            "value_grad_norm": norm,
-        }
-        return learner._replace(
-            params=learner.params | {"value": value}, opt_state=learner.opt_state | {"value": opt}
-        ), metrics
-
-    def _schedule(self, hparams: HParams, iteration: int | Array) -> Array:
-        """Factor on the learning rates: linear warm-up, then the configured decay."""
-        total = self.config.num_iterations
-        done = jnp.asarray(iteration, jnp.float32)
-        warmup = jnp.asarray(hparams.warmup_iterations, jnp.float32)
-        warm = jnp.minimum((done + 1) / jnp.maximum(warmup, 1.0), 1.0)
-        progress = jnp.clip((done - warmup) / jnp.maximum(total - warmup, 1.0), 0.0, 1.0)
-        if self.config.schedule == "linear":
-            return warm * (1 - progress)
-        if self.config.schedule == "cosine":
-            return warm * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-        return warm
-
-    def _diagnose(
-        self, state: TrainState, hparams: HParams, iteration: int | Array, key: Array
-    ) -> Metrics:
-        """Utilization of a fresh sample of replay under the policy as it now is."""
-        index = self._draw(key, hparams, iteration, 1)[0]
-        batch = self._sample(state, state.learner.params, hparams, index, iteration)
-        outputs, value = self.network.policy_and_value(state.learner.params, batch.obs)
-        log_prob = self.head.log_prob(outputs, batch.action)
-        result = self._policy_gradient(state, state.learner, hparams, batch, log_prob)
-        log_ratio = log_prob - batch.behavior_log_prob
-        if self.config.joint_ratio:
-            log_ratio = jnp.sum(log_ratio, axis=-1, keepdims=True)
-        return diagnostics.utilization(
-            log_ratio,
-            jnp.broadcast_to(self._advantage(batch), log_ratio.shape),
-            result.weight,
-            result.weight * jnp.exp(-jnp.maximum(log_ratio, -80.0)),
-            batch.age[:, None],
-        ) | {"explained_variance": diagnostics.explained_variance(batch.value_target, value)}
-
-    def _empty_replay(self) -> Any:
-        config, env, head = self.config, self.env, self.head
-        lead = (config.rollout_length, config.num_envs)
-
-        def like(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
-            return jax.ShapeDtypeStruct((*lead, *shape), dtype)
-
-        obs, token = like(env.obs_shape, env.obs_dtype), (head.num_tokens,)
-        block = ReplayRow(
-            obs, like(token, jnp.int32 if head.discrete else jnp.float32), like(token)
-        )
-        if config.advantage_mode == "stored":
-            block = block._replace(advantage=like(()), value_target=like(()))
-        else:
-            block = block._replace(
-                reward=like(()),
-                terminated=like((), jnp.bool_),
-                truncated=like((), jnp.bool_),
-                final_obs=obs,
-            )
-        if config.max_buffer_size is None:
-            valid = "the largest buffer_size that the algorithm will run with"
-            raise ConfigError("max_buffer_size", None, valid)
-        return buffer.init(block, config.max_buffer_size // config.block_size)
+        key = jax.random.fold_in(jax.random.fold_in(state.key, _LOG_STREAM), last)
+        return state, metrics | self.report(state, hparams, last, key)
 
 
-_DEFAULTS = HParams()
+def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]]:
+    """A whole run, start to end, as one pure function of its hyper-parameters.
 
-# Streams folded into a run's key where iterations are not: beyond any iteration's index.
-_INIT_STREAM = 2**31 - 1
-_LOG_STREAM = 2**31 - 2
+    It works under ``jit``, ``vmap``, ``lax.map`` and ``shard_map``, alone and combined, with any
+    traced settings mixed. Replay is allocated for ``config.max_buffer_size`` transitions. A
+    buffer size that does not fit turns all results into NaN, since a traced value cannot be
+    refused; ``grid`` and ``make_hparams`` refuse it beforehand.
+
+    Args:
+        config: static settings.
+
+    Returns:
+        function ``hparams -> state, metrics``: the final state, and metrics ``[logged points]`` by
+        name (``[runs, logged points]`` under ``vmap``).
+
+    Raises:
+        ConfigError: a setting is not usable.
+
+    >>> config = Config(env="CartPole-v1", total_steps=64, eval_episodes=0, batch_size=32)
+    >>> state, metrics = jax.jit(make_train(config))(HParams(seed=3))
+    >>> metrics["entropy"].shape
+    (2,)
+    """
+    algorithm = make(config)
+    check_sizes(config, HParams(buffer_size=config.allocated_size))
+    stops = log_boundaries(config)
+    points = (jnp.array([0, *stops[:-1]]), jnp.array(stops))
+
+    def train(hparams: HParams) -> tuple[TrainState, Metrics]:
+        hparams = complete(config, hparams)
+
+        def point(state: TrainState, bounds: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
+            return algorithm.train_and_log(state, hparams, *bounds)
+
+        state = _poison_misfits(config, hparams, algorithm.init(hparams))
+        return jax.lax.scan(point, state, points)
+
+    return train
 
 
 def make(config: Config) -> Algorithm:
     """Builds the training program of a static configuration, without compiling anything.
+
+    Raises:
+        ConfigError: a setting is not usable; see the message.
+    """
+    parts = make_parts(config)
+    return Algorithm(
+        config=config,
+        env=parts.env,
+        objective=parts.objective,
+        init=functools.partial(init, parts),
+        train_step=functools.partial(train_step, parts),
+        report=functools.partial(report, parts),
+        evaluate=functools.partial(evaluate, parts),
+        choose_action=functools.partial(choose_action, parts),
+        first_update=first_update(config),
+    )
+
+
+def make_parts(config: Config) -> Parts:
+    """Environment, action head, network and objective of a configuration.
 
     Raises:
         ConfigError: a setting is not usable; see the message.
@@ -552,7 +711,7 @@ def make(config: Config) -> Algorithm:
     if objective.discrete_only and not head.discrete:
         valid = f"'tokens', because {objective.name} reads probabilities of discrete actions"
         raise ConfigError("action_head", config.action_head, valid)
-    return Algorithm(config, env, head, networks.make(config, env.obs_shape, head), objective)
+    return Parts(config, env, head, networks.make(config, env.obs_shape, head), objective)
 
 
 def make_hparams(
@@ -575,14 +734,61 @@ def make_hparams(
     for name in (set(own) - set(spec.params)) | (set(overrides) - fields):
         valid = sorted(spec.params) + sorted(fields - {"objective_params"})
         raise ConfigError(name, own.get(name, overrides.get(name)), f"one of {', '.join(valid)}")
-    overrides.setdefault("learning_rate", _DEFAULTS.learning_rate)
-    if overrides.get("value_learning_rate") is None:
-        overrides["value_learning_rate"] = overrides["learning_rate"]
-    hparams = HParams(**overrides, objective_params=spec.params | own)
+    hparams = HParams(**overrides, objective_params=own)
     check_fields(hparams)
+    hparams = complete(config, hparams)
     objectives.check_params(config.objective, hparams.objective_params)
     check_sizes(config, hparams)
     return hparams
+
+
+def complete(config: Config, hparams: HParams) -> HParams:
+    """The same settings with what was left open filled in."""
+    value_rate = hparams.value_learning_rate
+    defaults = objectives.spec(config.objective).params
+    return dataclasses.replace(
+        hparams,
+        value_learning_rate=hparams.learning_rate if value_rate is None else value_rate,
+        objective_params={**defaults, **hparams.objective_params},
+    )
+
+
+def grid(config: Config, **settings: Any) -> tuple[HParams, list[dict[str, Any]]]:
+    """All combinations of traced settings, stacked for ``jax.vmap(make_train(config))``.
+
+    Args:
+        config: the static settings; ``max_buffer_size`` bounds the buffer sizes.
+        settings: fields of ``HParams`` and parameters of the objective, each a value or a sequence
+            of values.
+
+    Returns:
+        settings as arrays ``[runs]``, and what each row is; the last name varies fastest.
+
+    Raises:
+        ConfigError: a combination is not usable.
+
+    >>> hparams, rows = grid(Config(), seed=range(2), sigma=[0.5, 1.0])
+    >>> rows[1]
+    {'seed': 0, 'sigma': 1.0}
+    """
+    columns = {name: _values(name, value) for name, value in settings.items()}
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in itertools.product(*columns.values())
+    ]
+    allocated = dataclasses.replace(config, max_buffer_size=config.allocated_size)
+    return stack([make_hparams(allocated, **row) for row in rows]), rows
+
+
+def _values(name: str, value: Any) -> list[Any]:
+    values = list(value) if isinstance(value, Iterable) else [value]
+    if not values:
+        raise ConfigError(name, value, "at least one value")
+    return [v.item() if isinstance(v, np.generic | Array) else v for v in values]
+
+
+def select(tree: Any, run: int) -> Any:
+    """One run out of the results of a vmapped call: every array without its first axis."""
+    return jax.tree.map(lambda x: x[run], tree)
 
 
 def log_boundaries(config: Config) -> list[int]:
@@ -591,72 +797,10 @@ def log_boundaries(config: Config) -> list[int]:
     return [config.num_iterations * (i + 1) // points for i in range(points)]
 
 
-def train(config: Config, hparams: HParams) -> tuple[TrainState, Metrics]:
-    """Trains one run from start to end.
-
-    Args:
-        config: static settings.
-        hparams: from ``make_hparams``.
-
-    Returns:
-        final state, and metrics ``[logged points]`` by name.
-    """
-    if config.max_buffer_size is None:
-        config = dataclasses.replace(config, max_buffer_size=int(hparams.buffer_size))
-    algorithm = make(config)
-    check_sizes(config, hparams)
-    train_and_log: Callable[..., Any] = jax.jit(algorithm.train_and_log, donate_argnums=0)
-    state = jax.jit(algorithm.init)(hparams)
-    points, start = [], 0
-    for stop in log_boundaries(config):
-        state, metrics = train_and_log(state, hparams, start, stop)
-        points.append(metrics)
-        start = stop
-    return state, jax.tree.map(lambda *x: jnp.stack(x), *points)
-
-
-def _optimizer(hparams: HParams) -> optax.GradientTransformation:
-    # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
-    return optax.flatten(
-        optax.chain(
-            optax.clip_by_global_norm(hparams.max_grad_norm),
-            optax.scale_by_adam(eps=1e-5),
-        )
-    )
-
-
-def _apply(
-    learner: Learner, group: str, grads: Any, hparams: HParams, rate: Array
-) -> tuple[Any, Any, Array]:
-    """One optimizer step of a parameter group: its parameters, optimizer state, gradient norm."""
-    params, grads = learner.params[group], grads[group]
-    updates, opt_state = _optimizer(hparams).update(grads, learner.opt_state[group], params)
-    updates = jax.tree.map(lambda u: -rate * u, updates)
-    return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
-
-
-def _kl(log_ratio: Array) -> Array:
-    """Estimate of KL(mu || pi) from actions of mu, per token: r - 1 - log r, r bounded to e^20."""
-    return jnp.exp(jnp.minimum(log_ratio, 20.0)) - 1 - log_ratio
-
-
-def _kl_pull(log_ratio: Array) -> Array:
-    """Something whose gradient is that of ``_kl``, r - 1, with r bounded to 20.
-
-    The bound only acts where pi takes an action 20 times as often as mu did; without it a few
-    stale samples would decide the whole batch.
-    """
-    return stop_gradient(jnp.minimum(jnp.exp(log_ratio), 20.0) - 1) * log_ratio
-
-
-def _keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
-    """Takes the new learner, unless it or an earlier one is not finite."""
-    sums = [jnp.sum(x) for x in jax.tree.leaves((learner.params, learner.objective_state))]
-    finite = jnp.all(jnp.isfinite(jnp.stack(sums)))
-    good = finite & (state.diverged_at < 0)
-    return state._replace(
-        learner=jax.tree.map(lambda new, old: jnp.where(good, new, old), learner, state.learner),
-        diverged_at=jnp.where(
-            finite | (state.diverged_at >= 0), state.diverged_at, jnp.int32(iteration)
-        ),
-    )
+def _poison_misfits(config: Config, hparams: HParams, state: TrainState) -> TrainState:
+    """NaN for a run whose traced sizes replay cannot hold, which could not be refused before."""
+    size, block = jnp.asarray(hparams.buffer_size), config.block_size
+    fits = (size >= block) & (size <= config.allocated_size) & (size % block == 0)
+    fits &= jnp.asarray(hparams.min_age) < size // block
+    params = jax.tree.map(lambda x: jnp.where(fits, x, jnp.nan), state.learner.params)
+    return state._replace(learner=state.learner._replace(params=params))

@@ -180,7 +180,8 @@ def training_rows(
         measured = row(name, {axis: label}, "env-steps/s", case.env_steps, times)
         measured["updates_per_s"] = case.updates / statistics.median(times)
         measured["compile_s"] = case.compile_s
-        config, env, head = case.algorithm.config, case.algorithm.env, case.algorithm.head
+        config = case.algorithm.config
+        _, env, head, _, _ = train.make_parts(config)
         outputs = head.num_tokens * head.output_width
         flops = iteration_flops(config, math.prod(env.obs_shape), outputs)
         flops *= case.env_steps / config.block_size

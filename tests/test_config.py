@@ -73,6 +73,8 @@ BAD_HPARAMS: list[tuple[str, Any]] = [
     ("learning_rate", 0.0),
     ("learning_rate", INF),
     ("learning_rate", None),
+    ("min_age", -1),
+    ("min_age", 0.5),
     ("value_learning_rate", -1.0),
     ("gamma", 1.01),
     ("gamma", -0.01),
@@ -110,6 +112,8 @@ def test_bad_traced_settings(field: str, value: Any) -> None:
         ({}, {"buffer_size": 500}, "buffer_size: 500 .*multiple of .* = 32, such as 480"),
         ({}, {"buffer_size": 16}, "buffer_size: 16 .*such as 32"),
         ({}, {"buffer_size": 128}, "buffer_size: 128 .*at least batch_size 256"),
+        ({}, {"min_age": 16}, "min_age: 16 .*less than the 16 iterations that buffer_size 512"),
+        ({}, {"min_age": 9}, "buffer_size: 512 .*at least batch_size 256 beside the 288 held back"),
         ({"max_buffer_size": 500}, {}, "max_buffer_size: 500 .*multiple"),
         ({"max_buffer_size": 256}, {}, "max_buffer_size: 256 .*at least the buffer size 512"),
         (
@@ -140,11 +144,10 @@ def test_bad_settings_are_found_before_anything_compiles(monkeypatch: pytest.Mon
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("compiled")
 
-    hparams = train.make_hparams(Config(**SETTINGS))
     monkeypatch.setattr(jax, "jit", never)
     for bad in ({"total_steps": 100}, {"batch_size": 0}, {"max_buffer_size": 32}):
         with pytest.raises(ConfigError):
-            train.train(Config(**(SETTINGS | bad)), hparams)
+            train.make_train(Config(**(SETTINGS | bad)))
 
 
 def test_defaults_are_valid_and_resolved() -> None:

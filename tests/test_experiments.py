@@ -191,7 +191,7 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     )
     patch.setattr(training, "REACHER", reacher)
     patch.setattr(token_vs_joint, "SIGMAS", (0.5,))
-    patch.setattr(token_vs_joint, "LOOKS", {True: token_vs_joint.LOOKS[True]})
+    patch.setattr(token_vs_joint, "LOOKS", {"joint": token_vs_joint.LOOKS["joint"]})
     patch.setattr(kernel, "SIGMAS", (0.5,))
     patch.setattr(kernel, "KERNELS", ("gaussian", "cauchy"))
     patch.setattr(staleness, "TASKS", (TINY,))
@@ -312,8 +312,10 @@ def test_committed_data_give_the_committed_numbers(tmp_path: Path) -> None:
     assert verdicts(again_text) == verdicts((ROOT / "RESULTS.md").read_text())
     assert len(verdicts(again_text)) == 7
     tokens = pd.read_csv(RESULTS / "tables" / "token_vs_joint.csv")
-    mean = tokens[(tokens.age == 128) & tokens.joint_ratio & (tokens.sigma == 2)]["mean"].item()
-    row = next(line for line in again_text.splitlines() if line.startswith("| True | 2.0 |"))
+    mean = tokens[(tokens.age == 128) & (tokens.ratio_level == "joint") & (tokens.sigma == 2)][
+        "mean"
+    ].item()
+    row = next(line for line in again_text.splitlines() if line.startswith("| joint | 2.0 |"))
     assert row.split("|")[4].strip().startswith(f"{mean:.3g} [")
 
 

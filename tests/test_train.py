@@ -17,8 +17,8 @@ from gymnax.environments import spaces
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from gipo_jax import objectives, train
-from gipo_jax.config import Config, HParams
+from gipo_jax import agents, objectives, train
+from gipo_jax.config import Config, ConfigError, HParams
 
 quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL: dict[str, Any] = {
@@ -60,6 +60,7 @@ class Program(NamedTuple):
     """A configuration compiled once for a number of lanes."""
 
     algorithm: train.Algorithm
+    parts: train.Parts
     lanes: list[HParams]
     start: Callable[[HParams], train.TrainState]
     train_and_log: Callable[..., tuple[train.TrainState, dict[str, Array]]]
@@ -86,6 +87,7 @@ def program(config: Config, settings: list[dict[str, Any]]) -> Program:
     algorithm = train.make(config)
     return Program(
         algorithm,
+        train.make_parts(config),
         [train.make_hparams(config, **x) for x in settings],
         quick(jax.vmap(algorithm.init)),
         quick(jax.vmap(algorithm.train_and_log, in_axes=(0, 0, None, None))),
@@ -113,7 +115,7 @@ def endless(toy: Any, **settings: Any) -> Program:
 
 
 def values(program: Program, state: train.TrainState) -> np.ndarray:
-    value = jax.vmap(lambda params: program.algorithm.network.value(params, jnp.ones(1)))
+    value = jax.vmap(lambda params: program.parts.network.value(params, jnp.ones(1)))
     return np.asarray(value(state.learner.params))
 
 
@@ -125,7 +127,9 @@ def stored(toy: Any) -> Program:
 VALUES = np.array([10, 10, 1, 1, 10])
 
 
-def test_a_time_limit_is_not_the_end(stored: Program) -> None:
+def test_time_limits_do_not_lower_the_value_of_an_endless_task(
+    stored: Program,
+) -> None:
     """Reward 1 for ever, cut every five steps: the value is 1 / (1 - gamma), whatever lambda."""
     state, metrics = stored.run(400)
     np.testing.assert_allclose(values(stored, state) / VALUES, 1, atol=0.02)
@@ -135,12 +139,12 @@ def test_a_time_limit_is_not_the_end(stored: Program) -> None:
 
 
 @pytest.mark.parametrize("mode", ["recomputed", "vtrace"])
-def test_nor_is_it_where_labels_are_made_anew(toy: Any, mode: str) -> None:
+def test_recomputed_and_vtrace_give_the_value_of_an_endless_task(toy: Any, mode: str) -> None:
     program = endless(toy, advantage_mode=mode)
     np.testing.assert_allclose(values(program, program.final(400)) / VALUES, 1, atol=0.02)
 
 
-def test_unless_a_time_limit_counts_as_death(toy: Any) -> None:
+def test_truncation_is_termination_drops_the_bootstrap_at_time_limits(toy: Any) -> None:
     # Whole episodes, or the share of last steps would differ from one rollout to the next.
     program = endless(
         toy, truncation_is_termination=True, num_envs=2, rollout_length=8, max_episode_steps=8
@@ -167,14 +171,14 @@ def test_seeds_differ_in_parameters_actions_and_samples(stored: Program) -> None
         x for x in jax.tree.leaves(first.learner.params) if x.ndim == 3 and x.shape[-2:] != (1, 1)
     ]
     assert kernels
-    draw = jax.vmap(lambda key: stored.algorithm._draw(key, lanes[0], 8, 2))
+    draw = jax.vmap(lambda key: train.sample_indices(config, lanes[0], 8, key, 2))
     for x in (*kernels, np.asarray(state.replay.action), np.asarray(draw(state.key))):
         assert len(np.unique(np.reshape(x, (5, -1)), axis=0)) == 4
     # The same seed is the same run, wherever in the program it stands.
     assert equal(lane_of(state, 1), lane_of(state, 3))
 
 
-def test_a_run_that_diverges_is_frozen_and_harms_no_other(stored: Program) -> None:
+def test_diverged_run_is_frozen_and_leaves_other_runs_unchanged(stored: Program) -> None:
     lanes = [train.make_hparams(stored.algorithm.config, seed=s, buffer_size=64) for s in range(5)]
     state, _ = stored.run(3, lanes)
     broken = [*lanes]
@@ -196,13 +200,15 @@ def test_a_run_that_diverges_is_frozen_and_harms_no_other(stored: Program) -> No
     assert not equal(lane_of(later.learner, 1), lane_of(frozen.learner, 1))
 
 
-def test_training_is_pure(stored: Program) -> None:
+def test_training_twice_from_the_same_inputs_gives_the_same_bits(stored: Program) -> None:
     once, again = stored.run(5), stored.run(5)
     assert all(equal(lane_of(once, i), lane_of(again, i)) for i in range(5))
 
 
-def test_chunks_may_be_cut_anywhere(stored: Program) -> None:
-    """And a second train_and_log does not compile a second time."""
+def test_logging_at_other_points_gives_the_same_state(
+    stored: Program,
+) -> None:
+    """And a second call does not compile a second time."""
     hparams = stack(stored.lanes)
     whole, _ = stored.run(7)
     state, _ = stored.run(3)
@@ -213,7 +219,7 @@ def test_chunks_may_be_cut_anywhere(stored: Program) -> None:
     assert stored.train_and_log._cache_size() == 1  # type: ignore[attr-defined]
 
 
-def test_a_lane_of_some_capacity_is_a_run_with_a_buffer_of_that_size(toy: Any) -> None:
+def test_traced_buffer_size_equals_a_buffer_allocated_with_that_size(toy: Any) -> None:
     def run(allocated: int) -> Any:
         config = Config(
             env=toy(clock=True, pay=1.0), max_buffer_size=allocated * BLOCK,
@@ -263,13 +269,13 @@ def fresh(toy: Any) -> tuple[Program, train.TrainState, list[dict[str, np.ndarra
     return made, state, points
 
 
-def test_the_first_update_on_fresh_data_has_ratio_one(fresh: Any) -> None:
+def test_first_update_on_fresh_data_has_ratio_one(fresh: Any) -> None:
     """Acting and learning see observations through the same statistics."""
     _, state, _ = fresh
     assert np.all(state.learner.objective_state < 1e-5)
 
 
-def test_statistics_of_observations_are_numpys(fresh: Any) -> None:
+def test_observation_statistics_equal_numpy_mean_and_variance(fresh: Any) -> None:
     _, state, _ = fresh
     # Replay has room for all 40 rollouts, in their original units.
     for lane in range(2):
@@ -281,7 +287,7 @@ def test_statistics_of_observations_are_numpys(fresh: Any) -> None:
         np.testing.assert_allclose(variance, obs.var(0), rtol=1e-4)
 
 
-def test_a_forked_objective_changes_the_gradient(fresh: Any) -> None:
+def test_objective_with_flipped_sign_learns_to_avoid_reward(fresh: Any) -> None:
     """The same run with the sign of the surrogate turned learns to avoid what pays."""
     _, _, points = fresh
     assert np.array_equal(points[1]["eval_return"], [6, 0])
@@ -289,7 +295,7 @@ def test_a_forked_objective_changes_the_gradient(fresh: Any) -> None:
     assert down < 1.5 and up > 4.5
 
 
-def test_no_finished_episode_is_not_a_number(fresh: Any) -> None:
+def test_episode_return_is_nan_when_no_episode_finished(fresh: Any) -> None:
     _, _, (first, second) = fresh
     assert np.all(first["episodes"] == 0) and np.all(np.isnan(first["episode_return"]))
     # Episodes of six steps, of which four were before the second point.
@@ -305,13 +311,14 @@ SIGMA, NARROW, ENTROPY, KL = 0.2, 0.5, 0.05, 0.3
 
 
 @pytest.mark.parametrize("joint", [False, True])
-def test_the_gradient_is_that_of_the_loss_as_written(toy: Any, joint: bool) -> None:
+def test_update_follows_an_independently_written_loss(toy: Any, joint: bool) -> None:
     """GIPO with two tokens on stale data, the batch being all of replay."""
     config = Config(
         env=toy(clock=True, pay=1.0, actions=spaces.Box(0, 1, (2,))), num_bins=3,
-        joint_ratio=joint, max_buffer_size=4 * BLOCK, **(SMALL | {"batch_size": 4 * BLOCK}),
+        ratio_level="joint" if joint else "token", max_buffer_size=4 * BLOCK,
+        **(SMALL | {"batch_size": 4 * BLOCK}),
     )  # fmt: skip
-    algorithm = train.make(config)
+    algorithm, (_, _, _, network, _) = train.make(config), train.make_parts(config)
     hparams = train.make_hparams(
         config, buffer_size=4 * BLOCK, learning_rate=0.1, sigma=SIGMA, sigma_neg_ratio=NARROW,
         entropy_coef=ENTROPY, kl_coef=KL, value_coef=0.7,
@@ -328,7 +335,7 @@ def test_the_gradient_is_that_of_the_loss_as_written(toy: Any, joint: bool) -> N
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:]), after.replay)
 
     def loss(params: Any) -> tuple[Array, dict[str, Array]]:
-        logits = algorithm.network.policy(params, rows.obs)
+        logits = network.policy(params, rows.obs)
         log_policy = jax.nn.log_softmax(logits)
         taken = jnp.take_along_axis(log_policy, rows.action[..., None], axis=-1)[..., 0]
         token_ratio = taken - rows.behavior_log_prob
@@ -340,7 +347,7 @@ def test_the_gradient_is_that_of_the_loss_as_written(toy: Any, joint: bool) -> N
         surrogate = jnp.mean(weight * jnp.exp(x) * advantage)
         entropy = -jnp.mean(jnp.sum(jnp.exp(log_policy) * log_policy, axis=-1))
         kl = jnp.mean(jnp.exp(token_ratio) - 1 - token_ratio)
-        value_loss = jnp.mean((algorithm.network.value(params, rows.obs) - rows.value_target) ** 2)
+        value_loss = jnp.mean((network.value(params, rows.obs) - rows.value_target) ** 2)
         total = -surrogate - ENTROPY * entropy + KL * kl + 0.7 * value_loss
         spread = jnp.max(jnp.abs(x))
         parts = {"policy_loss": -surrogate, "entropy": entropy, "kl": kl, "value_loss": value_loss}
@@ -418,7 +425,9 @@ def updated(toy: Any) -> dict[str, Updated]:
     }
 
 
-def test_updates_without_the_actor_leave_the_policy_as_it_is(updated: dict[str, Updated]) -> None:
+def test_policy_delay_leaves_the_policy_unchanged(
+    updated: dict[str, Updated],
+) -> None:
     once, twice, critic = (updated[x].after for x in ("once", "twice", "critic"))
 
     def apart(a: Any, b: Any) -> float:
@@ -432,7 +441,9 @@ def test_updates_without_the_actor_leave_the_policy_as_it_is(updated: dict[str, 
         assert apart(again["value"], once["value"]) > 1e-3
 
 
-def test_the_actors_part_in_a_reused_batch_is_damped(updated: dict[str, Updated]) -> None:
+def test_policy_loss_of_a_reused_batch_is_damped(
+    updated: dict[str, Updated],
+) -> None:
     """Where nothing moves, the gradient of the second use is that of the first over sqrt 2."""
     lane = UPDATED.index(STILL)
     once, twice, critic = (lane_of(updated[x].metrics, lane) for x in ("once", "twice", "critic"))
@@ -446,7 +457,7 @@ def test_the_actors_part_in_a_reused_batch_is_damped(updated: dict[str, Updated]
         np.testing.assert_allclose(critic[name], once[name], rtol=1e-5, atol=1e-7)
 
 
-def test_the_schedule_and_both_rates_reach_the_parameters(updated: dict[str, Updated]) -> None:
+def test_adam_first_step_equals_the_scheduled_learning_rates(updated: dict[str, Updated]) -> None:
     """Adam's first step is its learning rate in every parameter that has a gradient."""
     before, after, _ = updated["once"]
     for group, rates in (("policy", [0.01, 0.0025]), ("value", [0.04, 0.0025])):
@@ -457,11 +468,11 @@ def test_the_schedule_and_both_rates_reach_the_parameters(updated: dict[str, Upd
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 1, 10, 100])
-def test_learning_rate_schedules(schedule: str, warmup: int) -> None:
+def test_learning_rate_schedule_equals_numpy_formula(schedule: str, warmup: int) -> None:
     config = Config(**(SMALL | {"total_steps": BLOCK * 50}), schedule=schedule)
     hparams = train.make_hparams(config, warmup_iterations=warmup)
     iteration = np.arange(50)
-    factor_at = jax.vmap(partial(train.make(config)._schedule, hparams))
+    factor_at = jax.vmap(partial(train.learning_rate_factor, config, hparams))
     factor = np.asarray(factor_at(jnp.arange(50)))
     rise = np.minimum((iteration + 1) / max(warmup, 1), 1)
     progress = np.clip((iteration - warmup) / max(50 - warmup, 1), 0, 1)
@@ -490,13 +501,15 @@ def test_learning_rate_schedules(schedule: str, warmup: int) -> None:
             "layer_norm": True,
             "hidden_sizes": (4, 4),
         },
-        {"env": "Pendulum-v1", "joint_ratio": True},
+        {"env": "Pendulum-v1", "ratio_level": "joint"},
         {"env": "Pendulum-v1", "action_head": "gaussian", "sampling": "uniform"},
         {"env": "Breakout-MinAtar", "objective": "r2vpo", "batch_size": 32},
         {"env": "FrozenLake-misc", "policy_delay": 2, "reuse_per_batch": 2},
     ],
 )
-def test_a_chunk_returns_the_state_it_takes(settings: dict[str, Any]) -> None:
+def test_train_and_log_keeps_types_and_gives_scalar_metrics(
+    settings: dict[str, Any],
+) -> None:
     """Types, also weak ones, included: or it would compile twice. And all metrics are scalars."""
     config = Config(**(SMALL | {"eval_episodes": 2} | settings), max_buffer_size=2 * BLOCK)
     algorithm = train.make(config)
@@ -521,11 +534,11 @@ def test_a_chunk_returns_the_state_it_takes(settings: dict[str, Any]) -> None:
     assert set(metrics) == names
 
 
-def test_replay_keeps_only_what_the_mode_needs() -> None:
+def test_replay_stores_only_the_fields_of_the_advantage_mode() -> None:
     kept = {}
     for mode in ("stored", "recomputed"):
         config = Config(**SMALL, advantage_mode=mode, max_buffer_size=3 * BLOCK)
-        replay = train.make(config)._empty_replay()
+        replay = train.empty_replay(train.make_parts(config))
         assert replay.obs.shape == (3, 4, 4, 4)
         kept[mode] = {name for name, x in replay._asdict().items() if x is not None}
     both = {"obs", "action", "behavior_log_prob"}
@@ -533,17 +546,156 @@ def test_replay_keeps_only_what_the_mode_needs() -> None:
     assert kept["recomputed"] == both | {"reward", "terminated", "truncated", "final_obs"}
 
 
-def test_train_is_chunks_in_a_row(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+# ------------------------------------------------------------------ whole runs as one function
+
+
+WHOLE: dict[str, Any] = SMALL | {"total_steps": BLOCK * 6, "num_logs": 4, "batch_size": 3 * BLOCK}
+
+
+def whole_config(toy: Any) -> Config:
+    return Config(env=toy(pay=1.0, clock=True), max_buffer_size=4 * BLOCK, **WHOLE)
+
+
+def compiled(function: Any) -> Any:
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def test_make_train_logs_points_and_waits_for_a_full_batch(toy: Any) -> None:
     """The first update comes with the third rollout, at which replay holds a batch."""
-    monkeypatch.setattr(jax, "jit", quick)
-    settings = {"total_steps": BLOCK * 6, "num_logs": 4, "batch_size": 3 * BLOCK}
-    config = Config(env=toy(pay=1.0), **(SMALL | settings))
-    state, metrics = train.train(config, train.make_hparams(config, buffer_size=3 * BLOCK))
+    config = whole_config(toy)
+    state, metrics = compiled(train.make_train(config))(HParams(buffer_size=3 * BLOCK))
     assert train.log_boundaries(config) == [1, 3, 4, 6]
     assert all(x.shape == (4,) for x in metrics.values())
     assert np.array_equal(metrics["policy_age_max"], [0, 2, 2, 2])
-    assert state.replay.advantage.shape == (3, 4, 4)
+    assert state.replay.advantage.shape == (4, 4, 4)
     # Means over the iterations that updated, of which the first point has none.
     for name in ("entropy", "value_loss", "grad_norm"):
         assert list(np.isnan(metrics[name])) == [True, False, False, False]
     np.testing.assert_allclose(metrics["entropy"][1:], np.log(2), rtol=0.01)
+
+
+def test_make_train_under_vmap_equals_single_runs_with_one_compilation(toy: Any) -> None:
+    config = whole_config(toy)
+    hparams, rows = train.grid(
+        config, seed=range(2), buffer_size=[3 * BLOCK, 4 * BLOCK], sigma=[0.5, 1.0],
+        learning_rate=0.01,
+    )  # fmt: skip
+    assert len(rows) == 8
+    assert rows[0] == {
+        "seed": 0, "buffer_size": 3 * BLOCK, "sigma": 0.5, "learning_rate": 0.01
+    }  # fmt: skip
+    assert rows[1]["sigma"] == 1.0 and rows[2]["buffer_size"] == 4 * BLOCK
+    traced = 0
+
+    def counted(hparams: HParams) -> Any:
+        nonlocal traced
+        traced += 1
+        return train.make_train(config)(hparams)
+
+    every = compiled(jax.vmap(counted))
+    state, metrics = every(hparams)
+    every(jax.tree.map(lambda x: x[::-1], hparams))
+    assert traced == 1
+    assert all(x.shape == (8, 4) for x in metrics.values())
+    one = compiled(train.make_train(config))
+    for i in (0, 3, 6):
+        alone, alone_metrics = one(train.select(hparams, i))
+        for name, x in alone_metrics.items():
+            np.testing.assert_allclose(metrics[name][i], x, rtol=1e-4, atol=1e-5, err_msg=name)
+        for a, b in zip(
+            jax.tree.leaves(train.select(state, i).learner.params),
+            jax.tree.leaves(alone.learner.params),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+    # Settings matter: no two rows end alike.
+    ends = np.asarray(jax.vmap(lambda p: ravel_pytree(p)[0])(state.learner.params))
+    assert len(np.unique(ends, axis=0)) == 8
+
+
+def test_make_train_under_map_and_shard_map_gives_the_bits_of_single_runs(toy: Any) -> None:
+    config = whole_config(toy)
+    hparams, _ = train.grid(config, seed=range(2), sigma=[0.5, 1.0], buffer_size=4 * BLOCK)
+    run = train.make_train(config)
+    mesh = jax.make_mesh((1,), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("runs")
+    mapped = partial(jax.lax.map, run)
+    shared = jax.shard_map(mapped, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    one, ways = jax.jit(run), [jax.jit(mapped)(hparams), jax.jit(shared)(hparams)]
+    for i in range(4):
+        alone = jax.tree.map(lambda x: x[None], one(train.select(hparams, i)))
+        assert all(equal(lane_of(way, i), lane_of(alone, 0)) for way in ways)
+
+
+def test_default_hparams_train_without_being_completed(toy: Any) -> None:
+    config = Config(env=toy(pay=1.0), **(WHOLE | {"batch_size": BLOCK}))
+    run = compiled(train.make_train(config))
+    _, metrics = run(HParams())
+    _, complete = run(train.make_hparams(config))
+    assert equal(jax.device_get(metrics), jax.device_get(complete))
+
+
+@pytest.mark.parametrize(
+    "misfit", [{"buffer_size": 8 * BLOCK}, {"buffer_size": 50}, {"min_age": 4}]
+)
+def test_traced_sizes_that_do_not_fit_give_nan_and_never_wrong_numbers(
+    toy: Any, misfit: dict[str, int]
+) -> None:
+    config = whole_config(toy)
+    settings: dict[str, Any] = {"buffer_size": 4 * BLOCK} | misfit
+    _, metrics = compiled(train.make_train(config))(HParams(**settings))
+    assert np.all(np.isnan(metrics["ess"])) and np.all(np.isnan(metrics["entropy"][1:]))
+    with pytest.raises(ConfigError, match=next(iter(misfit))):
+        train.grid(config, **settings)
+
+
+def test_grid_refuses_what_no_run_could_use(toy: Any) -> None:
+    config = whole_config(toy)
+    for settings, message in (
+        ({"buffer_size": 8 * BLOCK}, "max_buffer_size: 64 .*at least the buffer size 128"),
+        ({"seed": []}, "seed: .*at least one value"),
+        ({"sigmma": 1.0}, "sigmma: 1.0 .*sigma"),
+        ({"buffer_size": 64, "sigma": [1.0, -1.0]}, "sigma: -1.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train.grid(config, **settings)
+
+
+# ------------------------------------------------------------------ gradients too large to square
+
+
+def test_clipping_keeps_the_direction_of_gradients_whose_squares_overflow() -> None:
+    """optax.clip_by_global_norm divides by an infinite norm and returns zeros."""
+    optimizer = train._clip_by_global_norm(0.5)
+    for size in (1e-3, 3.0, 1e17, 1e20, 1e30):
+        grads = {"a": jnp.array([3.0, 0.0]) * size, "b": jnp.array(-4.0) * size}
+        clipped, _ = optimizer.update(grads, optimizer.init(grads))
+        scale = min(1.0, 0.5 / (5 * size)) * size
+        np.testing.assert_allclose(clipped["a"], np.array([3.0, 0.0]) * scale, rtol=1e-5)
+        np.testing.assert_allclose(clipped["b"], -4.0 * scale, rtol=1e-5)
+    assert not np.isfinite(optimizer.update({"a": jnp.array([jnp.inf])}, None)[0]["a"]).all()
+
+
+# ------------------------------------------------------------------ agents from a vmapped call
+
+
+def test_agent_of_a_vmapped_run_acts_and_evaluates_like_that_run(toy: Any) -> None:
+    settings = {"total_steps": BLOCK * 40, "eval_episodes": 4, "normalize_obs": True}
+    config = Config(
+        env=toy(limit=6, clock=True, pay=1.0), max_buffer_size=4 * BLOCK,
+        **(SMALL | settings),
+    )  # fmt: skip
+    hparams, _ = train.grid(config, seed=[0, 1], learning_rate=[1e-9, 0.03], buffer_size=4 * BLOCK)
+    state, metrics = compiled(jax.vmap(train.make_train(config)))(hparams)
+    for run in (1, 3):
+        trained = agents.agent(config, hparams, state, run)
+        assert trained.hparams.seed == run // 2
+        obs = jnp.arange(6.0)[:, None]
+        # The second action pays, so a trained agent takes it everywhere.
+        assert np.array_equal(trained.policy(obs), np.ones(6))
+        assert trained.policy(obs, jax.random.key(0)).shape == (6,)
+        greedy, sampled = trained.evaluate(jax.random.key(1), 5)
+        assert greedy == 6 == metrics["eval_return"][run, -1]
+        assert 4 < sampled <= 6
+    with pytest.raises(ConfigError, match=r"run: 4 .*0 to 3"):
+        agents.agent(config, hparams, state, 4)

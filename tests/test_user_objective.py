@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from gipo_jax import cli, objectives, train
-from gipo_jax.config import Config, ConfigError
+from gipo_jax.config import Config, ConfigError, HParams
 
 MINE = """
 import jax.numpy as jnp
@@ -180,8 +181,8 @@ def test_a_run_whose_objective_loses_its_state_is_frozen_before_that() -> None:
 
     config = Config(
         objective=forgetful, num_envs=2, rollout_length=4, batch_size=8, updates_per_iteration=1,
-        total_steps=40, hidden_sizes=(4,), eval_episodes=0, num_logs=1,
+        total_steps=40, hidden_sizes=(4,), eval_episodes=0, num_logs=1, max_buffer_size=8,
     )  # fmt: skip
-    state, _ = train.train(config, train.make_hparams(config, buffer_size=8))
+    state, _ = jax.jit(train.make_train(config))(HParams(buffer_size=8))
     assert state.diverged_at == 2
     assert state.learner.objective_state == 2
