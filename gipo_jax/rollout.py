@@ -45,7 +45,7 @@ class EnvStates(NamedTuple):
 
 def reset(env: Environment, key: Array, num_envs: int) -> EnvStates:
     """Starts ``num_envs`` environments."""
-    obs, state = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    obs, state = env.reset(key, num_envs)
     return EnvStates(state, obs, jnp.zeros(num_envs))
 
 
@@ -67,7 +67,7 @@ def collect(
         noise, keys = inputs
         outputs = policy(envs.obs)
         action = head.sample(outputs, noise)
-        stepped = jax.vmap(env.step)(keys, envs.state, head.to_env(action))
+        stepped = env.step(keys, envs.state, head.to_env(action))
         transition = Transition(
             obs=envs.obs,
             action=action,
@@ -110,7 +110,7 @@ def evaluate(
         sampled = head.sample(outputs, head.noise(key_noise, (2 * episodes,)))
         action = jnp.where(greedy[:, None], head.mode(outputs), sampled)
         keys = jax.random.split(key_env, 2 * episodes)
-        stepped = jax.vmap(env.step)(keys, envs.state, head.to_env(action))
+        stepped = env.step(keys, envs.state, head.to_env(action))
         returns = envs.episode_return + jnp.where(running, stepped.reward, 0.0)
         running = running & ~stepped.terminated & ~stepped.truncated
         return EnvStates(stepped.state, stepped.obs, returns), running, time + 1

@@ -78,10 +78,11 @@ def test_minatar_observations_are_zeros_and_ones(name: str) -> None:
 
 
 def run_out(env: environments.Environment, steps: int) -> list[environments.Step]:
-    _, state = env.reset(jax.random.key(0))
+    one = environments.single(env)
+    _, state = one.reset(jax.random.key(0))
     taken = []
     for i in range(steps):
-        taken.append(env.step(jax.random.key(i), state, jnp.int32(i % 2)))
+        taken.append(one.step(jax.random.key(i), state, jnp.int32(i % 2)))
         state = taken[-1].state
     return taken
 
@@ -156,5 +157,18 @@ def test_spaces_that_no_network_reads_are_refused(
 
 def test_discrete_observations_are_one_hot() -> None:
     env = environments.make(Config(env="FrozenLake-misc"))
-    obs, _ = env.reset(jax.random.key(0))
-    assert obs.shape == (16,) and obs.sum() == 1 and obs.dtype == jnp.float32
+    obs, _ = env.reset(jax.random.key(0), 3)
+    assert obs.shape == (3, 16) and np.all(obs.sum(-1) == 1) and obs.dtype == jnp.float32
+
+
+def test_a_single_environment_steps_as_one_of_a_batch() -> None:
+    env = environments.make(Config(env="Pendulum-v1"))
+    one = environments.single(env)
+    keys = jax.random.split(jax.random.key(0), 2)
+    obs, state = one.reset(keys[0])
+    batch_obs, batch_state = env.reset(keys[0], 1)
+    assert np.array_equal(obs, batch_obs[0])
+    action = jnp.array([0.5])
+    stepped, batch = one.step(keys[1], state, action), env.step(keys[1:], batch_state, action[None])
+    for single, batched in zip(jax.tree.leaves(stepped), jax.tree.leaves(batch), strict=True):
+        assert np.array_equal(single, batched[0])

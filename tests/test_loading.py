@@ -54,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_loaded_policy_acts(trained: Path) -> None:
     runs = [gipo_jax.load(trained, run=run) for run in range(2)]
     assert [run.hparams.seed for run in runs] == [0, 1]
-    obs, _ = jax.vmap(runs[0].env.reset)(jax.random.split(jax.random.key(0), 5))
+    obs, _ = runs[0].env.reset(jax.random.key(0), 5)
     greedy = runs[0].policy(obs)
     assert greedy.shape == (5,)
     assert runs[0].policy(obs[0]) == greedy[0]

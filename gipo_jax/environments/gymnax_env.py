@@ -1,7 +1,7 @@
-"""gymnax environments behind one small interface: arrays in, arrays out, endings kept apart."""
+"""gymnax environments: each is pure JAX, and a batch of them is its ``vmap``."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnax
 import jax
@@ -11,66 +11,11 @@ from gymnax.environments import spaces
 from jax import Array
 
 from gipo_jax.config import Config, ConfigError
-
-
-class Step(NamedTuple):
-    """One environment step. ``obs`` follows an automatic reset, ``final_obs`` precedes it.
-
-    Attributes:
-        state: environment state after any reset.
-        obs: ``[*obs_shape]``, what the next action is chosen from.
-        reward: ``[]``, float32.
-        terminated: ``[]``, bool; the episode ended by its own rules.
-        truncated: ``[]``, bool; the time limit cut it, and it did not terminate.
-        final_obs: ``[*obs_shape]``, the observation the step led to.
-    """
-
-    state: Any
-    obs: Array
-    reward: Array
-    terminated: Array
-    truncated: Array
-    final_obs: Array
-
-
-class Environment(NamedTuple):
-    """A single environment instance as pure functions; batch them with ``jax.vmap``.
-
-    Attributes:
-        name: gymnax's name.
-        reset: ``key -> obs, state``.
-        step: ``key, state, action -> Step``.
-        obs_shape: shape of an observation.
-        obs_dtype: type observations are stored in.
-        action_shape: shape of the action ``step`` takes.
-        num_actions: number of discrete actions; None with a Box.
-        action_low: ``[action_dim]`` lower bounds of a Box; None with discrete actions.
-        action_high: upper bounds likewise.
-        max_episode_steps: time limit in steps.
-    """
-
-    name: str
-    reset: Callable[[Array], tuple[Array, Any]]
-    step: Callable[[Array, Any, Array], Step]
-    obs_shape: tuple[int, ...]
-    obs_dtype: Any
-    action_shape: tuple[int, ...]
-    num_actions: int | None
-    action_low: np.ndarray | None
-    action_high: np.ndarray | None
-    max_episode_steps: int
+from gipo_jax.environments.interface import Environment, Step
 
 
 def make(config: Config) -> Environment:
-    """Builds the environment a configuration names.
-
-    Args:
-        config: uses ``env`` (a gymnax name or environment object), ``max_episode_steps`` and
-            ``truncation_is_termination``.
-
-    Raises:
-        ConfigError: no such environment, or spaces that no network here reads.
-    """
+    """Builds a gymnax environment; see ``environments.make``."""
     env, params = _load(config.env)
     name = config.env if isinstance(config.env, str) else env.name
     if config.max_episode_steps is not None:
@@ -80,11 +25,11 @@ def make(config: Config) -> Environment:
     encode, obs_shape, obs_dtype = _observations(name, obs_space)
     num_actions, low, high = _actions(name, action_space)
 
-    def reset(key: Array) -> tuple[Array, Any]:
+    def reset_one(key: Array) -> tuple[Array, Any]:
         obs, state = env.reset(key, params)
         return encode(obs), _strong(state)
 
-    def step(key: Array, state: Any, action: Array) -> Step:
+    def step_one(key: Array, state: Any, action: Array) -> Step:
         obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
         terminated, truncated = jnp.asarray(terminated, bool), jnp.asarray(truncated, bool)
         if config.truncation_is_termination:
@@ -100,8 +45,8 @@ def make(config: Config) -> Environment:
 
     return Environment(
         name=name,
-        reset=reset,
-        step=step,
+        reset=lambda key, num_envs: jax.vmap(reset_one)(jax.random.split(key, num_envs)),
+        step=jax.vmap(step_one),
         obs_shape=obs_shape,
         obs_dtype=obs_dtype,
         action_shape=tuple(action_space.shape),
