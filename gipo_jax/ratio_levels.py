@@ -1,0 +1,102 @@
+"""Ratio levels: which probabilities an importance ratio compares, for answers of several tokens.
+
+``transform`` turns the log-ratio of each token, x_t = log pi(token t) - log mu(token t), into the
+log-ratio of its level, before an objective sees it. So every objective has every level.
+
+| level | log-ratio of token t, T tokens in the answer | source |
+|---|---|---|
+| ``token`` | x_t | PPO, arXiv:1707.06347; GRPO, arXiv:2402.03300 |
+| ``joint`` | sum of all x | importance sampling of answers: TOPR, arXiv:2503.14286 |
+| ``sequence`` | (sum of all x) / T | GSPO, arXiv:2507.18071 |
+| ``prefix_product`` | x_1 + ... + x_t | CTPO, arXiv:2605.07331 |
+| ``prefix_geometric`` | (x_1 + ... + x_t) / t | ``geomean`` in CTPO's code, horizon-llm/CTPO |
+| ``prefix_min`` | x_t + min of x_1 ... x_(t-1), x_1 for t = 1 | MinPRO, arXiv:2601.22718 |
+
+CTPO's two forms are verified from its code. MinPRO's is unverified, for its code was not found:
+whether it holds the factor of the prefix at 1 is unknown, and here it is free.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
+
+from gipo_jax.config import ConfigError
+
+
+def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
+    """The log-ratio of a level for every token.
+
+    Each token keeps a gradient of 1 to its own log-ratio and of 0 to all others. So an objective
+    moves the policy by u A grad log pi(token t) for each token t, with its effective weight u taken
+    at the level's ratio. The sum of that over the tokens of an answer is u A grad log pi(answer)
+    where all tokens share one ratio, as GSPO's and TOPR's gradients are; CTPO's code takes the same
+    gradient at its prefixes.
+
+    Args:
+        log_ratio: x, ``[..., tokens]``, in the order in which the tokens were chosen.
+        level: one of ``LEVELS``.
+        mask: true or 1 for the tokens of the answer, same shape; the others are padding, wherever
+            they lie, and their log-ratio may be anything, NaN included. All tokens count without
+            it.
+
+    Returns:
+        log-ratio of the level, same shape; 0 with gradient 0 at padding.
+
+    Raises:
+        ConfigError: an unknown level, or a mask of another shape.
+    """
+    if level not in LEVELS:
+        raise ConfigError("ratio_level", level, f"one of {', '.join(LEVELS)}")
+    if mask is None:
+        mask = jnp.ones_like(log_ratio, bool)
+    if mask.shape != log_ratio.shape:
+        raise ConfigError("mask", mask.shape, f"the shape of the log-ratio, {log_ratio.shape}")
+    mask = mask.astype(bool)
+    log_ratio = jnp.where(mask, log_ratio, 0)
+    values = jnp.where(mask, LEVELS[level](log_ratio, mask), 0)
+    # One ratio for each token even where all share it: [batch, 1] would leave the mask, means over
+    # tokens and the scale of the gradient (a token's own at ratio 1) different from other levels.
+    # The difference is exactly 0, so that the value is the level's to the last bit.
+    return stop_gradient(values) + (log_ratio - stop_gradient(log_ratio))
+
+
+def _token(x: Array, mask: Array) -> Array:
+    return x
+
+
+def _joint(x: Array, mask: Array) -> Array:
+    return jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), x.shape)
+
+
+def _sequence(x: Array, mask: Array) -> Array:
+    length = jnp.sum(mask, axis=-1, keepdims=True)
+    return _joint(x, mask) / jnp.maximum(length, 1)
+
+
+def _prefix_product(x: Array, mask: Array) -> Array:
+    return jnp.cumsum(x, axis=-1)
+
+
+def _prefix_geometric(x: Array, mask: Array) -> Array:
+    return _prefix_product(x, mask) / jnp.maximum(jnp.cumsum(mask, axis=-1), 1)
+
+
+def _prefix_min(x: Array, mask: Array) -> Array:
+    smallest = jax.lax.cummin(jnp.where(mask, x, jnp.inf), axis=x.ndim - 1)
+    nothing = jnp.full_like(smallest[..., :1], jnp.inf)
+    before = jnp.concatenate([nothing, smallest[..., :-1]], axis=-1)
+    return x + jnp.where(jnp.isinf(before), 0, before)
+
+
+LEVELS: dict[str, Callable[[Array, Array], Array]] = {
+    "token": _token,
+    "joint": _joint,
+    "sequence": _sequence,
+    "prefix_product": _prefix_product,
+    "prefix_geometric": _prefix_geometric,
+    "prefix_min": _prefix_min,
+}
+"""Name and values, of log-ratio (0 at padding) and mask, of each level."""
