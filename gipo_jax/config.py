@@ -72,7 +72,14 @@ ADVANTAGE_MODES = ("stored", "recomputed", "vtrace")
 SAMPLING_MODES = ("shuffled", "uniform")
 ACTION_HEADS = ("auto", "tokens", "gaussian")
 DEFAULT_BUFFER_SIZE = 512
-RATIO_LEVELS = ("token", "joint")
+RATIO_LEVELS = (
+    "token",
+    "joint",
+    "sequence",
+    "prefix_product",
+    "prefix_geometric",
+    "prefix_min",
+)
 KERNELS = ("gaussian", "laplacian", "cauchy")
 
 
@@ -142,7 +149,7 @@ class Config:
     )
     ratio_level: str = setting(
         "token",
-        "one importance ratio for each action token, or one for the whole action (joint)",
+        "importance ratio of each token, of the whole action or answer (joint), or of a sequence",
         f"one of {', '.join(RATIO_LEVELS)}",
         _one_of(*RATIO_LEVELS),
     )

@@ -22,6 +22,7 @@ from jax import Array
 from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 
+from gipo_jax import ratio_levels
 from gipo_jax.config import HParams
 from gipo_jax.objectives import clamp_straight_through
 
@@ -81,18 +82,18 @@ def actor_critic_loss(
         entropy: of the policy, per token, same shape.
         value: V(obs), ``[batch]``.
         batch: the sample.
-        advantage: as the objective sees it, broadcast against the log-ratio.
+        advantage: as the objective sees it, ``[batch, tokens]``.
         objective: maps log-ratio and advantage to the surrogate.
         hparams: coefficients of the loss.
-        ratio_level: see ``log_ratio_at``.
+        ratio_level: see ``ratio_levels``.
         policy_scale: factor on the surrogate.
-        probe: zeros of the log-ratio's shape; see the module's docstring.
+        probe: zeros ``[batch, tokens]``; see the module's docstring.
 
     Returns:
         scalar loss, and its parts.
     """
     token_log_ratio = log_prob - batch.behavior_log_prob
-    log_ratio = log_ratio_at(ratio_level, token_log_ratio)
+    log_ratio = ratio_levels.transform(token_log_ratio, ratio_level)
 
     surrogate, objective_state = objective(log_ratio + probe, advantage)
     policy_loss = -jnp.mean(surrogate)
@@ -108,21 +109,6 @@ def actor_critic_loss(
     )
     reported_kl = jnp.mean(kl_estimate(stop_gradient(token_log_ratio)))
     return loss, Losses(policy_loss, mean_entropy, reported_kl, value_loss, objective_state)
-
-
-def log_ratio_at(level: str, token_log_ratio: Array) -> Array:
-    """The log-ratio that the objective sees: of each ``token``, or ``joint`` of the whole action.
-
-    Args:
-        level: ``token`` or ``joint``.
-        token_log_ratio: ``[batch, tokens]``.
-
-    Returns:
-        ``[batch, tokens]``, or ``[batch, 1]`` for ``joint``.
-    """
-    if level == "joint":
-        return jnp.sum(token_log_ratio, axis=-1, keepdims=True)
-    return token_log_ratio
 
 
 def standardize(advantage: Array) -> Array:

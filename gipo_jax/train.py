@@ -32,6 +32,7 @@ from gipo_jax import (
     networks,
     normalizer,
     objectives,
+    ratio_levels,
 )
 from gipo_jax import rollout as rollouts
 from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes, stack
@@ -310,7 +311,7 @@ def update(
             probe,
         )
 
-    probe = jnp.zeros(losses.log_ratio_at(parts.config.ratio_level, batch.behavior_log_prob).shape)
+    probe = jnp.zeros_like(batch.behavior_log_prob)
     (grads, probe_gradient), terms = jax.grad(loss, argnums=(0, 1), has_aux=True)(
         learner.params, probe
     )
@@ -377,11 +378,12 @@ def bind_objective(
     if spec.takes_kernel:
         given["kernel"] = parts.config.kernel
     if "behavior_log_prob" in spec.inputs:
-        given["behavior_log_prob"] = losses.log_ratio_at(level, batch.behavior_log_prob)
+        given["behavior_log_prob"] = ratio_levels.transform(batch.behavior_log_prob, level)
     if "log_ratio_start" in spec.inputs:
         outputs = parts.network.policy(state.learner.params, batch.obs)
         log_prob = parts.head.log_prob(outputs, batch.action)
-        given["log_ratio_start"] = losses.log_ratio_at(level, log_prob - batch.behavior_log_prob)
+        log_ratio = log_prob - batch.behavior_log_prob
+        given["log_ratio_start"] = ratio_levels.transform(log_ratio, level)
     if spec.initial_state is not None:
         given["state"] = learner.objective_state
     return functools.partial(objectives.evaluate, spec, **given)
@@ -451,11 +453,10 @@ def _network_input(parts: Parts, moments: normalizer.Normalizer, obs: Array) -> 
 
 
 def _advantage(config: Config, batch: Batch) -> Array:
-    """Advantages as the objective sees them, ``[batch, tokens]`` or ``[batch, 1]`` for joint."""
+    """Advantages as the objective sees them, ``[batch, tokens]``."""
     standard = config.normalize_advantage
     advantage = losses.standardize(batch.advantage) if standard else batch.advantage
-    shape = losses.log_ratio_at(config.ratio_level, batch.behavior_log_prob).shape
-    return jnp.broadcast_to(advantage[:, None], shape)
+    return jnp.broadcast_to(advantage[:, None], batch.behavior_log_prob.shape)
 
 
 def _keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
@@ -521,7 +522,8 @@ def report(
     batch = gather(parts, state, params, hparams, index, iteration)
     outputs, value = parts.network.policy_and_value(params, batch.obs)
     log_prob = parts.head.log_prob(outputs, batch.action)
-    log_ratio = losses.log_ratio_at(config.ratio_level, log_prob - batch.behavior_log_prob)
+    log_ratio = log_prob - batch.behavior_log_prob
+    log_ratio = ratio_levels.transform(log_ratio, config.ratio_level)
     advantage = _advantage(config, batch)
     objective = bind_objective(parts, state, state.learner, hparams, batch)
     weight = losses.objective_weight(objective, log_ratio, advantage)
@@ -711,6 +713,9 @@ def make_parts(config: Config) -> Parts:
     if objective.discrete_only and not head.discrete:
         valid = f"'tokens', because {objective.name} reads probabilities of discrete actions"
         raise ConfigError("action_head", config.action_head, valid)
+    if config.ratio_level not in ("token", "joint"):
+        valid = "'token' or 'joint', because the tokens of an action have no order"
+        raise ConfigError("ratio_level", config.ratio_level, valid)
     return Parts(config, env, head, networks.make(config, env.obs_shape, head), objective)
 
 

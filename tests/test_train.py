@@ -339,7 +339,10 @@ def test_update_follows_an_independently_written_loss(toy: Any, joint: bool) -> 
         log_policy = jax.nn.log_softmax(logits)
         taken = jnp.take_along_axis(log_policy, rows.action[..., None], axis=-1)[..., 0]
         token_ratio = taken - rows.behavior_log_prob
-        x = token_ratio.sum(-1, keepdims=True) if joint else token_ratio
+        x = token_ratio
+        if joint:  # every token has the ratio of the action, and a gradient of its own
+            total_ratio = jnp.broadcast_to(token_ratio.sum(-1, keepdims=True), x.shape)
+            x = jax.lax.stop_gradient(total_ratio - x) + x
         advantage = (rows.advantage - rows.advantage.mean()) / rows.advantage.std()
         advantage = advantage[:, None]
         width = jnp.where(advantage > 0, SIGMA, SIGMA * NARROW)
