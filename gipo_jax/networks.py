@@ -65,7 +65,7 @@ def make_head(config: Config, env: Environment) -> ActionHead:
                 config.action_head,
                 f"'auto' or 'tokens', because {env.name} has discrete actions",
             )
-        return _categorical(1, env.num_actions, lambda action: action[..., 0])
+        return categorical(1, env.num_actions)._replace(to_env=lambda action: action[..., 0])
 
     assert env.action_low is not None and env.action_high is not None
     low, high = env.action_low, env.action_high
@@ -86,10 +86,14 @@ def make_head(config: Config, env: Environment) -> ActionHead:
             f"'gaussian', because {env.name} has unbounded actions",
         )
     step = (high - low) / (config.num_bins - 1)
-    return _categorical(len(low), config.num_bins, lambda action: shaped(low + step * action))
+    return categorical(len(low), config.num_bins)._replace(
+        to_env=lambda action: shaped(low + step * action)
+    )
 
 
-def _categorical(num_tokens: int, bins: int, to_env: Callable[[Array], Array]) -> ActionHead:
+def categorical(num_tokens: int, bins: int) -> ActionHead:
+    """The head of ``num_tokens`` tokens with ``bins`` categories each; actions stay tokens."""
+
     def noise(key: Array, shape: tuple[int, ...]) -> Array:
         return jax.random.uniform(key, (*shape, num_tokens))
 
@@ -118,8 +122,8 @@ def _categorical(num_tokens: int, bins: int, to_env: Callable[[Array], Array]) -
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return ActionHead(
-        num_tokens, bins, True, noise, sample, mode, log_prob, entropy, to_env
-    )  # fmt: skip
+        num_tokens, bins, True, noise, sample, mode, log_prob, entropy, lambda action: action
+    )
 
 
 def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
