@@ -79,11 +79,12 @@ def test_rewards_weigh_right_tokens_and_right_answers(name: str, kappa: float) -
             late = [*wanted[:-1], 0, task.end][: task.answer_length]
             answers += [early, late, [0] * task.answer_length]
         for answer in answers:
-            ended = answer[: answer.index(task.end) + 1] if task.end in answer else answer
+            given = padded(task, answer)
+            tokens = given.tolist()
+            ended = tokens[: tokens.index(task.end) + 1] if task.end in tokens else tokens
             correct = ended == wanted
             share = fraction(task, prompt, ended, wanted)
             expected = kappa * share + (1 - kappa) * correct
-            given = padded(task, ended)
             assert float(reward(jnp.array(prompt), given)) == pytest.approx(expected, abs=1e-6)
             assert bool(exact(jnp.array(prompt), given)) == correct
 
