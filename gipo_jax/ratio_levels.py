@@ -16,7 +16,7 @@ CTPO's two forms are verified from its code. MinPRO's is unverified, for its cod
 whether it holds the factor of the prefix at 1 is unknown, and here it is free.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,7 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
     Raises:
         ConfigError: an unknown level, or a mask of another shape.
     """
-    if level not in LEVELS:
-        raise ConfigError("ratio_level", level, f"one of {', '.join(LEVELS)}")
+    check(level)
     if mask is None:
         mask = jnp.ones_like(log_ratio, bool)
     if mask.shape != log_ratio.shape:
@@ -61,6 +60,22 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
     # tokens and the scale of the gradient (a token's own at ratio 1) different from other levels.
     # The difference is exactly 0, so that the value is the level's to the last bit.
     return stop_gradient(values) + (log_ratio - stop_gradient(log_ratio))
+
+
+def check(level: str, inputs: Collection[str] = ()) -> None:
+    """Refuses a level that does not exist or that an objective cannot have.
+
+    Args:
+        level: its name.
+        inputs: what the objective asks for beside log-ratio and advantage.
+
+    Raises:
+        ConfigError: an unknown level, or ``prefix_min`` with ``behavior_log_prob``.
+    """
+    valid = [name for name in LEVELS if name != "prefix_min" or "behavior_log_prob" not in inputs]
+    if level not in valid:
+        reason = ", because the objective reads probabilities" if level in LEVELS else ""
+        raise ConfigError("ratio_level", level, f"one of {', '.join(valid)}{reason}")
 
 
 def _token(x: Array, mask: Array) -> Array:

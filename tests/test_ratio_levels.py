@@ -98,3 +98,10 @@ def test_the_table_of_the_module_names_every_level() -> None:
     assert ratio_levels.__doc__ is not None
     rows = [line.split("`")[2] for line in ratio_levels.__doc__.splitlines() if "| ``" in line]
     assert rows == list(ratio_levels.LEVELS)
+
+
+def test_a_minimum_over_a_prefix_is_refused_where_probabilities_are_read() -> None:
+    ratio_levels.check("prefix_min")
+    ratio_levels.check("prefix_product", ["behavior_log_prob"])
+    with pytest.raises(ConfigError, match="prefix_geometric, because the objective reads prob"):
+        ratio_levels.check("prefix_min", ["behavior_log_prob"])
