@@ -15,7 +15,16 @@ import optax
 from jax import Array
 from jax.lax import stop_gradient
 
-from gipo_jax import advantages, buffer, diagnostics, environments, networks, normalizer, objectives
+from gipo_jax import (
+    advantages,
+    buffer,
+    diagnostics,
+    environments,
+    networks,
+    normalizer,
+    objectives,
+    signatures,
+)
 from gipo_jax import rollout as rollouts
 from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes
 from gipo_jax.rollout import Transition
@@ -115,7 +124,7 @@ class Algorithm:
     env: environments.Environment
     head: networks.ActionHead
     network: networks.Network
-    objective: objectives.Spec
+    objective: signatures.Spec
 
     def init(self, hparams: HParams) -> TrainState:
         """First state of a run; its key is ``fold_in(key(0), seed)``.
@@ -127,7 +136,7 @@ class Algorithm:
         key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
         params = self.network.init(key_params)
         optimizer = _optimizer(hparams)
-        objective_state = objectives.first_state(self.objective, hparams.objective_params)
+        objective_state = signatures.first_state(self.objective, hparams.objective_params)
         return TrainState(
             learner=Learner(
                 params, {k: optimizer.init(params[k]) for k in params}, objective_state
@@ -310,10 +319,10 @@ class Algorithm:
         config = self.config
         rows = 1 if config.advantage_mode == "stored" else config.rollout_length
         size, block = config.batch_size // rows, config.block_size // rows
-        valid = buffer.num_valid(iteration, hparams.buffer_size, config.block_size) // rows
+        _, valid = buffer.window(iteration, hparams.buffer_size, config.block_size)
         draw = buffer.draw_shuffled if config.sampling == "shuffled" else buffer.draw_uniform
         key_all, key_recent = jax.random.split(key)
-        index = draw(key_all, batches, size, valid)
+        index = draw(key_all, batches, size, valid // rows)
         recent = buffer.draw_uniform(key_recent, batches, size, block)
         return jnp.where(jnp.arange(size) < hparams.recent_fraction * size, recent, index)
 
@@ -380,7 +389,7 @@ class Algorithm:
             extra["state"] = learner.objective_state
 
         def surrogate(log_ratio: Array) -> tuple[Array, Any]:
-            return objectives.evaluate(self.objective, log_ratio, advantage, **extra)
+            return signatures.evaluate(self.objective, log_ratio, advantage, **extra)
 
         value, pullback, objective_state = jax.vjp(surrogate, log_ratio, has_aux=True)
         gradient = pullback(jnp.ones_like(value))[0]
@@ -580,7 +589,7 @@ def make_hparams(
         overrides["value_learning_rate"] = overrides["learning_rate"]
     hparams = HParams(**overrides, objective_params=spec.params | own)
     check_fields(hparams)
-    objectives.check_params(config.objective, hparams.objective_params)
+    signatures.check_params(spec, hparams.objective_params)
     check_sizes(config, hparams)
     return hparams
 
