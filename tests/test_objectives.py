@@ -755,7 +755,7 @@ def readme_fork() -> Callable[..., jax.Array]:
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     block = next(b for b in text.split("```python\n")[1:] if "def student_t" in b).split("```")[0]
     wanted = (ast.Import, ast.ImportFrom, ast.FunctionDef)
-    kept = [node for node in ast.parse(block).body if isinstance(node, wanted)]
+    kept: list[ast.stmt] = [n for n in ast.parse(block).body if isinstance(n, wanted)]
     names: dict[str, Any] = {}
     exec(compile(ast.Module(kept, []), "README.md", "exec"), names)
     return names["student_t"]
