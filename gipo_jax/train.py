@@ -33,6 +33,7 @@ from gipo_jax import (
     normalizer,
     objectives,
     ratio_levels,
+    signatures,
 )
 from gipo_jax import rollout as rollouts
 from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes, stack
@@ -106,7 +107,7 @@ class Parts(NamedTuple):
     env: environments.Environment
     head: networks.ActionHead
     network: networks.Network
-    objective: objectives.Spec
+    objective: signatures.Spec
 
 
 # One iteration, from top to bottom.
@@ -230,15 +231,22 @@ def learn(
 def sample_indices(
     config: Config, hparams: HParams, iteration: int | Array, key: Array, batches: int
 ) -> Array:
-    """Newest-first indices of rows, or of segments, ``[batches, per batch]``."""
+    """Newest-first indices of rows, or of segments, ``[batches, per batch]``.
+
+    The newest ``min_age`` iterations are left out, and ``recent_fraction`` of each batch comes from
+    the newest one of the rest.
+    """
     rows = 1 if config.advantage_mode == "stored" else config.rollout_length
     size, block = config.batch_size // rows, config.block_size // rows
-    valid = buffer.num_valid(iteration, hparams.buffer_size, config.block_size) // rows
+    skipped, valid = buffer.window(
+        iteration, hparams.buffer_size, config.block_size, hparams.min_age
+    )
     draw = buffer.draw_shuffled if config.sampling == "shuffled" else buffer.draw_uniform
     key_all, key_recent = jax.random.split(key)
-    index = draw(key_all, batches, size, valid)
+    index = draw(key_all, batches, size, valid // rows)
     recent = buffer.draw_uniform(key_recent, batches, size, block)
-    return jnp.where(jnp.arange(size) < hparams.recent_fraction * size, recent, index)
+    from_newest = jnp.arange(size) < hparams.recent_fraction * size
+    return skipped // rows + jnp.where(from_newest, recent, index)
 
 
 def gather(
@@ -386,7 +394,7 @@ def bind_objective(
         given["log_ratio_start"] = ratio_levels.transform(log_ratio, level)
     if spec.initial_state is not None:
         given["state"] = learner.objective_state
-    return functools.partial(objectives.evaluate, spec, **given)
+    return functools.partial(signatures.evaluate, spec, **given)
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
@@ -481,7 +489,7 @@ def init(parts: Parts, hparams: HParams) -> TrainState:
     key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
     params = parts.network.init(key_params)
     opt_state = {group: optimizer(hparams).init(params[group]) for group in params}
-    objective_state = objectives.first_state(parts.objective, hparams.objective_params)
+    objective_state = signatures.first_state(parts.objective, hparams.objective_params)
     return TrainState(
         learner=Learner(params, opt_state, objective_state),
         normalizer=normalizer.init(parts.env.obs_shape),
@@ -597,7 +605,7 @@ class Algorithm(NamedTuple):
 
     config: Config
     env: Any
-    objective: objectives.Spec
+    objective: signatures.Spec
     init: Callable[[HParams], TrainState]
     train_step: Callable[[TrainState, HParams, Any], tuple[TrainState, Metrics]]
     report: Callable[[TrainState, HParams, Any, Array], Metrics]
@@ -742,7 +750,7 @@ def make_hparams(
     hparams = HParams(**overrides, objective_params=own)
     check_fields(hparams)
     hparams = complete(config, hparams)
-    objectives.check_params(config.objective, hparams.objective_params)
+    signatures.check_params(spec, hparams.objective_params)
     check_sizes(config, hparams)
     return hparams
 

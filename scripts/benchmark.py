@@ -358,7 +358,7 @@ def replay_worker(work: Work) -> tuple[Callable[[], float], Work]:
         new = jax.tree.map(lambda x: x + total.astype(x.dtype), block)
         storage = buffer.add(storage, new, index)
         key = jax.random.fold_in(jax.random.key(0), index)
-        valid = buffer.num_valid(index, work["capacity"], size)
+        _, valid = buffer.window(index, work["capacity"], size)
         for draw in buffer.draw_uniform(key, work["batches"], work["batch_size"], valid):
             batch, _ = buffer.take_rows(storage, draw, index)
             total += sum(jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(batch))

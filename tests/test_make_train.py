@@ -174,7 +174,7 @@ def test_sweep_and_make_train_give_the_same_bits(toy: Any, tmp_path: Path) -> No
 
 
 def test_agent_of_a_vmapped_run_acts_and_evaluates_like_that_run(toy: Any) -> None:
-    settings = {"total_steps": BLOCK * 40, "eval_episodes": 4, "normalize_obs": True}
+    settings = {"total_steps": BLOCK * 100, "eval_episodes": 4, "normalize_obs": True}
     config = Config(
         env=toy(limit=6, clock=True, pay=1.0), max_buffer_size=4 * BLOCK,
         **(SMALL | settings),
