@@ -151,16 +151,22 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", _blocks("python"), ids=["fork", "sweep"])
+@pytest.mark.slow
+@pytest.mark.parametrize("code", _blocks("python"), ids=["many runs", "fork"])
 def test_readme_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_forked_objective_of_the_readme_is_short() -> None:
-    function = re.search(r"^def .*?(?=\n\n\n)", _blocks("python")[0], re.MULTILINE | re.DOTALL)
+    function = re.search(r"^def .*?(?=\n\n\n)", _blocks("python")[1], re.MULTILINE | re.DOTALL)
     assert function is not None
     assert function[0].count("\n") < 10
+
+
+def test_python_examples_of_the_readme_have_at_most_twelve_lines_of_code() -> None:
+    lines = [line for line in _blocks("python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 12
 
 
 def test_readme_commands_parse() -> None:
