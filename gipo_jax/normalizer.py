@@ -19,6 +19,10 @@ MIN_STD = 1e-2
 """Least standard deviation that observations are divided by."""
 
 
+BOUND = 10.0
+"""Largest absolute value of a normalised observation."""
+
+
 class Normalizer(NamedTuple):
     """Moments of all observations seen so far.
 
@@ -62,11 +66,12 @@ def update(normalizer: Normalizer, obs: Array) -> Normalizer:
 def normalize(normalizer: Normalizer, obs: Array) -> Array:
     """Standardises observations ``[..., *obs_shape]`` and bounds them to [-10, 10].
 
-    After n updates the result is (obs - c mean) / max(std, MIN_STD)^c with c = n / (n +
-    PRIOR_UPDATES): from the observation itself at n = 0 to its standard score, in small steps,
-    whatever the scale of a dimension and the number of observations in an update.
+    After n updates the result is (obs - mean) / max(std, MIN_STD)^c + (1 - c) mean, with the last
+    mean bounded too and c = n / (n + PRIOR_UPDATES): from the observation itself at n = 0 to its
+    standard score, in small steps, whatever the scale and the number of observations in an update.
     """
     confidence = normalizer.updates / (normalizer.updates + PRIOR_UPDATES)
     std = jnp.sqrt(normalizer.squares / jnp.maximum(normalizer.total, 1.0))
-    scale = jnp.maximum(std, MIN_STD) ** confidence
-    return jnp.clip((obs - confidence * normalizer.mean) / scale, -10.0, 10.0)
+    scaled = (obs - normalizer.mean) / jnp.maximum(std, MIN_STD) ** confidence
+    offset = (1 - confidence) * jnp.clip(normalizer.mean, -BOUND, BOUND)
+    return jnp.clip(scaled + offset, -BOUND, BOUND)

@@ -62,7 +62,7 @@ def test_permute_sends_each_index_anywhere_about_equally_often(size: int) -> Non
         assert np.abs(share * different.sum() - 1).max() < 0.8
 
 
-def test_rows_share_a_batch_as_often_as_by_chance() -> None:
+def test_rows_at_any_distance_share_a_batch_as_often_as_by_chance() -> None:
     """Neighbours in time are neighbours in storage; a batch must not favour or avoid them."""
     batches, size, batch = 2000, 512, 256
     keys = jax.random.bits(jax.random.key(0), (batches, 4, 2), jnp.uint32)
@@ -106,7 +106,7 @@ def test_shuffled_order_differs_between_epochs_and_keys() -> None:
 
 @pytest.mark.timeout(60)
 def test_drawing_fewer_rows_than_a_batch_ends() -> None:
-    """The walk of ``permute`` never ends for indices at or above its size."""
+    """``permute`` would loop without end for indices at or above its size."""
     for seed in range(10):
         index = np.asarray(draw_shuffled(jax.random.key(seed), 1, 32, 24))
         assert np.unique(index).size == 24

@@ -48,7 +48,8 @@ def test_after_many_updates_observations_are_standardised() -> None:
     spread, mean = np.array([0.02, 1.0, 50.0]), np.array([0.1, 0.0, -20.0])
     blocks = [random.normal(mean, spread, (32, 3)) for _ in range(2000)]
     standard = np.asarray(normalizer.normalize(after(blocks), jnp.asarray(np.concatenate(blocks))))
-    np.testing.assert_allclose(standard.mean(0), 0, atol=0.03)
+    # What is left of the means, -20 bounded to -10, with 10 of 2010 parts.
+    np.testing.assert_allclose(standard.mean(0), np.maximum(mean, -10) * 10 / 2010, atol=0.01)
     np.testing.assert_allclose(standard.std(0), 1, atol=0.03)
 
 
@@ -59,21 +60,26 @@ def test_a_small_change_of_a_constant_dimension_stays_small(blocks: int) -> None
     before, changed = (
         normalizer.normalize(moments, jnp.array([constant + change])) for change in (0.0, 0.001)
     )
-    assert abs(float(changed[0] - before[0])) <= 0.11
+    assert 0 < float(changed[0] - before[0]) <= 0.11
+    # The constant itself moves from its own value to 0.
+    np.testing.assert_allclose(before, constant * 10 / (10 + blocks), rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [0.02, 1.0, 50.0])
-def test_each_update_changes_normalised_observations_little(scale: float) -> None:
+@pytest.mark.parametrize("mean", [0.0, 3.0, -500.0])
+def test_each_update_changes_normalised_observations_little(mean: float, scale: float) -> None:
     random = np.random.default_rng(1)
-    obs = random.normal(0, scale, (200, 32, 1)).astype(np.float32)
+    obs = random.normal(mean, scale, (200, 32, 1)).astype(np.float32)
     moments = normalizer.init((1,))
-    for block in obs:
+    for count, block in enumerate(obs):
         before = normalizer.normalize(moments, block)
         moments = normalizer.update(moments, block)
         now = normalizer.normalize(moments, block)
+        if count == 0 and abs(mean) > normalizer.BOUND:
+            continue  # Every observation lies outside the bounds until the mean is known.
         # In units of a typical value, or of the standard deviation of 1 that it ends at.
         typical = max(float(jnp.median(jnp.abs(now))), 1.0)
-        assert float(jnp.median(jnp.abs(now - before))) < 0.1 * typical
+        assert float(jnp.median(jnp.abs(now - before))) < 0.2 * typical
 
 
 @pytest.fixture(scope="module")

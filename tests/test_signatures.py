@@ -15,7 +15,7 @@ from gipo_jax.config import Config, ConfigError
 NAMES = list(objectives.REGISTRY)
 
 
-def test_every_objective_is_documented() -> None:
+def test_every_objective_documents_its_weight_and_source() -> None:
     for name in NAMES:
         spec = objectives.spec(name)
         doc = spec.function.__doc__ or ""
@@ -179,7 +179,7 @@ def test_check_params_accepts_what_is_usable() -> None:
         signatures.check_params(objectives.spec(name), params)
 
 
-def test_gradient_weight_at_zero_advantage_is_that_of_a_negative_one() -> None:
+def test_effective_weight_at_zero_advantage_is_that_of_a_negative_one() -> None:
     x = jnp.linspace(-1, 1, 5)
     for name in ("gipo", "ppo_clip", "sapo"):
         np.testing.assert_array_equal(
