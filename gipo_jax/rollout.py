@@ -32,6 +32,18 @@ class Transition(NamedTuple):
     final_obs: Array
 
 
+class Successes(NamedTuple):
+    """Tasks solved, where the environment says so.
+
+    Attributes:
+        solved: ``[envs]``, bool, at some step of the current episode.
+        episodes: ``[envs]``, int32, episodes that ended solved since the start of the run.
+    """
+
+    solved: Array
+    episodes: Array
+
+
 class EnvStates(NamedTuple):
     """Environments in mid-episode.
 
@@ -39,26 +51,22 @@ class EnvStates(NamedTuple):
         state: the environments' own states.
         obs: ``[envs, *obs_shape]``.
         episode_return: ``[envs]`` reward so far in the current episode.
-        solved: ``[envs]``, bool, whether the task was solved at some step of the current episode;
-            None where the environment does not say.
-        successes: ``[envs]``, int32, episodes that ended solved since the start of the run, or
-            None.
+        successes: tasks solved; None where the environment does not say.
     """
 
     state: Any
     obs: Array
     episode_return: Array
-    solved: Array | None = None
-    successes: Array | None = None
+    successes: Successes | None = None
 
 
 def reset(env: Environment, key: Array, num_envs: int) -> EnvStates:
     """Starts ``num_envs`` environments."""
     obs, state = env.reset(key, num_envs)
-    envs = EnvStates(state, obs, jnp.zeros(num_envs))
-    if not env.reports_success:
-        return envs
-    return envs._replace(solved=jnp.zeros(num_envs, bool), successes=jnp.zeros(num_envs, jnp.int32))
+    successes = None
+    if env.reports_success:
+        successes = Successes(jnp.zeros(num_envs, bool), jnp.zeros(num_envs, jnp.int32))
+    return EnvStates(state, obs, jnp.zeros(num_envs), successes)
 
 
 def restore(env: Environment, envs: EnvStates) -> tuple[EnvStates, int]:
@@ -72,13 +80,12 @@ def restore(env: Environment, envs: EnvStates) -> tuple[EnvStates, int]:
         environments to go on from, and how many of them had to begin a new episode.
     """
     state, obs, restarted = environments.restore(env, envs.state, envs.obs)
-    if not restarted.any():
-        return envs._replace(state=state), 0
-    envs = envs._replace(
-        state=state, obs=obs, episode_return=np.where(restarted, 0, envs.episode_return)
-    )
-    if envs.solved is not None:
-        envs = envs._replace(solved=np.where(restarted, False, envs.solved))
+    returns: Any = np.where(restarted, np.float32(0), envs.episode_return)
+    successes = envs.successes
+    if successes is not None:
+        solved: Any = ~restarted & successes.solved
+        successes = successes._replace(solved=solved)
+    envs = EnvStates(state, obs, returns, successes)
     return envs, int(restarted.sum())
 
 
@@ -114,10 +121,11 @@ def collect(
         episode_return = envs.episode_return + stepped.reward
         finished = jnp.where(done, episode_return, 0.0)
         running = jnp.where(done, 0.0, episode_return)
-        envs = envs._replace(state=stepped.state, obs=stepped.obs, episode_return=running)
-        if envs.solved is not None:
-            solved = envs.solved | stepped.success
-            envs = envs._replace(solved=solved & ~done, successes=envs.successes + (solved & done))
+        successes = envs.successes
+        if successes is not None and stepped.success is not None:
+            solved = successes.solved | stepped.success
+            successes = Successes(solved & ~done, successes.episodes + (solved & done))
+        envs = EnvStates(stepped.state, stepped.obs, running, successes)
         return envs, (transition, finished, done)
 
     envs, (transitions, finished, done) = jax.lax.scan(step, envs, (noise, env_keys))

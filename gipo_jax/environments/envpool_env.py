@@ -124,8 +124,12 @@ class _Task(NamedTuple):
 
 # Replaying an episode's actions after as many resets gives the same bits here; tested in
 # tests/test_envpool.py. Box2D's LunarLander does not, other families were not tried.
-_REPLAYABLE = ("envpool.mujoco.metaworld", "envpool.mujoco.gym", "envpool.mujoco.dmc",
-               "envpool.atari", "envpool.classic_control")  # fmt: skip
+_REPLAYABLE = (
+    "envpool.mujoco.metaworld",
+    "envpool.mujoco.gym",
+    "envpool.mujoco.dmc",
+    "envpool.atari",
+)
 _LONGEST_REPLAY = 100_000
 
 
@@ -465,7 +469,7 @@ def _restore_run(
     pool: _Pool, state: PoolState, obs: np.ndarray, run: int
 ) -> tuple[PoolState, np.ndarray, np.ndarray]:
     """Brings a run's environments to where they were; see ``environments.restore``."""
-    stored: PoolState = jax.tree.map(lambda x: np.asarray(x[run]), state)
+    stored: Any = jax.tree.map(lambda x: np.asarray(x[run]), state)
     ids = pool.claim(stored.seeds)
     resets, elapsed = stored.resets.copy(), stored.elapsed.copy()
     now = np.array(obs[run])
