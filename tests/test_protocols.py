@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -47,8 +48,8 @@ def test_gipo_metaworld_is_valid_and_its_network_is_the_authors() -> None:
 
     head = networks.make_head(config, meta_world())
     assert (head.num_tokens, head.output_width) == (4, 256)
-    tokens = np.array([[0, 255, 128, 51]])
-    np.testing.assert_allclose(head.to_env(tokens), -1 + 2 * tokens / 255, atol=1e-6)
+    tokens = jnp.array([[0, 255, 128, 51]])
+    np.testing.assert_allclose(head.to_env(tokens), -1 + 2 * np.asarray(tokens) / 255, atol=1e-6)
 
     network = networks.make(config, (39,), head)
     params = jax.eval_shape(network.init, jax.random.key(0))
