@@ -85,6 +85,7 @@ class TrainState(NamedTuple):
         replay: arrays ``[blocks, rollout_length, num_envs, ...]``.
         return_sum: sum of the returns of episodes that ended since the last logged point.
         episodes: their number.
+        solved: how many of them solved the task, where the environment says so.
         key: the run's key, never consumed, only folded.
         diverged_at: iteration whose updates gave non-finite parameters, -1 while none has; the
             learner is frozen from before that iteration on.
@@ -96,6 +97,7 @@ class TrainState(NamedTuple):
     replay: Any
     return_sum: Array
     episodes: Array
+    solved: Array
     key: Array
     diverged_at: Array
 
@@ -153,10 +155,14 @@ def act(
         parts.config.rollout_length,
     )
     transition = transition._replace(reward=transition.reward * hparams.reward_scale)
+    solved = state.solved
+    if envs.successes is not None and state.envs.successes is not None:
+        solved += jnp.sum(envs.successes.episodes - state.envs.successes.episodes)
     state = state._replace(
         envs=envs,
         return_sum=state.return_sum + return_sum,
         episodes=state.episodes + episodes,
+        solved=solved,
     )
     return state, transition
 
@@ -497,6 +503,7 @@ def init(parts: Parts, hparams: HParams) -> TrainState:
         replay=empty_replay(parts),
         return_sum=jnp.zeros(()),
         episodes=jnp.zeros(()),
+        solved=jnp.zeros(()),
         key=key,
         diverged_at=jnp.int32(-1),
     )
@@ -543,6 +550,8 @@ def report(
         batch.age[:, None],
     )
     metrics["explained_variance"] = diagnostics.explained_variance(batch.value_target, value)
+    if parts.env.reports_success:
+        metrics["success_rate"] = state.solved / state.episodes
     if config.eval_episodes:
         metrics["eval_return"], metrics["eval_return_sampled"] = evaluate(
             parts, params, state.normalizer, key_evaluate, config.eval_episodes
@@ -628,7 +637,8 @@ class Algorithm(NamedTuple):
             state, and float32 scalars by name. NaN where undefined, such as the mean return of no
             episodes.
         """
-        state = state._replace(return_sum=jnp.zeros(()), episodes=jnp.zeros(()))
+        zero = jnp.zeros(())
+        state = state._replace(return_sum=zero, episodes=zero, solved=zero)
 
         def step(iteration: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
@@ -672,6 +682,9 @@ def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]
     (2,)
     """
     algorithm = make(config)
+    if algorithm.env.host:
+        valid = "an environment in pure JAX; a sweep trains in one that is simulated outside it"
+        raise ConfigError("env", config.env, valid)
     check_sizes(config, HParams(buffer_size=config.allocated_size))
     stops = log_boundaries(config)
     points = (jnp.array([0, *stops[:-1]]), jnp.array(stops))
@@ -688,13 +701,18 @@ def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]
     return train
 
 
-def make(config: Config) -> Algorithm:
+def make(config: Config, env: environments.Environment | None = None) -> Algorithm:
     """Builds the training program of a static configuration, without compiling anything.
+
+    Args:
+        config: the configuration.
+        env: its environment, where that is simulated outside JAX and its pools are open
+            (``environments.open_pools``); by default it is made here.
 
     Raises:
         ConfigError: a setting is not usable; see the message.
     """
-    parts = make_parts(config)
+    parts = make_parts(config, env)
     return Algorithm(
         config=config,
         env=parts.env,
@@ -708,14 +726,17 @@ def make(config: Config) -> Algorithm:
     )
 
 
-def make_parts(config: Config) -> Parts:
+def make_parts(config: Config, env: environments.Environment | None = None) -> Parts:
     """Environment, action head, network and objective of a configuration.
 
     Raises:
         ConfigError: a setting is not usable; see the message.
     """
     check_fields(config)
-    env = environments.make(config)
+    env = environments.make(config) if env is None else env
+    if env.host and config.eval_episodes:
+        valid = f"0, because {env.name} is simulated outside JAX: its training episodes tell"
+        raise ConfigError("eval_episodes", config.eval_episodes, valid)
     objective = objectives.spec(config.objective)
     head = networks.make_head(config, env)
     if objective.discrete_only and not head.discrete:
