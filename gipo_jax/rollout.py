@@ -69,6 +69,11 @@ def reset(env: Environment, key: Array, num_envs: int) -> EnvStates:
     return EnvStates(state, obs, jnp.zeros(num_envs), successes)
 
 
+def solved_episodes(envs: EnvStates) -> Array | None:
+    """Episodes that ended solved since the start of the run; None where it is not said."""
+    return None if envs.successes is None else jnp.sum(envs.successes.episodes)
+
+
 def restore(env: Environment, envs: EnvStates) -> tuple[EnvStates, int]:
     """Goes on from stored environments; see ``environments.restore``.
 
