@@ -69,6 +69,12 @@ def reset(env: Environment, key: Array, num_envs: int) -> EnvStates:
     return EnvStates(state, obs, jnp.zeros(num_envs), successes)
 
 
+def solved_episodes(envs: EnvStates) -> Array:
+    """Episodes that ended solved since the start of the run, where the environment says so."""
+    assert envs.successes is not None
+    return jnp.sum(envs.successes.episodes)
+
+
 def restore(env: Environment, envs: EnvStates) -> tuple[EnvStates, int]:
     """Goes on from stored environments; see ``environments.restore``.
 

@@ -156,8 +156,8 @@ def act(
     )
     transition = transition._replace(reward=transition.reward * hparams.reward_scale)
     solved = state.solved
-    if envs.successes is not None and state.envs.successes is not None:
-        solved += jnp.sum(envs.successes.episodes - state.envs.successes.episodes)
+    if parts.env.reports_success:
+        solved += rollouts.solved_episodes(envs) - rollouts.solved_episodes(state.envs)
     state = state._replace(
         envs=envs,
         return_sum=state.return_sum + return_sum,

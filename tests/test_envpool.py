@@ -252,6 +252,7 @@ def test_successful_episodes_are_counted(toy: Any) -> None:
     head = networks.make_head(config, env)
     outputs = jnp.zeros((2, 1, 2))
     envs = rollout.reset(env, KEY, 2)
+    totals = []
     for length, solved, successes in [
         (3, [1, 0], [0, 0]),
         (1, [0, 0], [1, 0]),
@@ -261,6 +262,8 @@ def test_successful_episodes_are_counted(toy: Any) -> None:
         assert envs.successes is not None
         assert np.array_equal(envs.successes.solved, np.array(solved, bool))
         assert np.array_equal(envs.successes.episodes, successes)
+        totals.append(rollout.solved_episodes(envs))
+    assert totals == [0, 1, 3]
 
 
 SHARDED = """
@@ -312,6 +315,23 @@ def test_a_run_starts_once_in_its_pool(opened: Open) -> None:
         env.reset(KEY, 1)
     with pytest.raises(ConfigError, match="num_envs: 2 is not valid; expected 1"):
         env.reset(KEY, 2)
+
+
+def test_vmap_over_runs_is_refused_in_one_line(opened: Open) -> None:
+    env = opened(Config(env="Hopper-v4", num_envs=1), jax.random.split(KEY, 2))
+
+    def run(key: jax.Array) -> jax.Array:
+        _, state = env.reset(key, 1)
+        return env.step(key, state, jnp.zeros((1, 3))).obs
+
+    with pytest.raises(ConfigError, match=r"^env: 'Hopper-v4' .* needs lax.map") as error:
+        jax.eval_shape(jax.vmap(run), jax.random.split(KEY, 2))
+    assert "\n" not in str(error.value)
+    assert jax.jit(lambda keys: jax.lax.map(run, keys))(jax.random.split(KEY, 2)).shape == (
+        2,
+        1,
+        11,
+    )
 
 
 def test_closed_pools_have_shapes_and_cannot_run() -> None:

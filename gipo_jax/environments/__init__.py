@@ -60,12 +60,13 @@ def make(config: Config) -> Environment:
     names = envpool_env.names()
     if names is not None and config.env in names:
         return envpool_env.make(config)
-    valid = f"one of gymnax's names ({', '.join(gymnax.registered_envs)})"
+    of_gymnax = f"one of gymnax's names ({', '.join(gymnax.registered_envs)})"
     if names is None:
-        raise ConfigError("env", config.env, f"{valid}, or one of EnvPool's: {envpool_env.EXTRA}")
+        valid = f"one of EnvPool's names, with {envpool_env.EXTRA}, or {of_gymnax}"
+        raise ConfigError("env", config.env, valid)
     close = difflib.get_close_matches(config.env, [*names, *gymnax.registered_envs], 3, 0.5)
-    like = f", such as {' or '.join(close)}" if close else ""
-    raise ConfigError("env", config.env, f"{valid} or of EnvPool's{like}")
+    like = f" (such as {' or '.join(close)})" if close else ""
+    raise ConfigError("env", config.env, f"one of EnvPool's names{like}, or {of_gymnax}")
 
 
 def open_pools(env: Environment, keys: Array, devices: int = 1, axis: str = "runs") -> Environment:

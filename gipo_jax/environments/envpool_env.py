@@ -263,9 +263,8 @@ class _Pool:
         # The foreign functions take and give what EnvPool says only where double precision exists:
         # without it they are declared single, and doubles overflow the buffers.
         with jax.enable_x64(True):
-            _, recv, send, _ = self._pool.xla()
-        self._recv: Any = recv
-        self._send: Any = send
+            calls: tuple[Any, ...] = self._pool.xla()
+        _, self._recv, self._send, _ = calls
         ids = np.arange(seeds.size, dtype=np.int32).reshape(seeds.shape)
         self._free = list(zip(seeds, ids, strict=True))
 
@@ -337,6 +336,15 @@ def _environment(task: _Task, config: Config, pools: tuple[_Pool, ...], axis: st
     def recv(token: Array) -> tuple[Array, _Result]:
         return on_device(_Pool.recv, token)
 
+    @jax.custom_batching.custom_vmap
+    def unbatched(ids: Array) -> Array:
+        return ids
+
+    @unbatched.def_vmap
+    def refuse(*_: Any) -> Any:
+        valid = "an environment in pure JAX under vmap; this one needs lax.map (map or loop)"
+        raise ConfigError("env", task.name, valid)
+
     def start(device: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not pools:
             raise PoolError(f"{task.name} has no pools; environments.open_pools makes them")
@@ -366,7 +374,7 @@ def _environment(task: _Task, config: Config, pools: tuple[_Pool, ...], axis: st
 
     def step(keys: Array, state: PoolState, action: Array) -> Step:
         del keys  # the pools have random numbers of their own
-        ids = state.ids
+        ids, token = unbatched(state.ids), state.token
 
         def send_if(token: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
             due, id, action = inputs
@@ -377,7 +385,7 @@ def _environment(task: _Task, config: Config, pools: tuple[_Pool, ...], axis: st
             return recv(token)
 
         token, _ = jax.lax.scan(
-            lambda token, inputs: (send(token, *inputs), None), state.token, (ids, action)
+            lambda token, inputs: (send(token, *inputs), None), token, (ids, action)
         )
         token, result = jax.lax.scan(recv_next, token, None, num_envs)
         if num_envs > 1:
