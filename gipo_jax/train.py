@@ -491,8 +491,7 @@ def _keep_finite(state: TrainState, learner: Learner, iteration: int | Array) ->
 
 def init(parts: Parts, hparams: HParams) -> TrainState:
     """First state of a run; its key is ``fold_in(key(0), seed)``."""
-    key = jax.random.fold_in(jax.random.key(0), hparams.seed)
-    key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
+    key, key_params, key_envs = start_keys(hparams.seed)
     params = parts.network.init(key_params)
     opt_state = {group: optimizer(hparams).init(params[group]) for group in params}
     objective_state = signatures.first_state(parts.objective, hparams.objective_params)
@@ -507,6 +506,13 @@ def init(parts: Parts, hparams: HParams) -> TrainState:
         key=key,
         diverged_at=jnp.int32(-1),
     )
+
+
+def start_keys(seed: Any) -> tuple[Array, Array, Array]:
+    """Keys of a run with a seed: its own, one for the parameters, one for the environments."""
+    key = jax.random.fold_in(jax.random.key(0), seed)
+    key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
+    return key, key_params, key_envs
 
 
 def empty_replay(parts: Parts) -> Any:
