@@ -515,6 +515,18 @@ def start_keys(seed: Any) -> tuple[Array, Array, Array]:
     return key, key_params, key_envs
 
 
+def open_env(config: Config, seeds: Iterable[int], devices: int = 1) -> environments.Environment:
+    """The environment of some runs, with its simulators made; see ``environments.open_pools``.
+
+    Args:
+        config: static settings.
+        seeds: of the runs that will start in it, each as often as there are such runs.
+        devices: devices that share the runs evenly, in order.
+    """
+    keys = jnp.stack([start_keys(seed)[2] for seed in seeds])
+    return environments.open_pools(environments.make(config), keys, devices)
+
+
 def empty_replay(parts: Parts) -> Any:
     """Replay with nothing in it, arrays ``[blocks, rollout_length, num_envs, ...]``."""
     config, env, head = parts.config, parts.env, parts.head
@@ -558,9 +570,12 @@ def report(
     metrics["explained_variance"] = diagnostics.explained_variance(batch.value_target, value)
     if parts.env.reports_success:
         metrics["success_rate"] = state.solved / state.episodes
-    if config.eval_episodes:
+    episodes = config.eval_episodes
+    if episodes is None:
+        episodes = 0 if parts.env.host else 10
+    if episodes:
         metrics["eval_return"], metrics["eval_return_sampled"] = evaluate(
-            parts, params, state.normalizer, key_evaluate, config.eval_episodes
+            parts, params, state.normalizer, key_evaluate, episodes
         )
     return metrics
 
@@ -664,7 +679,9 @@ class Algorithm(NamedTuple):
         return state, metrics | self.report(state, hparams, last, key)
 
 
-def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]]:
+def make_train(
+    config: Config, env: environments.Environment | None = None
+) -> Callable[[HParams], tuple[TrainState, Metrics]]:
     """A whole run, start to end, as one pure function of its hyper-parameters.
 
     It works under ``jit``, ``vmap``, ``lax.map`` and ``shard_map``, alone and combined, with any
@@ -674,6 +691,7 @@ def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]
 
     Args:
         config: static settings.
+        env: from ``open_env``, where the environment is simulated outside JAX.
 
     Returns:
         function ``hparams -> state, metrics``: the final state, and metrics ``[logged points]`` by
@@ -687,10 +705,7 @@ def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]
     >>> metrics["entropy"].shape
     (2,)
     """
-    algorithm = make(config)
-    if algorithm.env.host:
-        valid = "an environment in pure JAX; a sweep trains in one that is simulated outside it"
-        raise ConfigError("env", config.env, valid)
+    algorithm = make(config, env)
     check_sizes(config, HParams(buffer_size=config.allocated_size))
     stops = log_boundaries(config)
     points = (jnp.array([0, *stops[:-1]]), jnp.array(stops))
@@ -712,8 +727,8 @@ def make(config: Config, env: environments.Environment | None = None) -> Algorit
 
     Args:
         config: the configuration.
-        env: its environment, where that is simulated outside JAX and its pools are open
-            (``environments.open_pools``); by default it is made here.
+        env: from ``open_env``, where the environment is simulated outside JAX and the program is
+            to run; by default it is made here.
 
     Raises:
         ConfigError: a setting is not usable; see the message.

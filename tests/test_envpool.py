@@ -1,5 +1,6 @@
 """EnvPool inside the compiled step, against EnvPool's own NumPy interface."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gipo_jax import environments, networks, rollout
+from gipo_jax import environments, networks, rollout, train
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.environments import envpool_env
 
@@ -269,7 +270,7 @@ def test_successful_episodes_are_counted(toy: Any) -> None:
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
-from gipo_jax import environments, networks, rollout
+from gipo_jax import environments, networks, rollout, train
 from gipo_jax.config import Config
 
 config = Config(env="Hopper-v4", num_envs=2)
@@ -401,3 +402,40 @@ def test_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_that_both_libraries_have_is_gymnaxs() -> None:
     assert "CartPole-v1" in (envpool_env.names() or [])
     assert not environments.make(Config(env="CartPole-v1")).host
+
+
+SMALL = Config(
+    env="Hopper-v4", num_envs=2, rollout_length=50, batch_size=50, total_steps=400, num_logs=2,
+    max_buffer_size=200,
+)  # fmt: skip
+
+
+def test_a_run_in_a_simulator_trains_inside_one_program() -> None:
+    env = train.open_env(SMALL, [3, 4])
+    runs, _ = train.grid(SMALL, seed=[3, 4], buffer_size=200)
+    _, both = jax.jit(lambda runs: jax.lax.map(train.make_train(SMALL, env), runs))(runs)
+    environments.close_pools(env)
+    assert np.all(both["episodes"] > 0) and "eval_return" not in both
+    env = train.open_env(SMALL, [4])
+    _, alone = jax.jit(train.make_train(SMALL, env))(train.select(runs, 1))
+    environments.close_pools(env)
+    for name, values in alone.items():
+        np.testing.assert_array_equal(values, both[name][1], err_msg=name)
+
+
+def test_evaluation_of_a_run_in_a_simulator_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^eval_episodes: 2 is not valid; expected 0, because"):
+        train.make(dataclasses.replace(SMALL, eval_episodes=2))
+
+
+def test_the_success_rate_of_meta_world_is_reported() -> None:
+    config = dataclasses.replace(
+        SMALL, env=BUTTON, num_envs=1, rollout_length=500, batch_size=500, total_steps=1000,
+        max_buffer_size=500, hidden_sizes=(4,),
+    )  # fmt: skip
+    env = train.open_env(config, [0])
+    hparams = train.make_hparams(config, buffer_size=500)
+    _, metrics = jax.jit(train.make_train(config, env))(hparams)
+    environments.close_pools(env)
+    assert np.array_equal(metrics["episodes"], [1, 1])
+    assert np.all((metrics["success_rate"] == 0) | (metrics["success_rate"] == 1))
