@@ -5,6 +5,7 @@ observation a step led to before any reset; it is never taken from the following
 belong to the next episode.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -37,6 +38,8 @@ def gae(
     Returns:
         advantage and value target (advantage + value), same shape.
     """
+    chex.assert_equal_shape([reward, terminated, truncated, value, next_value])
+    chex.assert_type([terminated, truncated], bool)
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
     decay = jnp.where(terminated | truncated, 0.0, jnp.multiply(gamma, gae_lambda))
     advantage = _discounted_sum(delta, decay)
@@ -75,6 +78,8 @@ def vtrace(
     Returns:
         advantage and value target v, same shape.
     """
+    chex.assert_equal_shape([log_ratio, reward, terminated, truncated, value, next_value])
+    chex.assert_type([terminated, truncated], bool)
     ratio = jnp.exp(jnp.minimum(jax.lax.stop_gradient(log_ratio), 20.0))
     ended = terminated | truncated
     bootstrap = jnp.where(terminated, 0.0, next_value)

@@ -5,12 +5,13 @@ iteration i is always written at ``i % blocks``, whatever a run's capacity. Capa
 far back sampling looks, so runs of any capacity share one program and one contiguous write, and a
 run of capacity c draws exactly what a buffer allocated for c would.
 
-Rows are addressed newest first: index 0 is the first row of the newest block. Anything below the
-number of valid rows is thereby written, whole, and not yet overwritten.
+Rows are addressed newest first: index 0 is the first row of the newest block. ``window`` says which
+indices may be drawn; their rows are written, whole blocks of them, and not yet overwritten.
 """
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -38,7 +39,10 @@ def add(storage: Storage, block: Block, iteration: int | Array) -> Storage:
             that the write stays one contiguous slice under ``vmap``.
     """
 
+    chex.assert_trees_all_equal_structs(storage, block)
+
     def write(stored: Array, new: Array) -> Array:
+        chex.assert_shape(new, stored.shape[1:])
         return jax.lax.dynamic_update_index_in_dim(
             stored, new.astype(stored.dtype), iteration % stored.shape[0], axis=0
         )
@@ -46,17 +50,31 @@ def add(storage: Storage, block: Block, iteration: int | Array) -> Storage:
     return jax.tree.map(write, storage, block)
 
 
-def num_valid(iteration: int | Array, capacity: ArrayLike, block_size: int) -> Array:
-    """Rows to draw from once iteration ``iteration`` is written.
+def window(
+    iteration: int | Array, capacity: ArrayLike, block_size: int, min_age: ArrayLike = 0
+) -> tuple[Array, Array]:
+    """Newest-first rows that may be drawn once iteration ``iteration`` is written.
+
+    They are ``first .. first + valid - 1``: draw indices in ``[0, valid)`` and add ``first``. With
+    ``min_age`` k, data of the newest k iterations is held back, so that ages are ``k ..
+    capacity / block_size - 1``. While no block is as old as k the oldest one is drawn from, as in
+    training with a lag of k, whose first k updates use data of the first policy.
 
     Args:
         iteration: index of the newest block.
         capacity: rows kept, a positive multiple of ``block_size`` and at most the allocation.
         block_size: rows a block.
+        min_age: blocks held back, in ``[0, capacity / block_size)``.
+
+    Returns:
+        ``first`` and ``valid``, int32, both multiples of ``block_size``; ``valid`` > 0.
     """
     # In blocks: rows written in a long run overflow 32 bits.
     blocks = jnp.minimum(jnp.asarray(iteration) + 1, jnp.asarray(capacity) // block_size)
-    return blocks * block_size
+    # Never nothing, even for sizes that do not fit: drawing from no rows would not end.
+    blocks = jnp.maximum(blocks, 1)
+    held_back = jnp.minimum(jnp.asarray(min_age), blocks - 1)
+    return held_back * block_size, (blocks - held_back) * block_size
 
 
 def draw_uniform(key: Array, num_batches: int, batch_size: int, valid: ArrayLike) -> Array:
@@ -119,6 +137,8 @@ def permute(words: Array, index: Array, size: ArrayLike) -> Array:
     Returns:
         int32, shape of ``index``.
     """
+    chex.assert_shape(words, _KEY_SHAPE)
+    chex.assert_type(index, int)
     size = jnp.asarray(size, jnp.uint32)
     bits = 32 - jax.lax.clz(size - 1)
     # 32 bits are never needed, so that the shift below stays defined.
@@ -151,6 +171,7 @@ def take_rows(storage: Storage, index: Array, iteration: int | Array) -> tuple[B
     Returns:
         arrays ``[n, ...]``, and each row's age in iterations, ``[n]``.
     """
+    chex.assert_rank(index, 1)
     blocks, time, envs = jax.tree.leaves(storage)[0].shape[:3]
     age = index // (time * envs)
     row = (iteration - age) % blocks * (time * envs) + index % (time * envs)
@@ -168,6 +189,7 @@ def take_segments(storage: Storage, index: Array, iteration: int | Array) -> tup
     Returns:
         arrays ``[time, n, ...]``, and each segment's age in iterations, ``[n]``.
     """
+    chex.assert_rank(index, 1)
     blocks, _, envs = jax.tree.leaves(storage)[0].shape[:3]
     age = index // envs
     block = (iteration - age) % blocks

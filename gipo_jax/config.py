@@ -205,11 +205,12 @@ class Config:
         _one_of(*SCHEDULES),
     )
     num_logs: int = setting(20, "points logged a run", "an integer >= 1", _integer(1))
-    eval_episodes: int = setting(
-        10,
-        "greedy and sampled evaluation episodes at each logged point; 0 for none",
+    eval_episodes: int | None = setting(
+        None,
+        "greedy and sampled evaluation episodes at each logged point; by default 10, or 0 in an"
+        " EnvPool environment, which has none",
         "an integer >= 0",
-        _integer(0),
+        lambda v: v is None or _integer(0)(v),
     )
 
     @property

@@ -1,21 +1,21 @@
-"""Health of the importance ratios: how much of the replay data still teaches anything.
+"""Health of the importance ratios: how much of the replay data still moves the policy.
 
-Definitions follow GIPO's utilization metrics. U = u is the objective's effective weight, an age is
-counted in iterations (versions of the policy that acted).
+Definitions follow GIPO's utilization metrics. U = u is the objective's effective weight. Age is
+counted in iterations since the data was collected.
 """
 
+import chex
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 NEAR_ZERO = 1e-3
 """Effective weights below this count as contributing nothing."""
 
 CLIP_EPS = 0.2
-"""Interval of PPO that ``clip_fraction`` refers to, for every objective."""
+"""Half the width of PPO's interval in ``clip_fraction``, whatever the objective."""
 
 NEW_AGE, OLD_AGE = 2, 10
-"""Data is new up to the one age and old from the other."""
+"""Data is new up to age 2 and old from age 10 on, in iterations."""
 
 
 def effective_sample_size(weight: Array, where: Array | None = None) -> Array:
@@ -26,6 +26,7 @@ def effective_sample_size(weight: Array, where: Array | None = None) -> Array:
         where: bool, same shape; the samples that count.
     """
     where = jnp.ones_like(weight, bool) if where is None else where
+    chex.assert_equal_shape([weight, where])
     # Scaled by the largest, so that neither square overflows nor underflows.
     largest = jnp.max(jnp.abs(weight), where=where, initial=0.0)
     scaled = weight / jnp.where(largest > 0, largest, 1.0)
@@ -37,7 +38,7 @@ def effective_sample_size(weight: Array, where: Array | None = None) -> Array:
 
 
 def utilization(
-    log_ratio: Array, advantage: Array, weight: Array, trust_weight: Array, age: ArrayLike
+    log_ratio: Array, advantage: Array, weight: Array, trust_weight: Array, age: Array
 ) -> dict[str, Array]:
     """Utilization of one batch drawn from replay.
 
@@ -46,7 +47,7 @@ def utilization(
         advantage: A, same shape.
         weight: effective weight u, same shape.
         trust_weight: u / r, same shape.
-        age: iterations since the sample was acted, ``[batch, 1]``.
+        age: iterations since the sample was collected, ``[batch, 1]``.
 
     Returns:
         scalars. ``ess`` and ``near_zero_fraction`` (also of new and old data apart: ``_new``,
@@ -55,6 +56,9 @@ def utilization(
         (of the sum of u and of abs(u A)), ``log_ratio_abs_p95`` (95th percentile of abs(x)),
         ``policy_age`` and ``policy_age_max``. NaN where a group is empty.
     """
+    chex.assert_rank(log_ratio, 2)
+    chex.assert_equal_shape([log_ratio, advantage, weight, trust_weight])
+    chex.assert_shape(age, (log_ratio.shape[0], 1))
     age = jnp.broadcast_to(age, log_ratio.shape)
     new, old = age <= NEW_AGE, age >= OLD_AGE
     near_zero = jnp.abs(weight) < NEAR_ZERO
@@ -83,5 +87,6 @@ def utilization(
 
 def explained_variance(target: Array, prediction: Array) -> Array:
     """1 - Var[target - prediction] / Var[target]; NaN where the target does not vary."""
+    chex.assert_equal_shape([target, prediction])
     variance = jnp.var(target)
     return 1 - jnp.var(target - prediction) / jnp.where(variance > 0, variance, jnp.nan)

@@ -147,8 +147,12 @@ def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
     )  # fmt: skip
 
 
+LARGE_IMAGE = 36
+"""Images from this height and width on go through strided convolutions."""
+
+
 class Torso(nn.Module):
-    """Hidden layers: for images a 3 x 3 convolution first, then dense layers."""
+    """Hidden layers: for images convolutions first, then dense layers."""
 
     hidden_sizes: tuple[int, ...]
     activation: str
@@ -159,19 +163,39 @@ class Torso(nn.Module):
     def __call__(self, x: Array) -> Array:
         activation = _ACTIVATIONS[self.activation]
         if self.conv:
-            # A dense layer over patches: a convolution whose kernels differ by run, as under vmap,
-            # is a grouped convolution, which XLA does slowly on CPU.
-            height, width = x.shape[-3] - 2, x.shape[-2] - 2
-            patches = jnp.concatenate(
-                [x[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)], -1
-            )
-            x = nn.relu(_dense(16, np.sqrt(2.0))(patches))
-            x = x.reshape(*x.shape[:-3], -1)
+            large = min(x.shape[-3:-1]) >= LARGE_IMAGE
+            x = _strided_convolutions(x) if large else _small_convolution(x)
         for size in self.hidden_sizes:
             x = activation(_dense(size, np.sqrt(2.0))(x))
             if self.layer_norm:
                 x = nn.LayerNorm()(x)
         return x
+
+
+def _small_convolution(x: Array) -> Array:
+    """One 3 x 3 convolution to 16 channels, as for MinAtar (arXiv:1903.03176), flattened."""
+    # A dense layer over patches: a convolution whose kernels differ by run, as under vmap, is a
+    # grouped convolution, which XLA does slowly on CPU.
+    height, width = x.shape[-3] - 2, x.shape[-2] - 2
+    patches = jnp.concatenate(
+        [x[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)], -1
+    )
+    x = nn.relu(_dense(16, np.sqrt(2.0))(patches))
+    return x.reshape(*x.shape[:-3], -1)
+
+
+def _strided_convolutions(x: Array) -> Array:
+    """The three convolutions of DQN on Atari (Mnih et al., Nature, 2015), flattened."""
+    for channels, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+        layer = nn.Conv(
+            channels,
+            (kernel, kernel),
+            (stride, stride),
+            padding="VALID",
+            kernel_init=cpu.orthogonal(np.sqrt(2.0)),
+        )
+        x = nn.relu(layer(x))
+    return x.reshape(*x.shape[:-3], -1)
 
 
 class PolicyOutput(nn.Module):

@@ -1,10 +1,10 @@
 """Policy objectives: one plain function each, from log-ratio and advantage to surrogate.
 
-Throughout, ``log_ratio`` is x = log pi(a|s) - log mu(a|s), with mu the policy that acted, r = e^x,
-A is the advantage, sg stops the gradient, and the surrogate is maximised. Differentiated with
-respect to the policy it gives u * A * grad log pi, where u is the objective's *effective weight*
-(``gradient_weight``). As grad x = grad log pi, sg(c) A x stands wherever a paper writes sg(c) A log
-pi.
+Throughout, ``log_ratio`` is x = log pi(a|s) - log mu(a|s), with mu the policy that collected the
+data, r = e^x, A is the advantage, sg stops the gradient, and the surrogate is maximised.
+Differentiated with respect to the policy it gives u * A * grad log pi, where u is the objective's
+*effective weight* (``gradient_weight``). As grad x = grad log pi, sg(c) A x stands wherever a paper
+writes sg(c) A log pi.
 
 An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogate`` over arrays of
 one shape, ``[batch, tokens]`` in training, where each token counts as a sample. Its signature says
@@ -12,130 +12,112 @@ what it needs:
 
 - numeric parameters with defaults become traced settings, so a sweep can vary them;
 - a parameter called ``kernel`` takes the static setting of that name;
-- parameters named in ``INPUTS`` are filled in by the training step, and computed only if asked for;
+- parameters named in ``signatures.INPUTS`` are filled in by the training step, and computed only
+  if asked for;
 - a parameter called ``state`` makes the objective stateful: it returns ``(surrogate, new_state)``.
 
-What a signature cannot say goes into ``declare``. Every objective here has a finite value and
-gradient in float32 at any finite log-ratio: the ratio is held at e^80, beyond which float32 would
-overflow, and the two objectives that square it take a lower ``max_log_ratio``. A held ratio still
-passes its gradient on, so the effective weight beyond the bound is the one at the bound.
+What a signature cannot say goes into ``declare``. Four helpers serve objectives of your own as they
+serve those here: ``ratio``, ``weighted_score``, ``clipped_surrogate``, ``clamp_straight_through``.
+
+Every objective here has a finite value and gradient in float32 for log-ratios up to 1e30 either
+way: the ratio is clamped to e^80, beyond which float32 would overflow, and the objectives that
+square it take a lower ``max_log_ratio``. A clamped ratio still passes its gradient on, so the
+effective weight beyond the bound is the one at the bound.
 """
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 
+from gipo_jax import signatures
 from gipo_jax.config import KERNELS, ConfigError
+from gipo_jax.signatures import Objective, Spec, declare
 
-Objective = Callable[..., Any]
-InitialState = Callable[[Mapping[str, ArrayLike]], Any]
-
-INPUTS = {
-    "behavior_log_prob": "log mu(a|s), same shape as log_ratio",
-    "log_ratio_start": "log-ratio under the policy at the start of the update phase, same shape",
-}
-"""What an objective may ask for by naming it in its signature, beside log_ratio and advantage."""
-
-KINDS = {
-    "per-sample": "log-ratio and advantage of the sample",
-    "batch": "a statistic of the whole batch",
-    "other-input": "another input of the sample",
-}
-"""What an objective's weight depends on."""
+# Helpers, for the objectives here and for your own.
 
 
-class Declaration(NamedTuple):
-    """What ``declare`` attaches to an objective; its arguments are described there."""
-
-    kind: str = "per-sample"
-    source: str = ""
-    positive: tuple[str, ...] = ()
-    discrete_only: bool = False
-    initial_state: InitialState | None = None
-
-
-class Spec(NamedTuple):
-    """What an objective's signature and declaration say about it.
-
-    Attributes:
-        name: name in tables and file columns.
-        function: the objective itself.
-        kind: one of ``KINDS``.
-        params: traced parameters and their defaults.
-        inputs: names out of ``INPUTS`` that the function takes.
-        takes_kernel: whether it takes the static setting ``kernel``.
-        initial_state: for a stateful objective, parameters -> first state; else None.
-        source: paper, as an arXiv number, or empty.
-        positive: parameters that must be > 0.
-        discrete_only: whether it reads probabilities, which a Gaussian head does not have.
-    """
-
-    name: str
-    function: Objective
-    kind: str
-    params: dict[str, float]
-    inputs: tuple[str, ...]
-    takes_kernel: bool
-    initial_state: InitialState | None
-    source: str
-    positive: tuple[str, ...]
-    discrete_only: bool
-
-
-def declare(
-    *,
-    kind: str = "per-sample",
-    source: str = "",
-    positive: tuple[str, ...] = (),
-    discrete_only: bool = False,
-    initial_state: InitialState | None = None,
-) -> Callable[[Objective], Objective]:
-    """Attaches to an objective what its signature cannot say; a plain function needs none of it.
+def clamp_straight_through(x: Array, maximum: ArrayLike) -> Array:
+    """min(x, maximum) in value, but with gradient 1 everywhere.
 
     Args:
-        kind: one of ``KINDS``.
-        source: paper, as an arXiv number.
-        positive: names of parameters that must be > 0, checked before anything compiles.
-        discrete_only: true if it reads ``behavior_log_prob`` as the log of a probability, not of a
-            density; training then refuses a Gaussian head.
-        initial_state: parameters -> first value of ``state``, an array or a pytree of arrays.
+        x: any shape.
+        maximum: broadcast against it.
 
-    Raises:
-        ConfigError: the kind has no such name.
+    Returns:
+        the shape of ``x``. A plain minimum would stop the gradient of every clamped sample.
     """
-    if kind not in KINDS:
-        raise ConfigError("kind", kind, f"one of {', '.join(KINDS)}")
-
-    def attach(function: Objective) -> Objective:
-        function.declaration = Declaration(  # type: ignore[attr-defined]
-            kind, source, positive, discrete_only, initial_state
-        )
-        return function
-
-    return attach
+    return jnp.where(x > maximum, maximum + (x - stop_gradient(x)), x)
 
 
-def clamp_straight_through(log_ratio: Array, maximum: ArrayLike) -> Array:
-    """``log_ratio``, at most ``maximum`` in value, with gradient 1 on both sides of it."""
-    return log_ratio - stop_gradient(jnp.maximum(log_ratio - maximum, 0))
+def ratio(log_ratio: Array, max_log_ratio: ArrayLike = 80.0) -> Array:
+    """r = e^x, clamped to e^max_log_ratio so that float32 does not overflow; gradient r with it.
 
+    Args:
+        log_ratio: x, any shape.
+        max_log_ratio: bound on x. e^88 overflows; the default leaves room for a factor of 6000,
+            such as the advantage. A formula that squares r needs 40 or less.
 
-def _ratio(log_ratio: Array, max_log_ratio: ArrayLike = 80.0) -> Array:
-    """r = e^x, finite in float32; the default leaves room for a factor of 6000 on top."""
+    Returns:
+        r, same shape.
+    """
     return jnp.exp(clamp_straight_through(log_ratio, max_log_ratio))
 
 
-def _weighted_score(weight: ArrayLike, log_ratio: Array, advantage: Array) -> Array:
-    """Surrogate sg(weight) A log pi, whose effective weight is ``weight`` itself."""
+def weighted_score(weight: ArrayLike, log_ratio: Array, advantage: Array) -> Array:
+    """Surrogate sg(weight) A log pi, whose effective weight is ``weight`` itself.
+
+    Args:
+        weight: u, broadcast against ``log_ratio``; it is not differentiated.
+        log_ratio: x, any shape. Its gradient is that of log pi.
+        advantage: A, same shape.
+
+    Returns:
+        surrogate, same shape.
+    """
+    _check_shapes(log_ratio, advantage)
     return stop_gradient(jnp.multiply(weight, advantage)) * log_ratio
+
+
+def clipped_surrogate(
+    ratio: Array, advantage: Array, center: ArrayLike = 1.0, clip_eps: ArrayLike = 0.2
+) -> Array:
+    """PPO's clip around any center: min(r A, clip(r, center - eps, center + eps) A).
+
+    Effective weight u = r inside the interval, its ends included, and 0 where r has left it in the
+    direction of A. (``jnp.clip`` would halve the gradient at the ends, and an interval too narrow
+    for float32 is nothing but ends.)
+
+    Args:
+        ratio: r > 0, any shape.
+        advantage: A, same shape.
+        center: middle of the interval, a constant, broadcast against ``ratio``.
+        clip_eps: half its width, > 0, broadcast against ``ratio``.
+
+    Returns:
+        surrogate, same shape.
+    """
+    _check_shapes(ratio, advantage)
+    high, low = center + jnp.asarray(clip_eps), center - jnp.asarray(clip_eps)
+    ratio = jnp.where((advantage > 0) & (ratio > high), high, ratio)
+    return jnp.where((advantage < 0) & (ratio < low), low, ratio) * advantage
+
+
+def _check_shapes(log_ratio: Array, *others: Array) -> None:
+    """Refuses to broadcast: each of ``others`` has the shape of ``log_ratio`` or is one number."""
+    for other in others:
+        if jnp.ndim(other):
+            chex.assert_shape(other, jnp.shape(log_ratio))
+
+
+def _moves_away(log_ratio: Array, advantage: Array) -> Array:
+    """Where an update leads away from mu: A > 0 and r > 1, or A < 0 and r < 1."""
+    return advantage * log_ratio > 0
 
 
 # Per sample: log-ratio and advantage only.
@@ -170,7 +152,7 @@ def gipo(
         log_ratio, advantage, sigma, sigma_neg_ratio, kernel, weight_clamp
     )
     # One exponential of the sum: the product of the two overflows long before the weight is small.
-    return _ratio(stop_gradient(log_weight) + log_ratio) * advantage
+    return ratio(stop_gradient(log_weight) + log_ratio) * advantage
 
 
 def log_trust_weight(
@@ -186,6 +168,7 @@ def log_trust_weight(
     Raises:
         ConfigError: the kernel has no such name.
     """
+    _check_shapes(log_ratio, advantage)
     width = jnp.multiply(sigma, jnp.where(advantage > 0, 1.0, sigma_neg_ratio))
     scaled = jnp.clip(log_ratio, -jnp.asarray(weight_clamp), weight_clamp) / width
     if kernel == "gaussian":
@@ -200,7 +183,8 @@ def log_trust_weight(
 @declare()
 def no_clip(log_ratio: Array, advantage: Array) -> Array:
     """Plain importance sampling: surrogate r A, effective weight u = r."""
-    return _ratio(log_ratio) * advantage
+    _check_shapes(log_ratio, advantage)
+    return ratio(log_ratio) * advantage
 
 
 @declare(source="arXiv:1707.06347", positive=("clip_eps",))
@@ -210,19 +194,7 @@ def ppo_clip(log_ratio: Array, advantage: Array, clip_eps: ArrayLike = 0.2) -> A
     Effective weight u = r, and 0 where the sample is clipped: r > 1 + eps with A > 0, or
     r < 1 - eps with A < 0.
     """
-    return _clipped(_ratio(log_ratio), advantage, 1.0, clip_eps)
-
-
-def _clipped(ratio: Array, advantage: Array, center: ArrayLike, clip_eps: ArrayLike) -> Array:
-    """min(r A, clip(r, center - eps, center + eps) A), with the whole gradient on the interval.
-
-    ``jnp.clip`` would share the gradient between its arguments at the ends of the interval, which
-    are the interval itself where float32 cannot tell center - eps from center + eps.
-    """
-    above = (ratio > center + jnp.asarray(clip_eps)) & (advantage > 0)
-    below = (ratio < center - jnp.asarray(clip_eps)) & (advantage < 0)
-    ratio = jnp.where(above, center + jnp.asarray(clip_eps), ratio)
-    return jnp.where(below, center - jnp.asarray(clip_eps), ratio) * advantage
+    return clipped_surrogate(ratio(log_ratio), advantage, 1.0, clip_eps)
 
 
 @declare(source="arXiv:1912.09729", positive=("clip_eps", "dual_clip"))
@@ -246,6 +218,7 @@ def sapo(
     Effective weight u = 4 r p (1 - p), p = sigmoid(tau (r - 1)). tau is ``tau_pos`` for A > 0 and
     ``tau_neg`` otherwise; the defaults are SAPO's own, GIPO's comparison takes 1 and 2.
     """
+    _check_shapes(log_ratio, advantage)
     return _soft_gate(log_ratio, jnp.where(advantage > 0, tau_pos, tau_neg)) * advantage
 
 
@@ -256,12 +229,13 @@ def p3o_soft(log_ratio: Array, advantage: Array, tau: ArrayLike = 4.0) -> Array:
     Effective weight u = 4 r p (1 - p), p = sigmoid(tau (r - 1)). The paper adds a KL penalty of
     coefficient 0.1, which is the setting ``kl_coef`` of every run here.
     """
+    _check_shapes(log_ratio, advantage)
     return _soft_gate(log_ratio, tau) * advantage
 
 
 def _soft_gate(log_ratio: Array, tau: ArrayLike) -> Array:
     # The slope underflows long before r = 1e6, where GIPO's comparison clamps the ratio too.
-    z = jnp.multiply(tau, _ratio(log_ratio, math.log(1e6)) - 1)
+    z = jnp.multiply(tau, ratio(log_ratio, math.log(1e6)) - 1)
     # Its slope is p (1 - p), and float32 loses 1 - p for large z unless it comes as sigmoid(-z).
     return jnp.divide(4, tau) * jnp.where(z > 0, 1 - jax.nn.sigmoid(-z), jax.nn.sigmoid(z))
 
@@ -272,8 +246,8 @@ def cispo(log_ratio: Array, advantage: Array, eps_high: ArrayLike = 0.2) -> Arra
 
     Effective weight u = min(r, 1 + eps_high): every sample keeps a gradient.
     """
-    return _weighted_score(
-        jnp.minimum(_ratio(log_ratio), 1 + jnp.asarray(eps_high)), log_ratio, advantage
+    return weighted_score(
+        jnp.minimum(ratio(log_ratio), 1 + jnp.asarray(eps_high)), log_ratio, advantage
     )
 
 
@@ -284,7 +258,7 @@ def tis(log_ratio: Array, advantage: Array, max_ratio: ArrayLike = 2.0) -> Array
     C is ``max_ratio``; 2 is the default of the verl library, 1 gives the weight of V-trace's policy
     gradient (arXiv:1802.01561).
     """
-    return _weighted_score(jnp.minimum(_ratio(log_ratio), max_ratio), log_ratio, advantage)
+    return weighted_score(jnp.minimum(ratio(log_ratio), max_ratio), log_ratio, advantage)
 
 
 @declare(source="arXiv:2503.14286")
@@ -294,8 +268,8 @@ def topr(log_ratio: Array, advantage: Array) -> Array:
     Effective weight u = 1 for A >= 0, min(r, 1) for A < 0. Unverified: arXiv:2503.14286 weights
     whole trajectories; this per-sample form is derived from it.
     """
-    weight = jnp.where(advantage >= 0, 1.0, jnp.minimum(_ratio(log_ratio), 1))
-    return _weighted_score(weight, log_ratio, advantage)
+    weight = jnp.where(advantage >= 0, 1.0, jnp.minimum(ratio(log_ratio), 1))
+    return weighted_score(weight, log_ratio, advantage)
 
 
 @declare(source="arXiv:2401.16025", positive=("eps", "max_log_ratio"))
@@ -305,12 +279,13 @@ def spo(
     """Simple policy optimization: surrogate r A - |A| (r - 1)^2 / (2 eps) (arXiv:2401.16025).
 
     Effective weight u = r (1 - sign(A) (r - 1) / eps), which passes 0 at r = 1 + sign(A) eps and
-    grows like r^2. That is harmless near r = 1 but not on stale data, so r is held at
+    grows like r^2. That is harmless near r = 1 but not on stale data, so r is clamped to
     e^max_log_ratio: beyond it u stays what it is there. The default, e^3 = 20, allows |u| up to
     about 1900; the paper has no such bound. A smaller one tames the objective on stale data.
     """
-    ratio = _ratio(log_ratio, max_log_ratio)
-    return ratio * advantage - jnp.abs(advantage) * (ratio - 1) ** 2 / (2 * jnp.asarray(eps))
+    _check_shapes(log_ratio, advantage)
+    r = ratio(log_ratio, max_log_ratio)
+    return r * advantage - jnp.abs(advantage) * (r - 1) ** 2 / (2 * jnp.asarray(eps))
 
 
 @declare(source="arXiv:2602.10693")
@@ -330,8 +305,9 @@ def vespo(
     """
     k = jnp.where(advantage >= 0, k_pos, k_neg)
     rate = jnp.where(advantage >= 0, lambda_pos, lambda_neg)
-    log_phi = k * log_ratio - rate * (_ratio(log_ratio) - 1)
-    return _weighted_score(jnp.exp(log_phi), log_ratio, advantage)
+    # Where the ratio is clamped, so is its logarithm: k x would outgrow the ratio otherwise.
+    log_phi = k * jnp.minimum(log_ratio, 80) - rate * (ratio(log_ratio) - 1)
+    return weighted_score(jnp.exp(log_phi), log_ratio, advantage)
 
 
 @declare(source="arXiv:2602.17550", positive=("sigma",))
@@ -342,9 +318,28 @@ def maspo(log_ratio: Array, advantage: Array, sigma: ArrayLike = 1.0) -> Array:
     from the behavior policy (A > 0 and r > 1, or A < 0 and r < 1), else 1: for A < 0 it grows like
     r. This is the paper's form at alpha = beta = 0.
     """
-    ratio = _ratio(log_ratio)
-    gate = jnp.exp(-0.5 * ((ratio - 1) / sigma) ** 2)
-    return stop_gradient(jnp.where(advantage * log_ratio > 0, gate, 1.0)) * ratio * advantage
+    _check_shapes(log_ratio, advantage)
+    r = ratio(log_ratio)
+    gate = jnp.exp(-0.5 * ((r - 1) / sigma) ** 2)
+    return stop_gradient(jnp.where(_moves_away(log_ratio, advantage), gate, 1.0)) * r * advantage
+
+
+@declare(source="arXiv:2209.07074")
+def biris(log_ratio: Array, advantage: Array, alpha: ArrayLike = 0.1) -> Array:
+    """Penalty on the distance of r from 1 against reuse bias (BIRIS, arXiv:2209.07074).
+
+    Surrogate r A - alpha abs(r - 1). The update direction is r (A - alpha sign(r - 1)) grad log pi,
+    so u = r (1 - alpha sign(r - 1) / A), and a sample with A = 0 is drawn back to r = 1.
+    ``alpha`` >= 0 is in units of the advantage.
+
+    Reuse bias: a policy that is optimised on a buffer looks better on that same buffer than it is.
+    Unverified: the paper penalises the ratio of whole trajectories; this per-sample form is derived
+    from it.
+    """
+    _check_shapes(log_ratio, advantage)
+    r = ratio(log_ratio)
+    # Not jnp.abs, whose gradient at r = 1 is 1: fresh data would be pushed away from mu.
+    return r * advantage - alpha * stop_gradient(jnp.sign(r - 1)) * (r - 1)
 
 
 @declare(source="arXiv:1910.00177", positive=("beta", "max_weight"))
@@ -357,6 +352,7 @@ def awr(
     A, and a sample with A = 0 is imitated with weight 1 (arXiv:1910.00177). beta is in units of the
     advantage: 0.05 is the paper's; standardised advantages saturate it.
     """
+    _check_shapes(log_ratio, advantage)
     return stop_gradient(jnp.minimum(jnp.exp(advantage / beta), max_weight)) * log_ratio
 
 
@@ -375,24 +371,75 @@ def p3o_ess(log_ratio: Array, advantage: Array) -> Array:
     relative = jnp.exp(log_ratio - jnp.max(log_ratio))
     c = stop_gradient(jnp.sum(relative) ** 2 / (relative.size * jnp.sum(relative**2)))
     return (
-        _weighted_score(jnp.minimum(_ratio(log_ratio), c), log_ratio, advantage)
-        + (1 - c) * log_ratio
+        weighted_score(jnp.minimum(ratio(log_ratio), c), log_ratio, advantage) + (1 - c) * log_ratio
     )
 
 
-@declare(kind="batch", source="arXiv:2510.01161", positive=("tau",))
-def m2po(log_ratio: Array, advantage: Array, tau: ArrayLike = 0.04) -> Array:
-    """Second-moment trust region (M2PO, arXiv:2510.01161): surrogate M r A.
+@declare(
+    kind="batch",
+    source="arXiv:2510.01161",
+    positive=("max_second_moment", "min_eps_high", "min_eps_low"),
+)
+def m2po(
+    log_ratio: Array,
+    advantage: Array,
+    max_second_moment: ArrayLike = 0.04,
+    min_eps_high: ArrayLike = 0.5,
+    min_eps_low: ArrayLike = 0.3,
+) -> Array:
+    """Clip set by a second moment: M2PO as its authors' code has it (arXiv:2510.01161).
 
-    The mask M drops the samples of largest x^2 until the mean of x^2 over the rest is <= tau;
-    effective weight u = r where kept, else 0. All are dropped if even the smallest x^2 is > tau.
+    Only samples whose update leads away from mu count: A > 0 with r > 1, or A < 0 with r < 1. tau
+    is the cap for which the mean of min(x^2, tau^2) over them is ``max_second_moment``, infinite if
+    their mean of x^2 is no larger. Then PPO's clip, above 1 + max(e^tau - 1, min_eps_high) and
+    below 1 - max(1 - e^-tau, min_eps_low). Effective weight u = r, and 0 where clipped.
+
+    The code (github.com/Infini-AI-Lab/M2PO) rounds tau down to the nearest abs(x) of a sample that
+    counts, where the same samples are clipped, but for that one. ``m2po_mask`` is the rule as
+    published.
     """
-    square = stop_gradient(log_ratio**2).reshape(-1)
+    square, counted = _squares_moving_away(log_ratio, advantage)
+    square = jnp.sort(square)
+    budget = max_second_moment * jnp.sum(counted)
+    # The sum of all squares capped at each one in turn never falls, so those that fit come first.
+    larger = jnp.arange(square.size)[::-1]
+    fits = jnp.cumsum(square) + square * larger <= budget
+    rest = budget - jnp.sum(square, where=fits)
+    capped = jnp.sum(~fits)
+    tau = jnp.where(capped > 0, jnp.sqrt(jnp.maximum(rest, 0) / jnp.maximum(capped, 1)), jnp.inf)
+    eps_high = jnp.maximum(jnp.exp(tau) - 1, min_eps_high)
+    eps_low = jnp.maximum(1 - jnp.exp(-tau), min_eps_low)
+    clip_eps = jnp.where(advantage > 0, eps_high, eps_low)
+    return clipped_surrogate(ratio(log_ratio), advantage, 1.0, clip_eps)
+
+
+@declare(kind="batch", source="arXiv:2510.01161", positive=("max_second_moment",))
+def m2po_mask(log_ratio: Array, advantage: Array, max_second_moment: ArrayLike = 0.04) -> Array:
+    """Mask set by a second moment: M2PO as published (arXiv:2510.01161), surrogate M r A.
+
+    Of the samples whose update leads away from mu (A > 0 with r > 1, or A < 0 with r < 1) the mask
+    M drops those of largest x^2, until the sum of x^2 over the rest of them, divided by the number
+    of all samples in the batch, is <= ``max_second_moment``; of equal ones the last goes first.
+    Every other sample is kept. Effective weight u = r where kept, else 0. The authors' code clips
+    instead: ``m2po``.
+
+    Unverified: the rule and its full denominator are taken from descriptions of the final paper.
+    """
+    square, _ = _squares_moving_away(log_ratio, advantage)
     order = jnp.argsort(square)
-    # In ascending order the running mean never falls, so those to keep come first.
-    running_mean = jnp.cumsum(square[order]) / jnp.arange(1, square.size + 1)
-    keep = jnp.zeros(square.shape, bool).at[order].set(running_mean <= tau)
-    return jnp.where(keep.reshape(log_ratio.shape), _ratio(log_ratio), 0) * advantage
+    fits = jnp.cumsum(square[order]) <= max_second_moment * square.size
+    keep = jnp.zeros(square.shape, bool).at[order].set(fits).reshape(log_ratio.shape)
+    return jnp.where(keep, ratio(log_ratio), 0) * advantage
+
+
+def _squares_moving_away(log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
+    """x^2, 0 for samples that do not move away, and which ones do; flat."""
+    _check_shapes(log_ratio, advantage)
+    log_ratio = stop_gradient(log_ratio)
+    counted = _moves_away(log_ratio, advantage).reshape(-1)
+    # The bound keeps the sum of a batch finite.
+    square = jnp.minimum(jnp.abs(log_ratio), 1e15).reshape(-1) ** 2
+    return jnp.where(counted, square, 0.0), counted
 
 
 @declare(
@@ -413,7 +460,8 @@ def r2vpo(
     """Ratio-variance constraint with a dual variable (R2VPO, arXiv:2601.03320).
 
     Surrogate r A - lambda ((r - 1)^2 - delta), update direction (r A - 2 lambda r (r - 1)) grad log
-    pi, so u = r - 2 lambda r (r - 1) / A. As in ``spo``, r is held at e^max_log_ratio.
+    pi, so u = r - 2 lambda r (r - 1) / A. As in ``spo``, r is clamped to
+    e^max_log_ratio.
 
     Unverified: the official lambda and delta are unknown. lambda starts at ``dual_init`` (0.04 in
     one port), delta = 0.04 is PPO's 0.2 squared, and the dual step is projected gradient ascent,
@@ -431,10 +479,11 @@ def r2vpo(
     Returns:
         surrogate, same shape, and the next lambda.
     """
-    ratio = _ratio(log_ratio, max_log_ratio)
-    excess = (ratio - 1) ** 2 - delta
+    _check_shapes(log_ratio, advantage)
+    r = ratio(log_ratio, max_log_ratio)
+    excess = (r - 1) ** 2 - delta
     step = dual_rate * jnp.mean(stop_gradient(excess))
-    return ratio * advantage - state * excess, jnp.maximum(state + step, 0.0)
+    return r * advantage - state * excess, jnp.maximum(state + step, 0.0)
 
 
 # With another input.
@@ -450,8 +499,66 @@ def geppo(
     policy at the start of the update phase; effective weight u = r, and 0 where r has left that
     interval in the direction of A. At the first update r = r_k: nothing is clipped, however stale.
     """
-    start = stop_gradient(_ratio(log_ratio_start))
-    return _clipped(_ratio(log_ratio), advantage, start, clip_eps)
+    _check_shapes(log_ratio, log_ratio_start)
+    start = stop_gradient(ratio(log_ratio_start))
+    return clipped_surrogate(ratio(log_ratio), advantage, start, clip_eps)
+
+
+@declare(kind="other-input", source="arXiv:2110.00641", positive=("clip_eps",))
+def decoupled_ppo(
+    log_ratio: Array, advantage: Array, log_ratio_start: Array, clip_eps: ArrayLike = 0.2
+) -> Array:
+    """PPO's clip on the change since the update phase began (decoupled PPO, arXiv:2110.00641).
+
+    With r_k = e^log_ratio_start the ratio of the proximal policy, here the one at the start of the
+    update phase, and r / r_k the change since: surrogate r_k min(r / r_k A, clip(r / r_k, 1 - eps,
+    1 + eps) A). Effective weight u = r, and 0 where r / r_k has left the interval in the direction
+    of A. It is ``geppo`` with an interval that is relative to r_k.
+    """
+    _check_shapes(log_ratio, log_ratio_start)
+    start = stop_gradient(ratio(log_ratio_start))
+    return clipped_surrogate(ratio(log_ratio), advantage, start, clip_eps * start)
+
+
+@declare(kind="other-input", positive=("sigma_stale", "sigma_prox"))
+def proximal_gipo(
+    log_ratio: Array,
+    advantage: Array,
+    log_ratio_start: Array,
+    sigma_stale: ArrayLike = 1.0,
+    sigma_prox: ArrayLike = 0.5,
+) -> Array:
+    """GIPO's weight for how stale the data is, times one for how far this update phase has moved.
+
+    This project's own proposal; no paper has it. With x_k = log_ratio_start, r_k = e^x_k:
+    surrogate sg(w_stale w_prox) r A, effective weight u = w_stale w_prox r, where
+
+        w_stale = exp(-x_k^2 / (2 sigma_stale^2))
+        w_prox  = exp(-(r - r_k)^2 / (2 sigma_prox^2))  where A (r - r_k) > 0, else 1.
+
+    w_stale is constant within an update phase, so reuse does not change how much a sample is
+    trusted. w_prox damps only what moves further away from the start of the phase. Where A > 0 or
+    r <= r_k, 0 <= u <= exp(sigma_stale^2 / 2) + sigma_prox e^(-1/2). Where A < 0 and r > r_k the
+    update leads back, and u = w_stale r grows with r. docs/objectives.md derives this and what it
+    means in expectation.
+
+    At r = r_k it is GIPO; with x_k = 0 (fresh data) MASPO; with both widths infinite No-Clip.
+
+    Args:
+        log_ratio: x, any shape.
+        advantage: A, same shape.
+        log_ratio_start: x_k, same shape.
+        sigma_stale: width of w_stale in nats, > 0.
+        sigma_prox: width of w_prox in units of the ratio, > 0.
+
+    Returns:
+        surrogate, same shape.
+    """
+    _check_shapes(log_ratio, advantage, log_ratio_start)
+    moved = ratio(log_ratio) - ratio(log_ratio_start)
+    log_prox = jnp.where(advantage * moved > 0, -0.5 * (moved / sigma_prox) ** 2, 0.0)
+    log_weight = stop_gradient(log_prox - 0.5 * (log_ratio_start / sigma_stale) ** 2)
+    return ratio(log_weight + log_ratio) * advantage
 
 
 @declare(
@@ -472,6 +579,7 @@ def dppo_tv(
     Surrogate sg(m min(r, c)) A log pi, effective weight u = m min(r, c); m = 0 where A (r - 1) > 0
     and |pi - mu| > delta for the probabilities of the action taken, else 1. c is ``max_ratio``.
     """
+    _check_shapes(log_ratio, advantage, behavior_log_prob)
     mu, pi = (jnp.exp(p) for p in _log_probabilities(log_ratio, behavior_log_prob))
     return _masked_score(jnp.abs(pi - mu) > delta, log_ratio, advantage, max_ratio)
 
@@ -493,6 +601,7 @@ def dppo_kl(
 
     As ``dppo_tv`` with the divergence mu ln(mu / pi) + (1 - mu) ln((1 - mu) / (1 - pi)) > delta.
     """
+    _check_shapes(log_ratio, advantage, behavior_log_prob)
     log_mu, log_pi = _log_probabilities(log_ratio, behavior_log_prob)
     mu, pi = jnp.exp(log_mu), jnp.exp(log_pi)
     divergence = mu * (log_mu - log_pi) + (1 - mu) * (jnp.log1p(-mu) - jnp.log1p(-pi))
@@ -509,9 +618,9 @@ def _log_probabilities(log_ratio: Array, behavior_log_prob: Array) -> tuple[Arra
 
 
 def _masked_score(far: Array, log_ratio: Array, advantage: Array, max_ratio: ArrayLike) -> Array:
-    weight = jnp.minimum(_ratio(log_ratio), max_ratio)
-    leaving = advantage * log_ratio > 0
-    return _weighted_score(jnp.where(leaving & far, 0.0, weight), log_ratio, advantage)
+    weight = jnp.minimum(ratio(log_ratio), max_ratio)
+    masked = far & _moves_away(log_ratio, advantage)
+    return weighted_score(jnp.where(masked, 0.0, weight), log_ratio, advantage)
 
 
 REGISTRY: dict[str, Objective] = {
@@ -529,11 +638,15 @@ REGISTRY: dict[str, Objective] = {
         spo,
         vespo,
         maspo,
+        biris,
         awr,
         p3o_ess,
         m2po,
+        m2po_mask,
         r2vpo,
         geppo,
+        decoupled_ppo,
+        proximal_gipo,
         dppo_tv,
         dppo_kl,
     )
@@ -541,7 +654,7 @@ REGISTRY: dict[str, Objective] = {
 
 
 def spec(objective: str | Objective) -> Spec:
-    """Reads an objective's name, parameters and needs off its signature.
+    """What an objective's signature says; see ``signatures.spec``.
 
     Args:
         objective: a name in ``REGISTRY`` or a function.
@@ -553,129 +666,7 @@ def spec(objective: str | Objective) -> Spec:
         if objective not in REGISTRY:
             raise ConfigError("objective", objective, f"one of {', '.join(REGISTRY)}")
         objective = REGISTRY[objective]
-    inner = objective
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    name = getattr(inner, "__name__", type(inner).__name__)
-    declared: Declaration = getattr(inner, "declaration", Declaration())
-    try:
-        parameters = dict(inspect.signature(objective).parameters)
-    except (TypeError, ValueError):
-        parameters = {}
-    if list(parameters)[:2] != ["log_ratio", "advantage"]:
-        valid = "a function whose first two parameters are log_ratio and advantage"
-        raise ConfigError("objective", name, valid)
-    params: dict[str, float] = {}
-    inputs: list[str] = []
-    for key, parameter in list(parameters.items())[2:]:
-        if key in INPUTS:
-            inputs.append(key)
-        elif key in ("kernel", "state"):
-            continue
-        elif isinstance(parameter.default, int | float) and not isinstance(parameter.default, bool):
-            params[key] = float(parameter.default)
-        else:
-            valid = f"a parameter with a numeric default, or one of {', '.join(INPUTS)}"
-            raise ConfigError(f"objective {name}", key, valid)
-    if ("state" in parameters) != (declared.initial_state is not None):
-        valid = "a parameter 'state' together with declare(initial_state=...)"
-        raise ConfigError(f"objective {name}", "state", valid)
-    for key in declared.positive:
-        if key not in params:
-            valid = f"declare(positive=...) to name its own parameters ({', '.join(params)})"
-            raise ConfigError(f"objective {name}", key, valid)
-    return Spec(
-        name=name,
-        function=objective,
-        kind=declared.kind,
-        params=params,
-        inputs=tuple(inputs),
-        takes_kernel="kernel" in parameters,
-        initial_state=declared.initial_state,
-        source=declared.source,
-        positive=declared.positive,
-        discrete_only=declared.discrete_only,
-    )
-
-
-def check_params(objective: str | Objective, params: Mapping[str, Any]) -> None:
-    """Checks values for an objective's own parameters, Python numbers, before anything compiles.
-
-    Args:
-        objective: a name in ``REGISTRY`` or a function.
-        params: any of its parameters and their values.
-
-    Raises:
-        ConfigError: an unknown parameter, or a value that is not finite (unless it is the default)
-            or not > 0 where the objective declares that it must be.
-    """
-    described = spec(objective)
-    for key, value in params.items():
-        if key not in described.params:
-            known = ", ".join(described.params) or "no parameters"
-            raise ConfigError(f"parameter of {described.name}", key, known)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        usable = number and (math.isfinite(value) or value == described.params[key])
-        positive = key in described.positive
-        if not usable or (positive and value <= 0):
-            raise ConfigError(key, value, "a finite number > 0" if positive else "a finite number")
-
-
-def first_state(described: Spec, params: Mapping[str, ArrayLike]) -> Any:
-    """First state of a stateful objective, arrays of definite types; ``()`` for any other.
-
-    Raises:
-        ConfigError: ``initial_state`` fails.
-    """
-    if described.initial_state is None:
-        return ()
-    try:
-        state = jax.tree.map(jnp.asarray, described.initial_state(params))
-    except Exception as error:
-        valid = f"a function of the parameters that gives arrays; {type(error).__name__}: {error}"
-        raise ConfigError(f"objective {described.name}", "initial_state", valid) from error
-    # A weak type, as of jnp.asarray(1.0), would change in the first update.
-    return jax.tree.map(lambda x: x.astype(x.dtype), state)
-
-
-def evaluate(
-    described: Spec, log_ratio: Array, advantage: Array, **given: Any
-) -> tuple[Array, Any]:
-    """Calls an objective and checks what it returns, for it may be anyone's.
-
-    Args:
-        described: the objective.
-        log_ratio: x, any shape.
-        advantage: A, same shape.
-        given: all that the objective takes beside these.
-
-    Returns:
-        surrogate, same shape, and the next state, ``()`` where there is none.
-
-    Raises:
-        ConfigError: the surrogate or the state is not what it has to be.
-    """
-    name = f"objective {described.name}"
-    result, state = described.function(log_ratio, advantage, **given), ()
-    if described.initial_state is not None:
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise ConfigError(name, _described(result), "a pair (surrogate, new state)")
-        result, state = result
-        before, after = (jax.tree.map(_described, tree) for tree in (given["state"], state))
-        if before != after:
-            raise ConfigError(name, after, f"a new state like the one before, {before}")
-    surrogate, wanted = _described(result), f"{log_ratio.dtype}{list(log_ratio.shape)}"
-    if surrogate != wanted:
-        valid = f"a surrogate {wanted}, one number for each log-ratio"
-        raise ConfigError(name, surrogate, valid)
-    return result, state
-
-
-def _described(value: Any) -> str:
-    """An array's type and shape, or the type of anything else."""
-    if isinstance(value, Array):
-        return f"{value.dtype}{list(value.shape)}"
-    return "None" if value is None else type(value).__name__
+    return signatures.spec(objective)
 
 
 def gradient_weight(
@@ -692,16 +683,16 @@ def gradient_weight(
     Returns:
         u, the broadcast shape.
     """
-    described = spec(objective)
+    signature = spec(objective)
     log_ratio, advantage = jnp.broadcast_arrays(
         jnp.asarray(log_ratio, float), jnp.asarray(advantage, float)
     )
     advantage = jnp.where(advantage == 0, -1.0, advantage)
-    if described.initial_state is not None:
-        first = first_state(described, described.params | params)
+    if signature.initial_state is not None:
+        first = signatures.first_state(signature, signature.params | params)
         params["state"] = jax.tree.map(jnp.asarray, params.get("state", first))
 
     def total(x: Array) -> Array:
-        return jnp.sum(evaluate(described, x, advantage, **params)[0])
+        return jnp.sum(signatures.evaluate(signature, x, advantage, **params)[0])
 
     return jax.grad(total)(log_ratio) / advantage

@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from gipo_jax import environments
+from gipo_jax.config import ConfigError
 from gipo_jax.environments import Environment
 from gipo_jax.networks import ActionHead
 
@@ -29,6 +32,18 @@ class Transition(NamedTuple):
     final_obs: Array
 
 
+class Successes(NamedTuple):
+    """Tasks solved, where the environment says so.
+
+    Attributes:
+        solved: ``[envs]``, bool, at some step of the current episode.
+        episodes: ``[envs]``, int32, episodes that ended solved since the start of the run.
+    """
+
+    solved: Array
+    episodes: Array
+
+
 class EnvStates(NamedTuple):
     """Environments in mid-episode.
 
@@ -36,17 +51,48 @@ class EnvStates(NamedTuple):
         state: the environments' own states.
         obs: ``[envs, *obs_shape]``.
         episode_return: ``[envs]`` reward so far in the current episode.
+        successes: tasks solved; None where the environment does not say.
     """
 
     state: Any
     obs: Array
     episode_return: Array
+    successes: Successes | None = None
 
 
 def reset(env: Environment, key: Array, num_envs: int) -> EnvStates:
     """Starts ``num_envs`` environments."""
     obs, state = env.reset(key, num_envs)
-    return EnvStates(state, obs, jnp.zeros(num_envs))
+    successes = None
+    if env.reports_success:
+        successes = Successes(jnp.zeros(num_envs, bool), jnp.zeros(num_envs, jnp.int32))
+    return EnvStates(state, obs, jnp.zeros(num_envs), successes)
+
+
+def solved_episodes(envs: EnvStates) -> Array:
+    """Episodes that ended solved since the start of the run, where the environment says so."""
+    assert envs.successes is not None
+    return jnp.sum(envs.successes.episodes)
+
+
+def restore(env: Environment, envs: EnvStates) -> tuple[EnvStates, int]:
+    """Goes on from stored environments; see ``environments.restore``.
+
+    Args:
+        env: with its pools open.
+        envs: of several runs, arrays ``[runs, ...]`` on the host.
+
+    Returns:
+        environments to go on from, and how many of them had to begin a new episode.
+    """
+    state, obs, restarted = environments.restore(env, envs.state, envs.obs)
+    returns: Any = np.where(restarted, np.float32(0), envs.episode_return)
+    successes = envs.successes
+    if successes is not None:
+        solved: Any = ~restarted & successes.solved
+        successes = successes._replace(solved=solved)
+    envs = EnvStates(state, obs, returns, successes)
+    return envs, int(restarted.sum())
 
 
 def collect(
@@ -81,7 +127,12 @@ def collect(
         episode_return = envs.episode_return + stepped.reward
         finished = jnp.where(done, episode_return, 0.0)
         running = jnp.where(done, 0.0, episode_return)
-        return EnvStates(stepped.state, stepped.obs, running), (transition, finished, done)
+        successes = envs.successes
+        if successes is not None and stepped.success is not None:
+            solved = successes.solved | stepped.success
+            successes = Successes(solved & ~done, successes.episodes + (solved & done))
+        envs = EnvStates(stepped.state, stepped.obs, running, successes)
+        return envs, (transition, finished, done)
 
     envs, (transitions, finished, done) = jax.lax.scan(step, envs, (noise, env_keys))
     return envs, transitions, jnp.sum(finished), jnp.sum(done)
@@ -93,11 +144,19 @@ def evaluate(
     """Mean return of fresh episodes, acting greedily and by sampling.
 
     Args:
+        env: pure JAX. A simulator would need more environments with random numbers of their own
+            for it, and states of theirs in every checkpoint.
         episodes: episodes of each kind, >= 1.
 
     Returns:
         mean undiscounted return with the most likely actions, and with sampled ones.
+
+    Raises:
+        ConfigError: the environment is not pure JAX.
     """
+    if env.host:
+        valid = f"0, because {env.name} is simulated outside JAX: its training episodes tell"
+        raise ConfigError("eval_episodes", episodes, valid)
     key_reset, key_steps = jax.random.split(key)
     greedy = jnp.arange(2 * episodes) < episodes
     started = reset(env, key_reset, 2 * episodes)
@@ -113,7 +172,8 @@ def evaluate(
         stepped = env.step(keys, envs.state, head.to_env(action))
         returns = envs.episode_return + jnp.where(running, stepped.reward, 0.0)
         running = running & ~stepped.terminated & ~stepped.truncated
-        return EnvStates(stepped.state, stepped.obs, returns), running, time + 1
+        envs = envs._replace(state=stepped.state, obs=stepped.obs, episode_return=returns)
+        return envs, running, time + 1
 
     # The environment's own limit ends every episode; the bound is for one that forgets to.
     ended, _, _ = jax.lax.while_loop(

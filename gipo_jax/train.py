@@ -33,6 +33,7 @@ from gipo_jax import (
     normalizer,
     objectives,
     ratio_levels,
+    signatures,
 )
 from gipo_jax import rollout as rollouts
 from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes, stack
@@ -84,6 +85,7 @@ class TrainState(NamedTuple):
         replay: arrays ``[blocks, rollout_length, num_envs, ...]``.
         return_sum: sum of the returns of episodes that ended since the last logged point.
         episodes: their number.
+        solved: how many of them solved the task, where the environment says so.
         key: the run's key, never consumed, only folded.
         diverged_at: iteration whose updates gave non-finite parameters, -1 while none has; the
             learner is frozen from before that iteration on.
@@ -95,6 +97,7 @@ class TrainState(NamedTuple):
     replay: Any
     return_sum: Array
     episodes: Array
+    solved: Array
     key: Array
     diverged_at: Array
 
@@ -106,7 +109,7 @@ class Parts(NamedTuple):
     env: environments.Environment
     head: networks.ActionHead
     network: networks.Network
-    objective: objectives.Spec
+    objective: signatures.Spec
 
 
 # One iteration, from top to bottom.
@@ -152,10 +155,14 @@ def act(
         parts.config.rollout_length,
     )
     transition = transition._replace(reward=transition.reward * hparams.reward_scale)
+    solved = state.solved
+    if parts.env.reports_success:
+        solved += rollouts.solved_episodes(envs) - rollouts.solved_episodes(state.envs)
     state = state._replace(
         envs=envs,
         return_sum=state.return_sum + return_sum,
         episodes=state.episodes + episodes,
+        solved=solved,
     )
     return state, transition
 
@@ -230,15 +237,22 @@ def learn(
 def sample_indices(
     config: Config, hparams: HParams, iteration: int | Array, key: Array, batches: int
 ) -> Array:
-    """Newest-first indices of rows, or of segments, ``[batches, per batch]``."""
+    """Newest-first indices of rows, or of segments, ``[batches, per batch]``.
+
+    The newest ``min_age`` iterations are left out, and ``recent_fraction`` of each batch comes from
+    the newest one of the rest.
+    """
     rows = 1 if config.advantage_mode == "stored" else config.rollout_length
     size, block = config.batch_size // rows, config.block_size // rows
-    valid = buffer.num_valid(iteration, hparams.buffer_size, config.block_size) // rows
+    skipped, valid = buffer.window(
+        iteration, hparams.buffer_size, config.block_size, hparams.min_age
+    )
     draw = buffer.draw_shuffled if config.sampling == "shuffled" else buffer.draw_uniform
     key_all, key_recent = jax.random.split(key)
-    index = draw(key_all, batches, size, valid)
+    index = draw(key_all, batches, size, valid // rows)
     recent = buffer.draw_uniform(key_recent, batches, size, block)
-    return jnp.where(jnp.arange(size) < hparams.recent_fraction * size, recent, index)
+    from_newest = jnp.arange(size) < hparams.recent_fraction * size
+    return skipped // rows + jnp.where(from_newest, recent, index)
 
 
 def gather(
@@ -386,7 +400,7 @@ def bind_objective(
         given["log_ratio_start"] = ratio_levels.transform(log_ratio, level)
     if spec.initial_state is not None:
         given["state"] = learner.objective_state
-    return functools.partial(objectives.evaluate, spec, **given)
+    return functools.partial(signatures.evaluate, spec, **given)
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
@@ -477,11 +491,10 @@ def _keep_finite(state: TrainState, learner: Learner, iteration: int | Array) ->
 
 def init(parts: Parts, hparams: HParams) -> TrainState:
     """First state of a run; its key is ``fold_in(key(0), seed)``."""
-    key = jax.random.fold_in(jax.random.key(0), hparams.seed)
-    key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
+    key, key_params, key_envs = start_keys(hparams.seed)
     params = parts.network.init(key_params)
     opt_state = {group: optimizer(hparams).init(params[group]) for group in params}
-    objective_state = objectives.first_state(parts.objective, hparams.objective_params)
+    objective_state = signatures.first_state(parts.objective, hparams.objective_params)
     return TrainState(
         learner=Learner(params, opt_state, objective_state),
         normalizer=normalizer.init(parts.env.obs_shape),
@@ -489,9 +502,29 @@ def init(parts: Parts, hparams: HParams) -> TrainState:
         replay=empty_replay(parts),
         return_sum=jnp.zeros(()),
         episodes=jnp.zeros(()),
+        solved=jnp.zeros(()),
         key=key,
         diverged_at=jnp.int32(-1),
     )
+
+
+def start_keys(seed: Any) -> tuple[Array, Array, Array]:
+    """Keys of a run with a seed: its own, one for the parameters, one for the environments."""
+    key = jax.random.fold_in(jax.random.key(0), seed)
+    key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
+    return key, key_params, key_envs
+
+
+def open_env(config: Config, seeds: Iterable[int], devices: int = 1) -> environments.Environment:
+    """The environment of some runs, with its simulators made; see ``environments.open_pools``.
+
+    Args:
+        config: static settings.
+        seeds: of the runs that will start in it, each as often as there are such runs.
+        devices: devices that share the runs evenly, in order.
+    """
+    keys = jnp.stack([start_keys(seed)[2] for seed in seeds])
+    return environments.open_pools(environments.make(config), keys, devices)
 
 
 def empty_replay(parts: Parts) -> Any:
@@ -535,9 +568,14 @@ def report(
         batch.age[:, None],
     )
     metrics["explained_variance"] = diagnostics.explained_variance(batch.value_target, value)
-    if config.eval_episodes:
+    if parts.env.reports_success:
+        metrics["success_rate"] = state.solved / state.episodes
+    episodes = config.eval_episodes
+    if episodes is None:
+        episodes = 0 if parts.env.host else 10
+    if episodes:
         metrics["eval_return"], metrics["eval_return_sampled"] = evaluate(
-            parts, params, state.normalizer, key_evaluate, config.eval_episodes
+            parts, params, state.normalizer, key_evaluate, episodes
         )
     return metrics
 
@@ -597,7 +635,7 @@ class Algorithm(NamedTuple):
 
     config: Config
     env: Any
-    objective: objectives.Spec
+    objective: signatures.Spec
     init: Callable[[HParams], TrainState]
     train_step: Callable[[TrainState, HParams, Any], tuple[TrainState, Metrics]]
     report: Callable[[TrainState, HParams, Any, Array], Metrics]
@@ -620,7 +658,8 @@ class Algorithm(NamedTuple):
             state, and float32 scalars by name. NaN where undefined, such as the mean return of no
             episodes.
         """
-        state = state._replace(return_sum=jnp.zeros(()), episodes=jnp.zeros(()))
+        zero = jnp.zeros(())
+        state = state._replace(return_sum=zero, episodes=zero, solved=zero)
 
         def step(iteration: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
@@ -640,7 +679,9 @@ class Algorithm(NamedTuple):
         return state, metrics | self.report(state, hparams, last, key)
 
 
-def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]]:
+def make_train(
+    config: Config, env: environments.Environment | None = None
+) -> Callable[[HParams], tuple[TrainState, Metrics]]:
     """A whole run, start to end, as one pure function of its hyper-parameters.
 
     It works under ``jit``, ``vmap``, ``lax.map`` and ``shard_map``, alone and combined, with any
@@ -650,6 +691,7 @@ def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]
 
     Args:
         config: static settings.
+        env: from ``open_env``, where the environment is simulated outside JAX.
 
     Returns:
         function ``hparams -> state, metrics``: the final state, and metrics ``[logged points]`` by
@@ -663,7 +705,7 @@ def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]
     >>> metrics["entropy"].shape
     (2,)
     """
-    algorithm = make(config)
+    algorithm = make(config, env)
     check_sizes(config, HParams(buffer_size=config.allocated_size))
     stops = log_boundaries(config)
     points = (jnp.array([0, *stops[:-1]]), jnp.array(stops))
@@ -680,13 +722,18 @@ def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]
     return train
 
 
-def make(config: Config) -> Algorithm:
+def make(config: Config, env: environments.Environment | None = None) -> Algorithm:
     """Builds the training program of a static configuration, without compiling anything.
+
+    Args:
+        config: the configuration.
+        env: from ``open_env``, where the environment is simulated outside JAX and the program is
+            to run; by default it is made here.
 
     Raises:
         ConfigError: a setting is not usable; see the message.
     """
-    parts = make_parts(config)
+    parts = make_parts(config, env)
     return Algorithm(
         config=config,
         env=parts.env,
@@ -700,14 +747,17 @@ def make(config: Config) -> Algorithm:
     )
 
 
-def make_parts(config: Config) -> Parts:
+def make_parts(config: Config, env: environments.Environment | None = None) -> Parts:
     """Environment, action head, network and objective of a configuration.
 
     Raises:
         ConfigError: a setting is not usable; see the message.
     """
     check_fields(config)
-    env = environments.make(config)
+    env = environments.make(config) if env is None else env
+    if env.host and config.eval_episodes:
+        valid = f"0, because {env.name} is simulated outside JAX: its training episodes tell"
+        raise ConfigError("eval_episodes", config.eval_episodes, valid)
     objective = objectives.spec(config.objective)
     head = networks.make_head(config, env)
     if objective.discrete_only and not head.discrete:
@@ -742,7 +792,7 @@ def make_hparams(
     hparams = HParams(**overrides, objective_params=own)
     check_fields(hparams)
     hparams = complete(config, hparams)
-    objectives.check_params(config.objective, hparams.objective_params)
+    signatures.check_params(spec, hparams.objective_params)
     check_sizes(config, hparams)
     return hparams
 

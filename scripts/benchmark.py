@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import math
@@ -40,8 +41,17 @@ from gymnax.environments import environment, spaces  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from gipo_jax import buffer, provenance, train  # noqa: E402
+from gipo_jax import (  # noqa: E402
+    buffer,
+    environments,
+    networks,
+    protocols,
+    provenance,
+    rollout,
+    train,
+)
 from gipo_jax.config import Config  # noqa: E402
+from gipo_jax.environments import envpool_env  # noqa: E402
 from gipo_jax.sweep import plan, program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -358,7 +368,7 @@ def replay_worker(work: Work) -> tuple[Callable[[], float], Work]:
         new = jax.tree.map(lambda x: x + total.astype(x.dtype), block)
         storage = buffer.add(storage, new, index)
         key = jax.random.fold_in(jax.random.key(0), index)
-        valid = buffer.num_valid(index, work["capacity"], size)
+        _, valid = buffer.window(index, work["capacity"], size)
         for draw in buffer.draw_uniform(key, work["batches"], work["batch_size"], valid):
             batch, _ = buffer.take_rows(storage, draw, index)
             total += sum(jnp.sum(x).astype(jnp.float32) for x in jax.tree.leaves(batch))
@@ -701,6 +711,81 @@ def metaworld_flops(batch: int) -> float:
     total = layers["encoder"] + layers["policy"] + value_first + value_last
     inputs = layers["policy"] + value_last
     return 2.0 * batch * (2 * total + inputs)
+
+
+def bench_envpool(context: Context) -> list[Row]:
+    """Acting in Meta-World against EnvPool's own loop over NumPy arrays.
+
+    ``taskset -c 0 python scripts/benchmark.py envpool`` gives both the same one core.
+    """
+    if envpool_env.names() is None:
+        context.console.print(f"envpool is left out: {envpool_env.EXTRA}")
+        return []
+    tasks = ("ButtonPress", "BoxClose", "CoffeePull")
+    return [measured for task in tasks for measured in _acting(context, f"MetaWorld/{task}-v3")]
+
+
+def _acting(context: Context, name: str) -> list[Row]:
+    """One episode of a task: steps alone, steps with the paper's policy, and EnvPool's loop."""
+    import envpool
+
+    fields = {field.name for field in dataclasses.fields(Config)}
+    settings = protocols.settings("gipo-metaworld")
+    config = Config(env=name, **{k: v for k, v in settings.items() if k in fields})
+    steps, closed = config.rollout_length, environments.make(config)
+    head = networks.make_head(config, closed)
+    network = networks.make(config, closed.obs_shape, head)
+    params = network.init(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), 2)
+    env = environments.open_pools(closed, keys)
+    actions = jax.random.uniform(jax.random.key(2), (steps, 1, 4), minval=-1, maxval=1)
+
+    def step(envs: rollout.EnvStates) -> tuple[rollout.EnvStates, Any]:
+        def one(state: Any, action: Any) -> Any:
+            stepped = env.step(keys, state, action)
+            return stepped.state, (stepped.reward, stepped.obs, stepped.final_obs)
+
+        state, out = jax.lax.scan(one, envs.state, actions)
+        return envs._replace(state=state), out
+
+    def act(envs: rollout.EnvStates) -> tuple[rollout.EnvStates, Any]:
+        policy = functools.partial(network.policy, params)
+        return rollout.collect(env, head, policy, envs, keys[0], steps)[:2]
+
+    def in_program(run: Callable[[Any], Any], key: Any) -> Callable[[], float]:
+        run = jax.jit(run)
+        envs = rollout.reset(env, key, 1)
+
+        def go() -> Any:
+            nonlocal envs
+            envs, out = run(envs)
+            return envs, out
+
+        return lambda: stopwatch(go)
+
+    pool = envpool.make(
+        name, env_type="gymnasium", num_envs=1, num_threads=1, partially_observable=False
+    )
+    pool.reset()
+    taken = np.asarray(actions)
+
+    def loop() -> None:
+        for action in taken:
+            pool.step(action)
+
+    cases = {
+        "steps in the program": in_program(step, keys[0]),
+        "steps and the paper's policy": in_program(act, keys[1]),
+        "EnvPool's NumPy loop": lambda: stopwatch(loop),
+    }
+    seconds = in_turn(list(cases.values()), context.repeats)
+    environments.close_pools(env)
+    rows = []
+    for label, times in zip(cases, seconds, strict=True):
+        rows.append(row("envpool", {"task": name, "by": label}, "env-steps/s", steps, times))
+        ratios = [theirs / own for theirs, own in zip(seconds[-1], times, strict=True)]
+        rows[-1]["times_the_loop"] = statistics.median(ratios)
+    return rows
 
 
 def bench_memory(context: Context) -> list[Row]:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 from gipo_jax import advantages
 
@@ -78,31 +80,43 @@ def loop_vtrace(
     return advantage, target
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("gamma", "lam"), [(0.99, 0.95), (0.9, 1.0), (0.7, 0.0), (1.0, 1.0)])
-def test_gae_is_the_loop(seed: int, gamma: float, lam: float) -> None:
-    data = rollout(seed)
-    advantage, target = gae(**data, gamma=gamma, gae_lambda=lam)
-    expected = loop_gae(data, gamma, lam)
-    np.testing.assert_allclose(advantage, expected, atol=1e-4)
-    np.testing.assert_allclose(target, expected + data["value"], atol=1e-4)
+class LoopTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters((0.99, 0.95), (0.9, 1.0), (0.7, 0.0), (1.0, 1.0))
+    def test_gae_equals_the_loop(self, gamma: float, lam: float) -> None:
+        for seed in range(4):
+            data = rollout(seed)
+            advantage, target = self.variant(advantages.gae)(**data, gamma=gamma, gae_lambda=lam)
+            expected = loop_gae(data, gamma, lam)
+            np.testing.assert_allclose(advantage, expected, atol=1e-4)
+            np.testing.assert_allclose(target, expected + data["value"], atol=1e-4)
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters((0.99, 1.0, 1.0), (0.9, 2.0, 0.5), (1.0, np.inf, np.inf))
+    def test_vtrace_equals_the_loop(self, gamma: float, rho_bar: float, c_bar: float) -> None:
+        for seed in range(4):
+            data, random = rollout(seed), np.random.default_rng(seed)
+            log_ratio = random.normal(size=(TIME, ENVS)).astype(np.float32) * 0.7
+            result = self.variant(advantages.vtrace)(
+                log_ratio, **data, gamma=gamma, rho_bar=rho_bar, c_bar=c_bar
+            )
+            expected = loop_vtrace(data, log_ratio, gamma, rho_bar, c_bar)
+            chex.assert_trees_all_close(result, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(
-    ("gamma", "rho_bar", "c_bar"), [(0.99, 1.0, 1.0), (0.9, 2.0, 0.5), (1.0, np.inf, np.inf)]
-)
-def test_vtrace_is_the_loop(seed: int, gamma: float, rho_bar: float, c_bar: float) -> None:
-    data = rollout(seed)
-    log_ratio = np.random.default_rng(seed).normal(size=(TIME, ENVS)).astype(np.float32) * 0.7
-    result = vtrace(log_ratio, **data, gamma=gamma, rho_bar=rho_bar, c_bar=c_bar)
-    for ours, expected in zip(
-        result, loop_vtrace(data, log_ratio, gamma, rho_bar, c_bar), strict=True
-    ):
-        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3)
+def test_arrays_of_other_shapes_or_types_are_refused() -> None:
+    data = rollout(0)
+    for name in data:
+        with pytest.raises(AssertionError, match="shape"):
+            gae(**data | {name: data[name][:, :1]}, gamma=0.9, gae_lambda=0.9)
+        with pytest.raises(AssertionError, match="shape"):
+            vtrace(data["value"], **data | {name: data[name][:, :1]}, gamma=0.9)
+    for name in ("terminated", "truncated"):
+        with pytest.raises(AssertionError, match="type"):
+            gae(**data | {name: data["reward"]}, gamma=0.9, gae_lambda=0.9)
 
 
-def both(data: dict[str, Any]) -> list[np.ndarray]:
+def gae_and_vtrace(data: dict[str, Any]) -> list[np.ndarray]:
     log_ratio = 0.3 * data["value"]
     results = [
         *gae(**data, gamma=0.9, gae_lambda=0.8),
@@ -112,10 +126,10 @@ def both(data: dict[str, Any]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_nothing_leaks_across_an_episode_end(seed: int) -> None:
+def test_no_step_depends_on_what_follows_its_episode(seed: int) -> None:
     """Whatever follows the end of an episode leaves everything before it as it was, to the bit."""
     data = rollout(seed)
-    before = both(data)
+    before = gae_and_vtrace(data)
     random = np.random.default_rng(100 + seed)
     checked = 0
     for env in range(ENVS):
@@ -126,7 +140,7 @@ def test_nothing_leaks_across_an_episode_end(seed: int) -> None:
                 changed[name][later] += 1000 * random.normal(size=TIME - end - 1)
             for name in ("terminated", "truncated"):
                 changed[name][later] ^= random.random(TIME - end - 1) < 0.5
-            for old, new in zip(before, both(changed), strict=True):
+            for old, new in zip(before, gae_and_vtrace(changed), strict=True):
                 assert np.array_equal(old[: end + 1, env], new[: end + 1, env])
                 if end < TIME - 1:
                     assert not np.array_equal(old[end + 1 :, env], new[end + 1 :, env])
@@ -148,20 +162,20 @@ def test_the_value_after_the_end_counts_only_at_a_time_limit() -> None:
         ended["terminated"][9, 2], ended["truncated"][9, 2] = flags
         changed = ended | {"next_value": ended["next_value"].copy()}
         changed["next_value"][9, 2] += 5
-        for old, new in zip(both(ended), both(changed), strict=True):
+        for old, new in zip(gae_and_vtrace(ended), gae_and_vtrace(changed), strict=True):
             assert (old[9, 2] != new[9, 2]) == counts
 
 
-def test_the_end_of_the_data_is_bootstrapped() -> None:
+def test_the_last_row_bootstraps_from_its_next_value() -> None:
     data = rollout(0)
     data["terminated"][:] = data["truncated"][:] = False
     changed = data | {"next_value": data["next_value"].copy()}
     changed["next_value"][-1] += 5
-    for old, new in zip(both(data), both(changed), strict=True):
+    for old, new in zip(gae_and_vtrace(data), gae_and_vtrace(changed), strict=True):
         assert np.all(old[-1] != new[-1])
 
 
-def test_corner_cases() -> None:
+def test_gae_with_lambda_zero_or_no_discount_is_the_textbook_value() -> None:
     data = rollout(1)
     error, _ = gae(**data, gamma=0.0, gae_lambda=0.7)
     np.testing.assert_allclose(error, data["reward"] - data["value"], atol=1e-6)
@@ -188,7 +202,7 @@ def test_vtrace_on_policy_is_gae_with_lambda_one() -> None:
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_vtrace_never_trusts_nothing_and_never_overflows() -> None:
+def test_vtrace_at_extreme_ratios_keeps_the_value_and_stays_finite() -> None:
     data = rollout(3)
     far = np.full((TIME, ENVS), -80, np.float32)
     advantage, target = vtrace(far, **data, gamma=0.9)
@@ -199,7 +213,7 @@ def test_vtrace_never_trusts_nothing_and_never_overflows() -> None:
         assert np.all(np.isfinite(x))
 
 
-def test_vtrace_does_not_differentiate_the_ratio() -> None:
+def test_vtrace_has_no_gradient_in_the_ratio() -> None:
     data = rollout(0)
 
     def total(log_ratio: jax.Array) -> jax.Array:

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import parameterized
 
 from gipo_jax import diagnostics
 
@@ -32,40 +33,42 @@ def ess(weight: np.ndarray) -> float:
     return weight.sum() ** 2 / (weight.size * (weight**2).sum())
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_utilization_is_numpy(seed: int) -> None:
-    data = batch(seed)
-    x, a, u = data["log_ratio"], data["advantage"], data["weight"]
-    age = np.broadcast_to(data["age"], x.shape)
-    new, old = age <= 2, age >= 10
-    assert new.any() and old.any() and (~new & ~old).any()
-    ratio = np.exp(x)
-    dead = ((ratio > 1.2) & (a > 0)) | ((ratio < 0.8) & (a < 0))
-    expected = {
-        "ess": ess(u),
-        "ess_new": ess(u[new]),
-        "ess_old": ess(u[old]),
-        "near_zero_fraction": np.mean(u < 1e-3),
-        "near_zero_fraction_new": np.mean(u[new] < 1e-3),
-        "near_zero_fraction_old": np.mean(u[old] < 1e-3),
-        "clip_fraction": dead.mean(),
-        "suppressed_fraction": np.mean(data["trust_weight"] < 1e-3),
-        "mean_weight": u.mean(),
-        "old_share": u[old].sum() / u.sum(),
-        "old_gradient_share": np.abs(u * a)[old].sum() / np.abs(u * a).sum(),
-        "log_ratio_abs_p95": np.percentile(np.abs(x), 95),
-        "policy_age": age.mean(),
-        "policy_age_max": age.max(),
-    }
-    assert 0 < expected["near_zero_fraction"] < 1 and 0 < expected["clip_fraction"] < 1
-    result = jax.jit(diagnostics.utilization)(**data)
-    assert result.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(result[name], value, rtol=1e-4, err_msg=name)
-        assert result[name].shape == () and result[name].dtype == jnp.float32
+class UtilizationTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters(0, 1, 2)
+    def test_utilization_equals_numpy(self, seed: int) -> None:
+        data = batch(seed)
+        x, a, u = data["log_ratio"], data["advantage"], data["weight"]
+        age = np.broadcast_to(data["age"], x.shape)
+        new, old = age <= 2, age >= 10
+        assert new.any() and old.any() and (~new & ~old).any()
+        ratio = np.exp(x)
+        dead = ((ratio > 1.2) & (a > 0)) | ((ratio < 0.8) & (a < 0))
+        expected = {
+            "ess": ess(u),
+            "ess_new": ess(u[new]),
+            "ess_old": ess(u[old]),
+            "near_zero_fraction": np.mean(u < 1e-3),
+            "near_zero_fraction_new": np.mean(u[new] < 1e-3),
+            "near_zero_fraction_old": np.mean(u[old] < 1e-3),
+            "clip_fraction": dead.mean(),
+            "suppressed_fraction": np.mean(data["trust_weight"] < 1e-3),
+            "mean_weight": u.mean(),
+            "old_share": u[old].sum() / u.sum(),
+            "old_gradient_share": np.abs(u * a)[old].sum() / np.abs(u * a).sum(),
+            "log_ratio_abs_p95": np.percentile(np.abs(x), 95),
+            "policy_age": age.mean(),
+            "policy_age_max": age.max(),
+        }
+        assert 0 < expected["near_zero_fraction"] < 1 and 0 < expected["clip_fraction"] < 1
+        result = self.variant(diagnostics.utilization)(**data)
+        assert result.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(result[name], value, rtol=1e-4, err_msg=name)
+            assert result[name].shape == () and result[name].dtype == jnp.float32
 
 
-def test_an_empty_group_is_not_a_number() -> None:
+def test_metrics_of_an_empty_age_group_are_nan() -> None:
     data = batch(0) | {"age": np.zeros((BATCH, 1), np.int32)}
     result = diagnostics.utilization(**data)
     for name in ("ess_old", "near_zero_fraction_old"):
@@ -74,7 +77,7 @@ def test_an_empty_group_is_not_a_number() -> None:
     np.testing.assert_allclose(result["ess_new"], result["ess"], rtol=1e-5)
 
 
-def test_effective_sample_size_at_its_ends() -> None:
+def test_effective_sample_size_at_its_least_and_largest() -> None:
     size = diagnostics.effective_sample_size
     np.testing.assert_allclose(size(jnp.full(50, 3.0)), 1, rtol=1e-6)
     np.testing.assert_allclose(size(jnp.eye(50)[0]), 1 / 50, rtol=1e-6)
@@ -85,7 +88,7 @@ def test_effective_sample_size_at_its_ends() -> None:
     np.testing.assert_allclose(size(jnp.array([1e-30, 1e-30])), 1, rtol=1e-6)
 
 
-def test_explained_variance() -> None:
+def test_explained_variance_equals_numpy() -> None:
     random = np.random.default_rng(0)
     target = random.normal(size=300).astype(np.float32)
     prediction = (target + 0.5 * random.normal(size=300) + 3).astype(np.float32)
@@ -95,3 +98,15 @@ def test_explained_variance() -> None:
     np.testing.assert_allclose(explained(target, target), 1)
     np.testing.assert_allclose(explained(target, jnp.zeros(300)), 0, atol=1e-6)
     assert np.isnan(explained(jnp.ones(300), prediction))
+
+
+def test_arrays_of_other_shapes_are_refused() -> None:
+    data = batch(0)
+    for name in data:
+        with pytest.raises(AssertionError, match="shape"):
+            diagnostics.utilization(**data | {name: data[name][:-1]})
+    with pytest.raises(AssertionError, match="shape"):
+        # A column of ages would broadcast over the tokens; a row would count wrong ages.
+        diagnostics.utilization(**data | {"age": data["age"][:, 0]})
+    with pytest.raises(AssertionError, match="shape"):
+        diagnostics.explained_variance(jnp.ones((3, 1)), jnp.ones(3))

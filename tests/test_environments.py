@@ -1,5 +1,6 @@
 """Every gymnax environment behind the interface, and the two ways an episode ends."""
 
+import sys
 from typing import Any
 
 import gymnax
@@ -172,3 +173,11 @@ def test_a_single_environment_steps_as_one_of_a_batch() -> None:
     stepped, batch = one.step(keys[1], state, action), env.step(keys[1:], batch_state, action[None])
     for single, batched in zip(jax.tree.leaves(stepped), jax.tree.leaves(batch), strict=True):
         assert np.array_equal(single, batched[0])
+
+
+def test_a_missing_envpool_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "envpool", None)
+    with pytest.raises(ConfigError, match=r"^env: 'HalfCheetah-v4' .*EnvPool") as error:
+        environments.make(Config(env="HalfCheetah-v4"))
+    assert 'pip install "gipo_jax[envpool]"' in str(error.value)
+    assert "\n" not in str(error.value)

@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.timeout(240)
-def test_python_blocks_run(folder: Path) -> None:
+def test_python_code_of_the_guide_runs_as_printed(folder: Path) -> None:
     names: dict[str, Any] = {"__name__": "guide"}
     ran = 0
     for name, text in blocks("python"):
@@ -44,7 +44,7 @@ def test_python_blocks_run(folder: Path) -> None:
 
 
 @pytest.mark.timeout(240)
-def test_commands_run(folder: Path) -> None:
+def test_commands_of_the_guide_run_as_printed(folder: Path) -> None:
     ran = 0
     for _, text in blocks("bash"):
         for line in text.replace("\\\n", " ").splitlines():

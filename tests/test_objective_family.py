@@ -61,7 +61,9 @@ def test_every_objective_is_measured_and_drawn(store: Store) -> None:
         assert (store.out / "figures" / f"{name}.png").stat().st_size > 10_000
 
 
-def test_one_of_many_trains_as_it_does_alone(store: Store, tmp_path: Path) -> None:
+def test_an_objective_trains_in_the_shared_program_as_it_does_alone(
+    store: Store, tmp_path: Path
+) -> None:
     name = "r2vpo"
     folder = store.out / "sweeps" / "objective_family_Catch-bsuite"
     runs = results.read_runs(folder)
@@ -82,7 +84,7 @@ def test_one_of_many_trains_as_it_does_alone(store: Store, tmp_path: Path) -> No
         np.testing.assert_allclose(together[column], metrics[column], rtol=1e-3, err_msg=column)
 
 
-def test_weights_of_known_samples() -> None:
+def test_stored_weights_equal_known_values() -> None:
     u = family.weights().set_index(["objective", "advantage", "log_ratio"])["u"]
     assert u["gipo", 1.0, 1.0] == pytest.approx(np.exp(0.5), rel=1e-5)
     assert u["tis", -1.0, 3.0] == pytest.approx(2)

@@ -157,7 +157,7 @@ def test_objectives_get_the_inputs_they_name(
     # The policy at the start of the phase is the current one in its first update only.
     assert np.all(record["drift_at_start"] < 1e-6)
     assert np.all(record["drift_later"] > 1e-3)
-    # Two actions, acted by a policy close to uniform.
+    # Two actions, collected by a policy close to uniform.
     assert np.all(record["smallest_probability"] > 0)
     assert np.all(record["largest_probability"] < 1)
     assert np.all(record["largest_probability"] > 0.5)

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared though nothing here imports them; pyproject.toml says why.
 NOT_IMPORTED = {"jaxlib", "six"}
+# Extras whose imports are inside functions.
+OPTIONAL = ("tensorboard", "envpool")
 
 
 def _names(requirements: Iterable[str]) -> set[str]:
@@ -50,7 +52,7 @@ def _imported(folder: str) -> dict[str, str]:
 
 def test_dependencies_are_the_imports() -> None:
     declared = _names(PROJECT["dependencies"])
-    optional = _names(PROJECT["optional-dependencies"]["tensorboard"])
+    optional = _names(x for name in OPTIONAL for x in PROJECT["optional-dependencies"][name])
     imported = _imported("gipo_jax")
     undeclared = {name: path for name, path in imported.items() if name not in declared | optional}
     assert not undeclared, "imported but not declared"
@@ -61,7 +63,9 @@ def test_dependencies_are_the_imports() -> None:
 @pytest.mark.parametrize("folder", ["scripts", "experiments", "tests"])
 def test_tools_need_only_the_dev_extra(folder: str) -> None:
     extras = PROJECT["optional-dependencies"]
-    known = _names([*PROJECT["dependencies"], *extras["dev"], *extras["tensorboard"]])
+    known = _names(
+        [*PROJECT["dependencies"], *extras["dev"], *(x for name in OPTIONAL for x in extras[name])]
+    )
     # packaging comes with pytest, which declares it.
     undeclared = {k: v for k, v in _imported(folder).items() if k not in known | {"packaging"}}
     assert not undeclared
@@ -151,16 +155,22 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", _blocks("python"), ids=["fork", "sweep"])
+@pytest.mark.slow
+@pytest.mark.parametrize("code", _blocks("python"), ids=["many runs", "fork"])
 def test_readme_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_forked_objective_of_the_readme_is_short() -> None:
-    function = re.search(r"^def .*?(?=\n\n\n)", _blocks("python")[0], re.MULTILINE | re.DOTALL)
+    function = re.search(r"^def .*?(?=\n\n\n)", _blocks("python")[1], re.MULTILINE | re.DOTALL)
     assert function is not None
     assert function[0].count("\n") < 10
+
+
+def test_python_examples_of_the_readme_have_at_most_twelve_lines_of_code() -> None:
+    lines = [line for line in _blocks("python")[0].splitlines() if line.strip()]
+    assert len(lines) <= 12
 
 
 def test_readme_commands_parse() -> None:

@@ -1,4 +1,4 @@
-"""Objectives from a user's file: what is wrong with one is said in its terms, before any work."""
+"""Objectives from a user's file: errors name the file, line and function, before any work."""
 
 from pathlib import Path
 
@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from gipo_jax import cli, objectives, train
-from gipo_jax.config import Config, ConfigError, HParams
+from gipo_jax.config import Config, HParams
 
 MINE = """
+import jax
 import jax.numpy as jnp
 from gipo_jax import objectives
 
@@ -46,6 +47,10 @@ def integer(log_ratio, advantage):
 
 def wants_reward(log_ratio, advantage, reward):
     return log_ratio * reward
+
+
+def takes_a_setting(log_ratio, advantage, gamma=1.0):
+    return gamma * log_ratio * advantage
 
 
 def needless_state(log_ratio, advantage):
@@ -101,10 +106,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("mine.py:needless_state", ["needless_state", "'tuple'", "surrogate"]),
         ("mine.py:forgets_state", ["forgets_state", "pair (surrogate, new state)"]),
         ("mine.py:grows_state", ["grows_state", "'float32[3]'", "float32[]"]),
+        ("mine.py:takes_a_setting", ["takes_a_setting", "'gamma'", "another name"]),
         ("mine.py:no_first_state", ["no_first_state", "initial_state", "KeyError: 'width'"]),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_written(
+def test_a_faulty_objective_ends_in_one_line_before_anything_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str], objective: str, words: list[str]
 ) -> None:
     arguments = ["--hidden-sizes", "8", "--eval-episodes", "0", "--total-steps", "1024"]
@@ -127,7 +133,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(
         (["width"], ["objective-arg", "NAME=VALUE"]),
     ],
 )
-def test_arguments_of_a_users_objective_are_checked(
+def test_arguments_of_a_user_objective_are_checked_before_anything_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str], argument: list[str], words: list[str]
 ) -> None:
     objective = ["--objective", "mine.py:bounded", "--objective-arg", *argument]
@@ -154,27 +160,7 @@ def test_listing_names_every_objective(capsys: pytest.CaptureFixture[str]) -> No
     assert "kernel" in by_name["gipo"]
 
 
-def test_first_state_has_definite_types() -> None:
-    @objectives.declare(initial_state=lambda params: {"a": params["start"], "b": 1})
-    def counting(log_ratio, advantage, state, start=2.0):  # type: ignore[no-untyped-def]
-        return log_ratio * advantage, state
-
-    state = objectives.first_state(objectives.spec(counting), {"start": 2.0})
-    assert state["a"].dtype == jnp.float32 and state["b"].dtype == jnp.int32
-    assert not state["a"].weak_type and not state["b"].weak_type
-    assert objectives.first_state(objectives.spec("gipo"), {}) == ()
-
-
-def test_gradient_weight_checks_what_an_objective_returns() -> None:
-    @objectives.declare(initial_state=lambda params: jnp.zeros(2))
-    def grows(log_ratio, advantage, state):  # type: ignore[no-untyped-def]
-        return log_ratio * advantage, jnp.zeros(3)
-
-    with pytest.raises(ConfigError, match=r"float32\[3\].*like the one before, float32\[2\]"):
-        objectives.gradient_weight(grows, jnp.zeros(4), 1.0)
-
-
-def test_a_run_whose_objective_loses_its_state_is_frozen_before_that() -> None:
+def test_a_run_freezes_before_the_update_that_makes_its_objective_state_nan() -> None:
     @objectives.declare(initial_state=lambda params: jnp.float32(0))
     def forgetful(log_ratio, advantage, state):  # type: ignore[no-untyped-def]
         return log_ratio * advantage, jnp.where(state < 2, state + 1, jnp.nan)

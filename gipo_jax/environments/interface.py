@@ -18,6 +18,7 @@ class Step(NamedTuple):
         terminated: ``[envs]``, bool; the episode ended by its own rules.
         truncated: ``[envs]``, bool; the time limit cut it, and it did not terminate.
         final_obs: ``[envs, *obs_shape]``, the observation the step led to.
+        success: ``[envs]``, bool, the task is solved now; None where tasks are not solved or not.
     """
 
     state: Any
@@ -26,6 +27,7 @@ class Step(NamedTuple):
     terminated: Array
     truncated: Array
     final_obs: Array
+    success: Array | None = None
 
 
 class Environment(NamedTuple):
@@ -35,13 +37,15 @@ class Environment(NamedTuple):
         name: its name in the library it comes from.
         reset: ``key, num_envs -> obs [num_envs, *obs_shape], state``.
         step: ``keys [envs], state, action [envs, *action_shape] -> Step``.
-        obs_shape: shape of an observation.
-        obs_dtype: type observations are stored in.
+        obs_shape: shape of an observation; an image is ``[height, width, channels]``.
+        obs_dtype: type observations are stored in; ``uint8`` counts from 0 to 255.
         action_shape: shape of an action.
         num_actions: number of discrete actions; None with a Box.
         action_low: ``[action_dim]`` lower bounds of a Box; None with discrete actions.
         action_high: upper bounds likewise.
         max_episode_steps: time limit in steps.
+        reports_success: whether ``Step.success`` is there.
+        simulator: what an environment outside JAX needs besides; None for one that is pure JAX.
     """
 
     name: str
@@ -54,6 +58,29 @@ class Environment(NamedTuple):
     action_low: np.ndarray | None
     action_high: np.ndarray | None
     max_episode_steps: int
+    reports_success: bool = False
+    simulator: "Simulator | None" = None
+
+    @property
+    def host(self) -> bool:
+        """Whether it is simulated outside JAX: no ``vmap`` over it, and ``open_pools`` first."""
+        return self.simulator is not None
+
+
+class Simulator(NamedTuple):
+    """What an environment outside JAX needs besides; use the functions of ``environments``.
+
+    Attributes:
+        open_pools: see ``environments.open_pools``.
+        close_pools: see ``environments.close_pools``.
+        restore: see ``environments.restore``.
+        resume_gap: see ``environments.resume_gap``.
+    """
+
+    open_pools: Callable[[Array, int, str], Environment]
+    close_pools: Callable[[], None]
+    restore: Callable[[Any, Any], tuple[Any, Any, np.ndarray]]
+    resume_gap: str | None
 
 
 class Single(NamedTuple):

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gipo_jax import config
 from gipo_jax.config import HParams
 from gipo_jax.train import Algorithm, Metrics, TrainState
 
@@ -20,8 +21,6 @@ CPU_LANES = 4
 XLA compiles a batch of 4 and one of 8 to different arithmetic there. A fixed width gives a run the
 same bits in a sweep of any size, and wider ones were measured to be no faster.
 """
-
-_INTEGERS = ("seed", "buffer_size", "warmup_iterations")
 
 
 class Layout(NamedTuple):
@@ -67,13 +66,7 @@ def layout(mode: str, lanes: int | None, devices: Sequence[jax.Device], runs: in
 
 def stack(hparams: Sequence[HParams], width: int) -> HParams:
     """Settings of runs as arrays ``[width]``, the last one repeated to fill up."""
-    filled = [*hparams, *[hparams[-1]] * (width - len(hparams))]
-
-    def column(path: Any, *values: Any) -> np.ndarray:
-        integer = jax.tree_util.keystr(path, simple=True) in _INTEGERS
-        return np.asarray(values, np.int32 if integer else np.float32)
-
-    return jax.tree_util.tree_map_with_path(column, *filled)
+    return config.stack([*hparams, *[hparams[-1]] * (width - len(hparams))])
 
 
 class Program:

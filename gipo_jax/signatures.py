@@ -1,0 +1,243 @@
+"""What an objective's signature says: its parameters, inputs and state, read and checked here.
+
+An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogate``. Training has to
+know which of its parameters it may sweep, which inputs it wants and whether it has a state. All of
+that stands in the signature; ``declare`` adds what a signature cannot say. The formulas are in
+``objectives``.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from gipo_jax.config import Config, ConfigError, HParams
+
+Objective = Callable[..., Any]
+InitialState = Callable[[Mapping[str, ArrayLike]], Any]
+
+INPUTS = {
+    "behavior_log_prob": "log mu(a|s), same shape as log_ratio",
+    "log_ratio_start": "log-ratio under the policy at the start of the update phase, same shape",
+}
+"""What an objective may ask for by naming it in its signature, beside log_ratio and advantage."""
+
+KINDS = {
+    "per-sample": "log-ratio and advantage of the sample",
+    "batch": "a statistic of the whole batch",
+    "other-input": "another input of the sample",
+}
+"""What an objective's weight depends on."""
+
+SETTINGS = frozenset(field.name for kind in (Config, HParams) for field in dataclasses.fields(kind))
+"""Names that mean a setting of the run, so that no parameter of an objective can have them."""
+
+
+class Declaration(NamedTuple):
+    """What ``declare`` attaches to an objective; its arguments are described there."""
+
+    kind: str = "per-sample"
+    source: str = ""
+    positive: tuple[str, ...] = ()
+    discrete_only: bool = False
+    initial_state: InitialState | None = None
+
+
+class Spec(NamedTuple):
+    """What an objective's signature and declaration say about it.
+
+    Attributes:
+        name: name in tables and file columns.
+        function: the objective itself.
+        kind: one of ``KINDS``.
+        params: traced parameters and their defaults.
+        inputs: names out of ``INPUTS`` that the function takes.
+        takes_kernel: whether it takes the static setting ``kernel``.
+        initial_state: for a stateful objective, parameters -> first state; else None.
+        source: paper, as an arXiv number, or empty.
+        positive: parameters that must be > 0.
+        discrete_only: whether it reads probabilities, which a Gaussian head does not have.
+    """
+
+    name: str
+    function: Objective
+    kind: str
+    params: dict[str, float]
+    inputs: tuple[str, ...]
+    takes_kernel: bool
+    initial_state: InitialState | None
+    source: str
+    positive: tuple[str, ...]
+    discrete_only: bool
+
+
+def declare(
+    *,
+    kind: str = "per-sample",
+    source: str = "",
+    positive: tuple[str, ...] = (),
+    discrete_only: bool = False,
+    initial_state: InitialState | None = None,
+) -> Callable[[Objective], Objective]:
+    """Attaches to an objective what its signature cannot say; a plain function needs none of it.
+
+    Args:
+        kind: one of ``KINDS``.
+        source: paper, as an arXiv number.
+        positive: names of parameters that must be > 0, checked before anything compiles.
+        discrete_only: true if it reads ``behavior_log_prob`` as the log of a probability, not of a
+            density; training then refuses a Gaussian head.
+        initial_state: parameters -> first value of ``state``, an array or a pytree of arrays.
+
+    Raises:
+        ConfigError: the kind has no such name.
+    """
+    if kind not in KINDS:
+        raise ConfigError("kind", kind, f"one of {', '.join(KINDS)}")
+
+    def attach(function: Objective) -> Objective:
+        function.declaration = Declaration(  # type: ignore[attr-defined]
+            kind, source, positive, discrete_only, initial_state
+        )
+        return function
+
+    return attach
+
+
+def spec(objective: Objective) -> Spec:
+    """Reads an objective's name, parameters and needs off its signature and declaration.
+
+    Raises:
+        ConfigError: the signature is one that training could not call, or a parameter has the name
+            of a setting.
+    """
+    inner = objective
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", type(inner).__name__)
+    declared: Declaration = getattr(inner, "declaration", Declaration())
+    try:
+        parameters = dict(inspect.signature(objective).parameters)
+    except (TypeError, ValueError):
+        parameters = {}
+    if list(parameters)[:2] != ["log_ratio", "advantage"]:
+        valid = "a function whose first two parameters are log_ratio and advantage"
+        raise ConfigError("objective", name, valid)
+    params: dict[str, float] = {}
+    inputs: list[str] = []
+    for key, parameter in list(parameters.items())[2:]:
+        if key in INPUTS:
+            inputs.append(key)
+        elif key in ("kernel", "state"):
+            continue
+        elif key in SETTINGS:
+            valid = f"another name for this parameter, because {key} is a setting of every run"
+            raise ConfigError(f"objective {name}", key, valid)
+        elif isinstance(parameter.default, int | float) and not isinstance(parameter.default, bool):
+            params[key] = float(parameter.default)
+        else:
+            valid = f"a parameter with a numeric default, or one of {', '.join(INPUTS)}"
+            raise ConfigError(f"objective {name}", key, valid)
+    if ("state" in parameters) != (declared.initial_state is not None):
+        valid = "a parameter 'state' together with declare(initial_state=...)"
+        raise ConfigError(f"objective {name}", "state", valid)
+    for key in declared.positive:
+        if key not in params:
+            valid = f"declare(positive=...) to name its own parameters ({', '.join(params)})"
+            raise ConfigError(f"objective {name}", key, valid)
+    return Spec(
+        name=name,
+        function=objective,
+        kind=declared.kind,
+        params=params,
+        inputs=tuple(inputs),
+        takes_kernel="kernel" in parameters,
+        initial_state=declared.initial_state,
+        source=declared.source,
+        positive=declared.positive,
+        discrete_only=declared.discrete_only,
+    )
+
+
+def check_params(spec: Spec, params: Mapping[str, Any]) -> None:
+    """Checks values for an objective's own parameters, Python numbers, before anything compiles.
+
+    Args:
+        spec: the objective.
+        params: any of its parameters and their values.
+
+    Raises:
+        ConfigError: an unknown parameter, or a value that is not finite (unless it is the default)
+            or not > 0 where the objective declares that it must be.
+    """
+    for key, value in params.items():
+        if key not in spec.params:
+            known = ", ".join(spec.params) or "no parameters"
+            raise ConfigError(f"parameter of {spec.name}", key, known)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        usable = number and (math.isfinite(value) or value == spec.params[key])
+        positive = key in spec.positive
+        if not usable or (positive and value <= 0):
+            raise ConfigError(key, value, "a finite number > 0" if positive else "a finite number")
+
+
+def first_state(spec: Spec, params: Mapping[str, ArrayLike]) -> Any:
+    """First state of a stateful objective, arrays of definite types; ``()`` for any other.
+
+    Raises:
+        ConfigError: ``initial_state`` fails.
+    """
+    if spec.initial_state is None:
+        return ()
+    try:
+        state = jax.tree.map(jnp.asarray, spec.initial_state(params))
+    except Exception as error:
+        valid = f"a function of the parameters that gives arrays; {type(error).__name__}: {error}"
+        raise ConfigError(f"objective {spec.name}", "initial_state", valid) from error
+    # A weak type, as of jnp.asarray(1.0), would change in the first update.
+    return jax.tree.map(lambda x: x.astype(x.dtype), state)
+
+
+def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tuple[Array, Any]:
+    """Calls an objective and checks what it returns, since any user may have written it.
+
+    Args:
+        spec: the objective.
+        log_ratio: x, any shape.
+        advantage: A, same shape.
+        given: all that the objective takes beside these.
+
+    Returns:
+        surrogate, same shape, and the next state, ``()`` where there is none.
+
+    Raises:
+        ConfigError: the surrogate or the state is not what it has to be.
+    """
+    name = f"objective {spec.name}"
+    result, state = spec.function(log_ratio, advantage, **given), ()
+    if spec.initial_state is not None:
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ConfigError(name, _type_and_shape(result), "a pair (surrogate, new state)")
+        result, state = result
+        before, after = (jax.tree.map(_type_and_shape, tree) for tree in (given["state"], state))
+        if before != after:
+            raise ConfigError(name, after, f"a new state like the one before, {before}")
+    surrogate, wanted = _type_and_shape(result), _type_and_shape(log_ratio)
+    if surrogate != wanted:
+        valid = f"a surrogate {wanted}, one number for each log-ratio"
+        raise ConfigError(name, surrogate, valid)
+    return result, state
+
+
+def _type_and_shape(value: Any) -> str:
+    """An array's type and shape in words, or the type of anything else."""
+    if isinstance(value, Array):
+        return f"{value.dtype}{list(value.shape)}"
+    return "None" if value is None else type(value).__name__

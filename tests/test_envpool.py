@@ -1,0 +1,441 @@
+"""EnvPool inside the compiled step, against EnvPool's own NumPy interface."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gipo_jax import environments, networks, rollout, train
+from gipo_jax.config import Config, ConfigError
+from gipo_jax.environments import envpool_env
+
+envpool = pytest.importorskip("envpool", reason=f"EnvPool is missing: {envpool_env.EXTRA}")
+
+KEY = jax.random.key(7)
+BUTTON = "MetaWorld/ButtonPress-v3"
+Open = Callable[..., environments.Environment]
+
+
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    """Opens pools, and closes them after the test."""
+    made = []
+
+    def open_pools(config: Config, keys: jax.Array = KEY[None]) -> environments.Environment:
+        made.append(environments.open_pools(environments.make(config), keys))
+        return made[-1]
+
+    yield open_pools
+    for env in made:
+        environments.close_pools(env)
+
+
+def actions(env: environments.Environment, steps: int, seed: int = 0) -> np.ndarray:
+    """Random actions ``[steps, envs, *action_shape]``."""
+    rng = np.random.default_rng(seed)
+    if env.num_actions is not None:
+        return rng.integers(env.num_actions, size=(steps, 3)).astype(np.int32)
+    return rng.uniform(-1, 1, (steps, 3, *env.action_shape)).astype(np.float32)
+
+
+def start(env: environments.Environment, envs: int = 3) -> tuple[jax.Array, Any]:
+    return jax.jit(lambda: env.reset(KEY, envs))()
+
+
+def step_all(env: environments.Environment, state: Any, taken: np.ndarray) -> tuple[Any, Any]:
+    """Steps environments through ``taken``; the last state, and steps ``[steps, envs]``."""
+
+    def step(state: Any, action: jax.Array) -> Any:
+        stepped = env.step(KEY, state, action)
+        return stepped.state, stepped._replace(state=None)
+
+    return jax.jit(lambda state: jax.lax.scan(step, state, jnp.asarray(taken)))(state)
+
+
+class Alone:
+    """One environment by the NumPy interface, with the reset in the step after an episode."""
+
+    def __init__(self, name: str, seed: int, options: dict[str, Any]) -> None:
+        self.pool = envpool.make(name, env_type="gymnasium", num_envs=1, seed=[seed], **options)
+        self.first = self._read(self.pool.reset()[0])
+        self.reset_rewards: list[float] = []
+
+    @staticmethod
+    def _read(obs: Any) -> np.ndarray:
+        if isinstance(obs, dict):
+            return np.concatenate([obs[name][0].ravel() for name in sorted(obs)])
+        return obs[0].transpose(1, 2, 0) if obs.ndim == 4 else obs[0]
+
+    def step(self, action: np.ndarray) -> tuple[Any, ...]:
+        """What an environment of ours should return: obs, reward, ends, final observation."""
+        obs, reward, terminated, truncated, _ = self.pool.step(action[None])
+        final = now = self._read(obs)
+        if terminated[0] or truncated[0]:
+            obs, reset_reward, *_ = self.pool.step(action[None])
+            now = self._read(obs)
+            self.reset_rewards.append(float(reset_reward[0]))
+        return now, reward[0], terminated[0], truncated[0], final
+
+
+# Meta-World runs out of time together; Hoppers fall one by one; DM Control observes a dict; Atari
+# gives bytes and takes discrete actions.
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [(BUTTON, 510), ("Hopper-v4", 150), ("WalkerWalk-v1", 50), ("Pong-v5", 30)],
+)
+def test_steps_inside_the_program_equal_those_of_the_numpy_interface(
+    name: str, steps: int, opened: Open
+) -> None:
+    env = opened(Config(env=name, num_envs=3))
+    taken = actions(env, steps)
+    obs, state = start(env)
+    _, ours = step_all(env, state, taken)
+    options = {"partially_observable": False} if name == BUTTON else {}
+    ended = 0
+    for i, seed in enumerate(np.asarray(state.seeds).tolist()):
+        alone = Alone(name, seed, options)
+        np.testing.assert_allclose(obs[i], alone.first, rtol=1e-6, atol=1e-6)
+        theirs = [np.stack(x) for x in zip(*map(alone.step, taken[:, i]), strict=True)]
+        for got, expected in zip((*ours[1:6],), theirs, strict=True):
+            assert got[:, i].dtype in (np.float32, np.bool_, np.uint8)
+            np.testing.assert_allclose(got[:, i], expected, rtol=1e-6, atol=1e-6)
+        ended += len(alone.reset_rewards)
+    assert ended > 0 or name not in (BUTTON, "Hopper-v4")
+
+
+def test_a_meta_world_episode_is_cut_by_time_and_its_last_observation_is_kept(
+    opened: Open,
+) -> None:
+    env = opened(Config(env=BUTTON, num_envs=3))
+    assert env.max_episode_steps == 500 and env.host and env.reports_success
+    obs, state = start(env)
+    state, steps = step_all(env, state, actions(env, 502))
+    assert not steps.terminated.any()
+    assert np.array_equal(np.argwhere(steps.truncated.all(-1)).ravel(), [499])
+    assert np.array_equal(steps.truncated.any(-1), steps.truncated.all(-1))
+    # The bootstrap value is of where the episode ended; the next one starts from the same posture.
+    assert np.abs(steps.final_obs[499] - steps.obs[499]).max(-1).min() > 0.05
+    np.testing.assert_allclose(steps.obs[499, :, :3], obs[:, :3], atol=0.02)
+    assert np.array_equal(steps.final_obs[498], steps.obs[498])
+    assert np.array_equal(state.elapsed, [2, 2, 2]) and np.array_equal(state.resets, [2, 2, 2])
+
+
+def test_the_reward_of_a_reset_is_not_seen(opened: Open) -> None:
+    """EnvPool gives one, and it is not zero."""
+    env = opened(Config(env=BUTTON, num_envs=3))
+    taken = actions(env, 501)
+    _, state = start(env)
+    _, steps = step_all(env, state, taken)
+    alone = Alone(BUTTON, int(state.seeds[0]), {"partially_observable": False})
+    for action in taken[:, 0]:
+        alone.step(action)
+    assert alone.reset_rewards[0] != 0
+    assert not np.isin(steps.reward[:, 0], np.asarray(alone.reset_rewards, np.float32)).any()
+
+
+def test_the_goal_of_a_meta_world_task_is_observed(opened: Open) -> None:
+    env = opened(Config(env=BUTTON, num_envs=3))
+    obs, _ = start(env)
+    goals = np.asarray(obs[:, -3:])
+    assert np.all(np.abs(goals[:, 1]) > 0.1), "EnvPool hides the goal by default, as zeros"
+    assert len(np.unique(goals, axis=0)) == 3, "each environment draws its own"
+
+
+def test_images_are_bytes_with_channels_last(opened: Open) -> None:
+    env = opened(Config(env="Pong-v5", num_envs=3))
+    assert env.obs_shape == (84, 84, 4) and env.obs_dtype == np.uint8 and env.num_actions == 6
+    obs, state = start(env)
+    _, steps = step_all(env, state, actions(env, 4))
+    assert obs.dtype == steps.obs.dtype == steps.final_obs.dtype == jnp.uint8
+    assert obs.max() > 100
+
+
+def test_an_actions_scale_reaches_the_simulator(opened: Open) -> None:
+    """HalfCheetah takes doubles and charges 0.1 times their squared sum."""
+    config = Config(env="HalfCheetah-v4", num_envs=3, action_head="gaussian")
+    env = opened(config)
+    head = networks.make_head(config, env)
+    _, state = start(env)
+    full = head.to_env(jnp.full((3, 6), 0.5))
+    _, steps = step_all(env, state, np.asarray(full)[None])
+    still = opened(config)
+    _, state = start(still)
+    _, rest = step_all(still, state, np.zeros((1, 3, 6), np.float32))
+    assert np.asarray(full).max() == 0.5
+    assert np.all(np.abs(steps.reward - rest.reward) > 0.01)
+
+
+def collected(env: environments.Environment, envs: Any, key: jax.Array, length: int) -> Any:
+    """Acts by a policy that reads the observation; the environments after, and the steps."""
+    head = networks.make_head(Config(env=env.name, num_bins=5), env)
+
+    def policy(obs: jax.Array) -> jax.Array:
+        flat = obs.reshape(len(obs), -1)[:, :5].astype(jnp.float32)
+        logits = jnp.resize(flat, (len(obs), head.num_tokens, head.output_width))
+        return jnp.sin(3 * logits)
+
+    collect = functools.partial(rollout.collect, env, head, policy, length=length)
+    return jax.jit(lambda envs: collect(envs, key)[:2])(envs)
+
+
+def restored(
+    env: environments.Environment, envs: rollout.EnvStates
+) -> tuple[rollout.EnvStates, int]:
+    """One run's environments put into newly opened pools, as from a checkpoint."""
+    stored = jax.tree.map(lambda x: np.asarray(x)[None], envs)
+    state, begun = rollout.restore(env, stored)
+    return jax.tree.map(lambda x: jnp.asarray(x[0]), state), begun
+
+
+# Meta-World at the end of an episode and within one, and one of each family that can be replayed.
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("MetaWorld/BoxClose-v3", 500), (BUTTON, 330), ("Hopper-v4", 90), ("HopperHop-v1", 70),
+     ("Breakout-v5", 40)],
+)  # fmt: skip
+def test_restored_environments_continue_bit_identically(
+    name: str, length: int, opened: Open
+) -> None:
+    config = Config(env=name, num_envs=2)
+    env = opened(config)
+    assert environments.resume_gap(env) is None
+    envs = jax.jit(lambda: rollout.reset(env, KEY, 2))()
+    for i in range(2):
+        envs, _ = collected(env, envs, jax.random.key(i), length)
+    expected = collected(env, envs, jax.random.key(2), length)
+
+    again = opened(config)
+    state, begun = restored(again, envs)
+    assert begun == 0
+    found = collected(again, state, jax.random.key(2), length)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_an_environment_that_cannot_be_restored_says_so_and_begins_a_new_episode(
+    opened: Open,
+) -> None:
+    config = Config(env="LunarLander-v3", num_envs=2)
+    env = opened(config)
+    gap = environments.resume_gap(env)
+    assert gap is not None and "LunarLander-v3" in gap and "\n" not in gap
+    envs = jax.jit(lambda: rollout.reset(env, KEY, 2))()
+    envs, _ = collected(env, envs, jax.random.key(0), 30)
+    assert np.all(envs.state.elapsed == 30)
+    again = opened(config)
+    state, begun = restored(again, envs)
+    assert begun == 2
+    assert np.all(state.state.elapsed == 0) and np.all(state.episode_return == 0)
+    _, steps = collected(again, state, jax.random.key(1), 5)
+    assert np.all(np.isfinite(steps.obs)) and np.array_equal(steps.obs[0], state.obs)
+
+
+def test_successful_episodes_are_counted(toy: Any) -> None:
+    """Solved at some step of the episode is solved, and the next episode starts unsolved."""
+    config = Config(env=toy(limit=4, clock=True), num_envs=2)
+    plain = environments.make(config)
+
+    def step(keys: Any, state: Any, action: Any) -> environments.Step:
+        # In the third step of an episode, for the first environment alone.
+        stepped = plain.step(keys, state, action)
+        return stepped._replace(success=(stepped.final_obs[:, 0] == 3) & jnp.array([True, False]))
+
+    env = plain._replace(step=step, reports_success=True)
+    head = networks.make_head(config, env)
+    outputs = jnp.zeros((2, 1, 2))
+    envs = rollout.reset(env, KEY, 2)
+    totals = []
+    for length, solved, successes in [
+        (3, [1, 0], [0, 0]),
+        (1, [0, 0], [1, 0]),
+        (8, [0, 0], [3, 0]),
+    ]:
+        envs, *_ = rollout.collect(env, head, lambda obs: outputs, envs, KEY, length)
+        assert envs.successes is not None
+        assert np.array_equal(envs.successes.solved, np.array(solved, bool))
+        assert np.array_equal(envs.successes.episodes, successes)
+        totals.append(rollout.solved_episodes(envs))
+    assert totals == [0, 1, 3]
+
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec as P
+from gipo_jax import environments, networks, rollout, train
+from gipo_jax.config import Config
+
+config = Config(env="Hopper-v4", num_envs=2)
+closed = environments.make(config)
+head = networks.make_head(config, closed)
+keys = jax.random.split(jax.random.key(5), 4)
+outputs = np.zeros((2, head.num_tokens, head.output_width), np.float32)
+
+def run(env, key):
+    envs = rollout.reset(env, key, 2)
+    return rollout.collect(env, head, lambda obs: outputs, envs, key, 60)[1].final_obs
+
+shared = environments.open_pools(closed, keys, devices=2)
+mesh = Mesh(np.asarray(jax.devices()), ("runs",), axis_types=(AxisType.Auto,))
+some = lambda keys: jax.lax.map(lambda key: run(shared, key), keys)
+side_by_side = jax.jit(jax.shard_map(
+    some, mesh=mesh, in_specs=P("runs"), out_specs=P("runs"), check_vma=False))(keys)
+for key, found in zip(keys, side_by_side):
+    alone = environments.open_pools(closed, key[None])
+    assert np.array_equal(jax.jit(lambda: run(alone, key))(), found)
+print(len(jax.devices()), "devices")
+"""
+
+
+def test_runs_on_two_devices_equal_each_run_alone() -> None:
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env=os.environ | {"XLA_FLAGS": flags},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "2 devices\n"
+
+
+def test_a_run_starts_once_in_its_pool(opened: Open) -> None:
+    env = opened(Config(env="Hopper-v4", num_envs=1))
+    env.reset(KEY, 1)
+    with pytest.raises(Exception, match="PoolError: no environment of Hopper-v4 is left"):
+        env.reset(KEY, 1)
+    with pytest.raises(ConfigError, match="num_envs: 2 is not valid; expected 1"):
+        env.reset(KEY, 2)
+
+
+def test_vmap_over_runs_is_refused_in_one_line(opened: Open) -> None:
+    env = opened(Config(env="Hopper-v4", num_envs=1), jax.random.split(KEY, 2))
+
+    def run(key: jax.Array) -> jax.Array:
+        _, state = env.reset(key, 1)
+        return env.step(key, state, jnp.zeros((1, 3))).obs
+
+    with pytest.raises(ConfigError, match=r"^env: 'Hopper-v4' .* needs lax.map") as error:
+        jax.eval_shape(jax.vmap(run), jax.random.split(KEY, 2))
+    assert "\n" not in str(error.value)
+    assert jax.jit(lambda keys: jax.lax.map(run, keys))(jax.random.split(KEY, 2)).shape == (
+        2,
+        1,
+        11,
+    )
+
+
+def test_closed_pools_have_shapes_and_cannot_run() -> None:
+    env = environments.make(Config(env=BUTTON, num_envs=2))
+    obs, state = jax.eval_shape(lambda: env.reset(KEY, 2))
+    action = jnp.zeros((2, 4))
+    stepped = jax.eval_shape(lambda state: env.step(KEY, state, action), state)
+    assert obs.shape == stepped.obs.shape == (2, 39)
+    assert jax.tree.map(lambda x: x.shape, stepped.state) == jax.tree.map(lambda x: x.shape, state)
+    with pytest.raises(Exception, match="PoolError: MetaWorld/ButtonPress-v3 has no pools"):
+        env.reset(KEY, 2)
+
+
+def test_evaluation_in_a_simulator_is_refused() -> None:
+    config = Config(env=BUTTON)
+    env = environments.make(config)
+    with pytest.raises(ConfigError, match=r"^eval_episodes: 10 is not valid; expected 0, because"):
+        rollout.evaluate(env, networks.make_head(config, env), lambda obs: obs, KEY, 10)
+
+
+def test_programs_with_simulators_stay_out_of_the_compilation_cache(
+    opened: Open, tmp_path: Path
+) -> None:
+    env = opened(Config(env="Hopper-v4", num_envs=1))
+    _, state = start(env, 1)
+
+    def compile() -> None:
+        step = jax.jit(lambda state: env.step(KEY, state, jnp.zeros((1, 3))))
+        step.lower(state).compile()
+
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        compilation_cache.reset_cache()
+        with environments.uncached(env):
+            compile()
+        assert not list(tmp_path.iterdir())
+        compile()
+        assert list(tmp_path.iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("MetaWorld/ButonPress-v3", "such as MetaWorld/ButtonPress-v3"),
+        ("Chess-v1", "one player"),
+        ("BabyAI-UnlockPickup-v0", "Box or Discrete observations, or a Dict of Box ones"),
+    ],
+)
+def test_environments_that_cannot_be_used_are_refused_in_one_line(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^env: '{name}' is not valid") as error:
+        environments.make(Config(env=name))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ConfigError, match=r"^env: .* on an accelerator"):
+        environments.make(Config(env=BUTTON))
+
+
+def test_a_name_that_both_libraries_have_is_gymnaxs() -> None:
+    assert "CartPole-v1" in (envpool_env.names() or [])
+    assert not environments.make(Config(env="CartPole-v1")).host
+
+
+SMALL = Config(
+    env="Hopper-v4", num_envs=2, rollout_length=50, batch_size=50, total_steps=400, num_logs=2,
+    max_buffer_size=200,
+)  # fmt: skip
+
+
+def test_a_run_in_a_simulator_trains_inside_one_program() -> None:
+    env = train.open_env(SMALL, [3, 4])
+    runs, _ = train.grid(SMALL, seed=[3, 4], buffer_size=200)
+    _, both = jax.jit(lambda runs: jax.lax.map(train.make_train(SMALL, env), runs))(runs)
+    environments.close_pools(env)
+    assert np.all(both["episodes"] > 0) and "eval_return" not in both
+    env = train.open_env(SMALL, [4])
+    _, alone = jax.jit(train.make_train(SMALL, env))(train.select(runs, 1))
+    environments.close_pools(env)
+    for name, values in alone.items():
+        np.testing.assert_array_equal(values, both[name][1], err_msg=name)
+
+
+def test_evaluation_of_a_run_in_a_simulator_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^eval_episodes: 2 is not valid; expected 0, because"):
+        train.make(dataclasses.replace(SMALL, eval_episodes=2))
+
+
+def test_the_success_rate_of_meta_world_is_reported() -> None:
+    config = dataclasses.replace(
+        SMALL, env=BUTTON, num_envs=1, rollout_length=500, batch_size=500, total_steps=1000,
+        max_buffer_size=500, hidden_sizes=(4,),
+    )  # fmt: skip
+    env = train.open_env(config, [0])
+    hparams = train.make_hparams(config, buffer_size=500)
+    _, metrics = jax.jit(train.make_train(config, env))(hparams)
+    environments.close_pools(env)
+    assert np.array_equal(metrics["episodes"], [1, 1])
+    assert np.all((metrics["success_rate"] == 0) | (metrics["success_rate"] == 1))
