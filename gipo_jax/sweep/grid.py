@@ -109,6 +109,11 @@ def env_name(env: Any) -> str:
     return env if isinstance(env, str) else str(env.name)
 
 
+def objective_name(objective: Any) -> str:
+    """Name of an objective given by name or as a function."""
+    return objectives.spec(objective).name
+
+
 def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Runs as JSON: one entry for each static configuration, with the settings of its runs."""
     groups: dict[Config, dict[str, Any]] = {}

@@ -10,26 +10,26 @@ EXIT_CODES = {"SIGTERM": 75, "SIGINT": 130}
 
 
 class Interrupted(RuntimeError):  # noqa: N818 - the name says what happened, not a fault
-    """A sweep stopped on request after saving. The message is one line and says how to go on.
+    """A sweep stopped and can go on. The message is one line and says how.
 
     Attributes:
         exit_code: what a command should exit with.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = EXIT_CODES.get(reason, 1)
+        self.exit_code = exit_code
 
 
 class Interrupts:
     """While entered, takes SIGTERM and the first SIGINT down instead of dying of them.
 
     Attributes:
-        received: name of the signal that came, or None.
+        received: number of the signal that came, or 0.
     """
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.received = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -49,6 +49,6 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self.received = number
         # A second Ctrl-C means now.
         signal.signal(number, self._previous[signal.Signals(number)])

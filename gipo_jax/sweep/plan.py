@@ -13,6 +13,7 @@ from gipo_jax import train
 from gipo_jax.config import ConfigError, HParams
 from gipo_jax.sweep import program
 from gipo_jax.sweep.grid import Run, env_name
+from gipo_jax.sweep.options import Options
 from gipo_jax.sweep.program import Layout
 
 USABLE = 0.9
@@ -58,6 +59,24 @@ class Group(NamedTuple):
     runs: tuple[int, ...]
     hparams: tuple[HParams, ...]
     memory: Memory
+
+    def settings(self, run: int) -> HParams:
+        """Settings of a run by its index in the sweep."""
+        return self.hparams[self.runs.index(run)]
+
+
+class Part(NamedTuple):
+    """Runs that go through the program together.
+
+    Attributes:
+        runs: their indices in the sweep.
+        point: logged points already made.
+        state: their stored states; None at the start.
+    """
+
+    runs: tuple[int, ...]
+    point: int
+    state: Any | None
 
 
 class Slices(NamedTuple):
@@ -140,17 +159,15 @@ def needed(memory: Memory, layout: Layout) -> int:
 
 def slices(
     group: Group,
-    runs: Sequence[int],
     mode: str,
     lanes: int | None,
     devices: Sequence[jax.Device],
     limit: int | None,
 ) -> Slices:
-    """Cuts runs of a group into the fewest parts that fit in memory.
+    """Cuts a group into the fewest parts that fit in memory.
 
     Args:
         group: the group.
-        runs: the runs of it to lay out, as indices in the sweep.
         mode: batch mode, see ``program.layout``.
         lanes: see ``program.layout``.
         devices: those to use.
@@ -159,6 +176,7 @@ def slices(
     Raises:
         ConfigError: not even one run fits; the message says what would.
     """
+    runs = group.runs
     parts = -(-len(runs) // len(devices)) if mode == "loop" else 1
     while True:
         width = -(-len(runs) // parts)
@@ -170,6 +188,75 @@ def slices(
         if width == 1:
             raise ConfigError("memory_limit", show(limit), _options(group, total, layout, limit))
         parts = -(-len(runs) // (width - 1))
+
+
+def remaining(
+    group: Group, slices: Slices, finished: Sequence[int], started: Sequence[Part]
+) -> list[Part]:
+    """What is left to train of a group, in order.
+
+    Args:
+        group: the group.
+        slices: how it goes through the devices now.
+        finished: runs that are through.
+        started: parts in the middle of training, of all groups.
+    """
+    width = slices.layout.width
+    mine = [part for part in started if part.runs[0] in group.runs]
+    parts = []
+    for part in mine:
+        if len(part.runs) <= width:
+            parts.append(part)
+            continue
+        # The layout has become narrower since.
+        for i in range(0, len(part.runs), width):
+            cut = slice(i, i + width)
+            state = jax.tree.map(lambda x, cut=cut: x[cut], part.state)
+            parts.append(Part(part.runs[cut], part.point, state))
+    taken = {*finished, *(run for part in mine for run in part.runs)}
+    fresh = [tuple(run for run in runs if run not in taken) for runs in slices.parts]
+    return parts + [Part(runs, 0, None) for runs in fresh if runs]
+
+
+def batch_mode(options: Options, algorithm: train.Algorithm, platform: str) -> str:
+    """The batch mode of a group: ``vmap``, ``map`` or ``loop``.
+
+    Args:
+        options: of the sweep.
+        algorithm: of the group. One with ``host_env`` true steps its environments on the host, one
+            run after the other.
+        platform: of the devices.
+
+    Raises:
+        ConfigError: the options do not go with each other or with the algorithm.
+    """
+    mode, on_host = options.batch_mode, getattr(algorithm, "host_env", False)
+    if mode == "auto":
+        mode = "map" if platform == "cpu" or on_host else "vmap"
+    because = f"because {env_name(algorithm.config.env)} is stepped on the host"
+    if on_host and mode == "vmap":
+        raise ConfigError("batch_mode", mode, f"map or loop, {because}")
+    if options.map_lanes is not None and mode != "map":
+        raise ConfigError("map_lanes", options.map_lanes, "left out, or batch mode map")
+    if on_host and (options.map_lanes or 1) > 1:
+        raise ConfigError("map_lanes", options.map_lanes, f"1, {because}")
+    return mode
+
+
+def choose_devices(options: Options) -> list[jax.Device]:
+    """The devices of all processes that a sweep uses, as many of each process.
+
+    Raises:
+        ConfigError: more are asked for than a process has.
+    """
+    count = options.devices
+    if count is None:
+        return jax.devices()
+    if count > jax.local_device_count():
+        valid = f"at most {jax.local_device_count()}, the devices of this process"
+        raise ConfigError("devices", count, valid)
+    processes = range(jax.process_count())
+    return [d for process in processes for d in jax.local_devices(process)[:count]]
 
 
 def _options(group: Group, total: int, layout: Layout, limit: int) -> str:
@@ -189,7 +276,7 @@ def _options(group: Group, total: int, layout: Layout, limit: int) -> str:
 
 
 def memory_limit(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that all devices have together; None where they do not say."""
+    """Bytes that devices of this process have together; None where they do not say."""
     if devices[0].platform == "cpu":
         return _host_memory()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
