@@ -102,7 +102,16 @@ def check(
 
 def start(out: Path, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
     """Starts the sweep with a checkpoint at every logged point."""
-    command = [sys.executable, "-m", "gipo_jax", "sweep", "--out", str(out), "--quiet", "--no-figures"]
+    command = [
+        sys.executable,
+        "-m",
+        "gipo_jax",
+        "sweep",
+        "--out",
+        str(out),
+        "--quiet",
+        "--no-figures",
+    ]
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gipo_jax import train
+from gipo_jax import environments, train
 from gipo_jax.config import ConfigError, HParams
 from gipo_jax.sweep import program
 from gipo_jax.sweep.grid import Run, env_name
@@ -18,6 +18,10 @@ from gipo_jax.sweep.program import Layout
 
 USABLE = 0.9
 """Part of the memory that a plan may take: the rest is for the program itself."""
+
+
+SIMULATOR_BYTES = 20 * 2**20
+"""What an environment outside JAX takes, measured on Meta-World."""
 
 
 class Memory(NamedTuple):
@@ -133,7 +137,10 @@ def measure(algorithm: train.Algorithm, hparams: HParams) -> Memory:
     row = replay / max(config.max_buffer_size or 1, 1)
     activations = 4 * sum(config.hidden_sizes) * config.batch_size * 6
     work = row * (2 * config.block_size + 4 * config.batch_size) + activations + 2 * params
-    return Memory(params, optimizer, replay, size(state) - params - optimizer - replay, int(work))
+    other = size(state) - params - optimizer - replay
+    if algorithm.host:
+        other += config.num_envs * SIMULATOR_BYTES
+    return Memory(params, optimizer, replay, other, int(work))
 
 
 def size(tree: Any) -> int:
@@ -223,17 +230,20 @@ def batch_mode(options: Options, algorithm: train.Algorithm, platform: str) -> s
 
     Args:
         options: of the sweep.
-        algorithm: of the group. One with ``host_env`` true steps its environments on the host, one
+        algorithm: of the group. One with ``host`` true has simulators outside JAX, which step one
             run after the other.
         platform: of the devices.
 
     Raises:
         ConfigError: the options do not go with each other or with the algorithm.
     """
-    mode, on_host = options.batch_mode, getattr(algorithm, "host_env", False)
+    mode, on_host = options.batch_mode, algorithm.host
     if mode == "auto":
-        mode = "map" if platform == "cpu" or on_host else "vmap"
-    because = f"because {env_name(algorithm.config.env)} is stepped on the host"
+        # To resume, simulators replay what they did: only the runs in training with loop.
+        mode = "loop" if on_host else "map" if platform == "cpu" else "vmap"
+    because = f"because {env_name(algorithm.config.env)} is simulated outside JAX"
+    if on_host and jax.process_count() > 1:
+        raise ConfigError("distributed", True, f"one process, {because}")
     if on_host and mode == "vmap":
         raise ConfigError("batch_mode", mode, f"map or loop, {because}")
     if options.map_lanes is not None and mode != "map":
@@ -349,4 +359,7 @@ def lines(group: Group, slices: Slices) -> list[str]:
     if len(slices.parts) > 1 and slices.layout.width > len(slices.layout.devices):
         width = len(slices.parts[0])
         text.append(f"  more than fits at once: {len(slices.parts)} slices of up to {width} runs")
+    gap = environments.resume_gap(group.algorithm.env) if group.algorithm.host else None
+    if gap is not None:
+        text.append(f"  --resume will go on with new episodes: {gap}")
     return text

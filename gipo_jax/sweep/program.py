@@ -1,5 +1,6 @@
 """The compiled program of a group of runs: which runs share a vector lane, a loop, a device."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gipo_jax import config
+from gipo_jax import config, environments, rollout
 from gipo_jax.config import HParams
 from gipo_jax.train import Algorithm, Metrics, TrainState
 
@@ -84,7 +85,10 @@ class Program:
         train_and_log_traced: the traced ``state, hparams, start, stop -> state, metrics``.
         state: shapes, types and places of the state.
         metrics: names of the metrics of a logged point.
+        new_episodes: simulators outside JAX that could not go on where they were.
     """
+
+    new_episodes = 0
 
     def __init__(self, algorithm: Algorithm, layout: Layout, example: HParams) -> None:
         """Traces the program: errors in an objective or environment come up here.
@@ -95,6 +99,7 @@ class Program:
             example: settings of any of them.
         """
         self.layout = layout
+        self._simulated = algorithm.env if algorithm.host else None
         mesh = Mesh(np.asarray(layout.devices), ("runs",), axis_types=(AxisType.Auto,))
         self._sharding = NamedSharding(mesh, P("runs"))
         share = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
@@ -132,13 +137,25 @@ class Program:
         # What came from a file may lie in memory that is not JAX's to reuse; the first states do.
         fill_shared = share(fill, in_specs=(runs, runs, runs), out_specs=runs)
         self._fill = jax.jit(fill_shared, donate_argnums=1)
+        self._copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
         self._init: Any = None
         self._train_and_log: Any = None
 
     def compile(self) -> None:
         """Compiles both functions, once."""
-        self._init = self.init_traced.lower().compile()
-        self._train_and_log = self.train_and_log_traced.lower().compile()
+        simulated = self._simulated
+        with environments.uncached(simulated) if simulated else contextlib.nullcontext():
+            self._init = self.init_traced.lower().compile()
+            self._train_and_log = self.train_and_log_traced.lower().compile()
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._train_and_log is not None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether environments are simulated outside JAX."""
+        return self._simulated is not None
 
     def place(self, hparams: Sequence[HParams]) -> HParams:
         """Settings of at most ``layout.width`` runs on the devices."""
@@ -162,12 +179,17 @@ class Program:
             stored: arrays ``[width, ...]`` on the devices, NumPy arrays ``[runs, ...]``, or None.
             runs: number of runs; what lies beyond is not used.
         """
-        first = self.init(hparams)
         if stored is None:
-            return first
+            return self.init(hparams)
         if not isinstance(stored.diverged_at, jax.Array):
             last = np.minimum(np.arange(self.layout.width), runs - 1)
-            stored = self._place(jax.tree.map(lambda x: x[last], stored))
+            stored = jax.tree.map(lambda x: x[last], stored)
+            if self._simulated is not None:
+                # First states would use up the simulators that these go on with.
+                envs, self.new_episodes = rollout.restore(self._simulated, stored.envs)
+                return self._copy(self._place(stored._replace(envs=envs)))
+            stored = self._place(stored)
+        first = self.init(hparams)
         return self._fill(stored, first, self._place(np.arange(self.layout.width) < runs))
 
     def train_and_log(

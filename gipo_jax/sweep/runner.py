@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gipo_jax import train
+from gipo_jax import environments, train
 from gipo_jax.config import ConfigError, check_fields
 from gipo_jax.sweep import cluster, grid, logs, plan, results
 from gipo_jax.sweep.folder import Folder
@@ -113,38 +113,63 @@ def _train(
         for task in tasks:
             for line in plan.lines(task.group, task.slices):
                 reporter.say(line)
-        for group, _, program, parts in tasks:
+        for task in tasks:
+            group, stops = task.group, [0, *train.log_boundaries(task.group.algorithm.config)]
+            while task.parts:
+                part = folder.take_up(task.parts.pop(0))
+                with _compiled(task, part.runs, reporter) as program:
+                    hparams = program.place([group.settings(run) for run in part.runs])
+                    state = program.start(hparams, part.state, len(part.runs))
+                    part = part._replace(state=None)
+                    if program.new_episodes:
+                        reporter.say(f"{program.new_episodes} environments began a new episode")
+                    _save_or_stop(folder, interrupts, options, part._replace(state=state))
+                    for point in range(part.point, len(stops) - 1):
+                        start, stop = stops[point], stops[point + 1]
+                        began = time.monotonic()
+                        state, metrics, diverged_at = program.train_and_log(
+                            state, hparams, start, stop
+                        )
+                        seconds = time.monotonic() - began
+                        dispatcher.send(folder.add(group, part.runs, stop, metrics))
+                        for run in folder.add_diverged(part.runs, diverged_at):
+                            reporter.say(f"{runs[run].name}: diverged")
+                        block = group.algorithm.config.block_size
+                        steps = (stop - start) * block * len(part.runs)
+                        env, medians = _medians(runs, folder, group)
+                        reporter.advance(steps, seconds, group.name, env, medians)
+                        training = None
+                        if stop < stops[-1]:
+                            training = Part(part.runs, point + 1, state)
+                        else:
+                            folder.finish(part.runs, state)
+                        _save_or_stop(folder, interrupts, options, training)
+                    # The next part needs the memory.
+                    del state
+        folder.close()
+
+
+@contextlib.contextmanager
+def _compiled(task: _Task, runs: Sequence[int], reporter: Reporter) -> Iterator[Program]:
+    """The program of a task, compiled once; with simulators outside JAX, one for these runs."""
+    group, layout, program = task.group, task.slices.layout, task.program
+    env = None
+    if group.algorithm.host:
+        seeds = [int(group.settings(run).seed) for run in runs]
+        seeds += [seeds[-1]] * (layout.width - len(seeds))
+        config = group.algorithm.config
+        env = train.open_env(config, seeds, len(layout.devices))
+        program = Program(train.make(config, env), layout, group.hparams[0])
+    try:
+        if not program.is_compiled:
             reporter.say(f"{group.name}: compiling")
             began = time.monotonic()
             program.compile()
             reporter.say(f"{group.name}: compiled in {time.monotonic() - began:.1f} s")
-            stops = [0, *train.log_boundaries(group.algorithm.config)]
-            while parts:
-                part = folder.take_up(parts.pop(0))
-                hparams = program.place([group.settings(run) for run in part.runs])
-                state = program.start(hparams, part.state, len(part.runs))
-                part = part._replace(state=None)
-                _save_or_stop(folder, interrupts, options, part._replace(state=state))
-                for point in range(part.point, len(stops) - 1):
-                    start, stop = stops[point], stops[point + 1]
-                    began = time.monotonic()
-                    state, metrics, diverged_at = program.train_and_log(state, hparams, start, stop)
-                    seconds = time.monotonic() - began
-                    dispatcher.send(folder.add(group, part.runs, stop, metrics))
-                    for run in folder.add_diverged(part.runs, diverged_at):
-                        reporter.say(f"{runs[run].name}: diverged")
-                    steps = (stop - start) * group.algorithm.config.block_size * len(part.runs)
-                    env, medians = _medians(runs, folder, group)
-                    reporter.advance(steps, seconds, group.name, env, medians)
-                    training = None
-                    if stop < stops[-1]:
-                        training = Part(part.runs, point + 1, state)
-                    else:
-                        folder.finish(part.runs, state)
-                    _save_or_stop(folder, interrupts, options, training)
-                # The next part needs the memory.
-                del state
-        folder.close()
+        yield program
+    finally:
+        if env is not None:
+            environments.close_pools(env)
 
 
 def _prepare(
@@ -230,7 +255,8 @@ def _load_states(folder: Folder, tasks: Sequence[_Task]) -> None:
     for index, part in enumerate(folder.progress.started):
         program = programs[part.runs[0]]
         wide = len(part.runs) > program.layout.width
-        like.append(program.on_host(len(part.runs)) if index > 0 or wide else program.state)
+        on_host = index > 0 or wide or program.simulated
+        like.append(program.on_host(len(part.runs)) if on_host else program.state)
     folder.load_states(like)
 
 
