@@ -136,6 +136,14 @@ def _add_sweep(commands: Any) -> None:
     parser.add_argument(
         "--no-figures", action="store_true", help="draw no figures into DIR/figures at the end"
     )
+    from gipo_jax.protocols import PROTOCOLS
+
+    named = "; ".join(f"{name}: {protocol.summary}" for name, protocol in PROTOCOLS.items())
+    parser.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help=f"settings of a published experiment; options given beside it win. {named}",
+    )
     parser.add_argument("--seeds", type=_integer, metavar="N", help="number of seeds (default: 1)")
     parser.add_argument("--seed-offset", type=_integer, metavar="N", help="first seed (default: 0)")
     static = parser.add_argument_group("static settings: each combination is a program of its own")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gipo_jax import objectives, train
+from gipo_jax import objectives, protocols, train
 from gipo_jax.config import Config, ConfigError, HParams
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
@@ -42,6 +42,7 @@ def expand(
     seeds: int = 1,
     seed_offset: int = 0,
     objective_args: Mapping[str, Any] | None = None,
+    protocol: str | None = None,
     **settings: Any,
 ) -> list[Run]:
     """All combinations of settings, each once.
@@ -50,6 +51,8 @@ def expand(
         seeds: number of seeds, >= 1: ``seed_offset .. seed_offset + seeds - 1``.
         seed_offset: first seed, >= 0.
         objective_args: parameters of objectives; each goes to the objectives that have it.
+        protocol: settings of a published experiment by one name, see ``protocols``; ``settings``
+            win over them.
         settings: fields of ``Config`` and ``HParams``, and parameters of objectives where no field
             has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple).
 
@@ -66,6 +69,8 @@ def expand(
         raise ConfigError("seed_offset", seed_offset, f"an integer in [0, {top}]")
     if "seed" in settings:
         raise ConfigError("seed", settings["seed"], "left out: give seeds and seed_offset")
+    if protocol is not None:
+        settings = protocols.settings(protocol) | settings
     static = {k: _values(k, v) for k, v in settings.items() if k in CONFIG_FIELDS}
     traced = {k: _values(k, v) for k, v in settings.items() if k in HPARAM_FIELDS}
     own = {k: v for k, v in settings.items() if k not in static and k not in traced}
