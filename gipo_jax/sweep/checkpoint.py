@@ -40,14 +40,12 @@ class CheckpointError(ResultsError):
 
 
 def save(directory: Path, number: int, progress: dict[str, Any], state: Any | None) -> Path:
-    """Writes a checkpoint next to earlier ones, of which the newest but one is dropped.
-
-    All processes call it with the same arguments.
+    """Writes a checkpoint next to the newest one; all processes call it with the same arguments.
 
     Args:
         directory: folder of checkpoints.
         number: of this one, higher than that of the newest.
-        progress: JSON-serialisable.
+        progress: JSON-serialisable; that of process 0 counts.
         state: pytree of arrays, or None.
 
     Raises:
@@ -81,11 +79,7 @@ def save(directory: Path, number: int, progress: dict[str, Any], state: Any | No
 
 
 def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
-    """Number of the newest checkpoint that is whole; None when none was ever completed.
-
-    Args:
-        directory: folder of checkpoints.
-        warn: called with one line for each damaged checkpoint passed over.
+    """Number of the newest whole checkpoint, if any; ``warn`` gets a line for each damaged one.
 
     Raises:
         CheckpointError: all are damaged.
@@ -105,11 +99,7 @@ def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """The progress that a whole checkpoint holds.
-
-    Raises:
-        CheckpointError: it is of another version.
-    """
+    """The progress in a whole checkpoint. Raises CheckpointError where it is of another version."""
     stored = json.loads((path / _PROGRESS).read_text())
     if stored["format"] != FORMAT:
         raise CheckpointError(
@@ -127,7 +117,7 @@ def write_arrays(path: Path, tree: Any) -> None:
     """
     try:
         with _orbax():
-            ocp.save(path.absolute(), {name: _plain(leaf) for name, leaf in _named(tree).items()})
+            ocp.save(path.absolute(), {n: _to_save(leaf) for n, leaf in _named(tree).items()})
     except ValueError as error:
         # What the file system said is at the end of a long text.
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -227,6 +217,13 @@ def _plain(leaf: Any) -> Any:
     """An array, or the words of a key."""
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf
+
+
+def _to_save(leaf: Any) -> Any:
+    plain = _plain(leaf)
+    # Of several processes, Orbax takes arrays of all or of NumPy.
+    on_host = jax.process_count() > 1 and getattr(plain, "is_fully_addressable", False)
+    return np.asarray(plain) if on_host else plain
 
 
 def _plain_shape(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import sys
 import time
 import zlib
@@ -80,12 +79,7 @@ def gather(*values: float) -> np.ndarray:
 
 
 def in_all(function: Callable[[], T]) -> T:
-    """Calls a function in every process; where it raises in one, no process goes on.
-
-    Raises:
-        ConfigError: it raised in another process.
-        Exception: what it raised in this one.
-    """
+    """Calls a function in every process; where it raises in one, ConfigError in all others."""
     error, result = None, None
     try:
         result = function()
@@ -101,19 +95,9 @@ def in_all(function: Callable[[], T]) -> T:
 
 
 def check_same(what: str, text: str) -> None:
-    """Checks that a text is the same in all processes.
-
-    Raises:
-        ConfigError: it is not; ``what`` says what it describes.
-    """
+    """Raises ConfigError where a text, which describes ``what``, differs between processes."""
     if np.ptp(gather(zlib.crc32(text.encode()))):
         raise ConfigError("distributed", True, f"the same {what} in all processes")
-
-
-def processes_on_this_host() -> int:
-    """Processes of the cluster that share this one's host."""
-    hosts = gather(zlib.crc32(socket.gethostname().encode()))[:, 0]
-    return int(np.sum(hosts == hosts[jax.process_index()]))
 
 
 def is_lost(error: BaseException | None) -> bool:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -52,29 +52,28 @@ class Folder:
     """The folder of a sweep.
 
     Attributes:
-        directory: where it is.
         progress: how far the sweep is.
-        returns: of every run so far; in process 0 only.
+        checkpoints: folder of its checkpoints.
+        encoded: the runs as JSON.
+        settings: every setting of each run by name.
+        latest: newest training return of each run since ``open``, where there is one.
     """
 
     def __init__(self, directory: Path, runs: Sequence[Run], resume: bool) -> None:
-        """Checks that the folder can take the sweep; touches nothing.
-
-        Args:
-            directory: where it is.
-            runs: of the sweep.
-            resume: whether the folder holds this sweep already, or no sweep.
+        """Checks that the folder can take the sweep, or holds it already; touches nothing.
 
         Raises:
             ConfigError: it holds another sweep, holds none to resume, or cannot be written to.
             ResultsError: it is of another version.
         """
         results.check_directory(directory, resume)
-        self.directory, self.progress, self.returns = directory, Progress(), Returns()
+        self.directory, self.progress = directory, Progress()
+        self.latest: dict[int, float] = {}
         self.encoded = json.loads(json.dumps(grid.encode(runs)))
         self._runs, self._resume = runs, resume
-        self._settings = [grid.described(run) for run in runs]
-        self._file: MetricsFile | None = None
+        self.settings = [grid.described(run) for run in runs]
+        self.checkpoints = directory / results.CHECKPOINTS
+        self._file: IO[bytes] | None = None
         self._changed = False
         if resume:
             found = grid.difference(results.read_config(directory)["groups"], self.encoded)
@@ -82,113 +81,75 @@ class Folder:
                 name, before, now = found
                 raise ConfigError(name, now, f"{before!r}, as in the sweep that {directory} holds")
 
-    def newest_checkpoint(self) -> int:
-        """Number of the newest checkpoint that is whole, 0 where there is none.
-
-        Raises:
-            checkpoint.CheckpointError: all are damaged.
-        """
-
-        def warn(text: str) -> None:
-            print(text, file=sys.stderr)
-
-        return checkpoint.newest(self._checkpoints, warn) or 0 if self._resume else 0
-
     def load(self, number: int) -> None:
-        """Takes over the progress of a checkpoint; the states of started parts stay where they are.
-
-        Args:
-            number: of the checkpoint, 0 for none.
-
-        Raises:
-            checkpoint.CheckpointError: it is of another version.
-        """
+        """Takes over the progress of a checkpoint, 0 for none, but not yet states of its parts."""
         if number:
-            stored = checkpoint.read_progress(self._checkpoints / f"{number:08d}")
+            stored = checkpoint.read_progress(self.checkpoints / f"{number:08d}")
+            started = stored["started"]
             self.progress = Progress(
                 number,
                 stored["finished"],
                 {int(run): iteration for run, iteration in stored["diverged"].items()},
-                [Part(tuple(part["runs"]), part["point"], None) for part in stored["started"]],
+                [Part(tuple(part["runs"]), part["point"], None) for part in started],
                 stored["metrics_bytes"],
             )
 
-    def load_states(self, like: Sequence[Any]) -> None:
-        """Reads the states of the started parts; all processes call it together.
-
-        Args:
-            like: shapes, types and places of each, see ``checkpoint.read_arrays``.
-
-        Raises:
-            checkpoint.CheckpointError: they cannot be read or do not fit.
-        """
+    def load_states(self, like: list[Any]) -> None:
+        """Reads the states of the started parts, for ``like`` see ``checkpoint.read_arrays``."""
         if like:
-            path = self._checkpoints / f"{self.progress.number:08d}" / checkpoint.ARRAYS
-            states = checkpoint.read_arrays(path, list(like))
-            self.progress.started = [
-                part._replace(state=state)
-                for part, state in zip(self.progress.started, states, strict=True)
-            ]
+            path = self.checkpoints / f"{self.progress.number:08d}" / checkpoint.ARRAYS
+            pairs = zip(self.progress.started, checkpoint.read_arrays(path, like), strict=True)
+            self.progress.started = [part._replace(state=state) for part, state in pairs]
 
     def open(self, metrics: Sequence[str], options: Mapping[str, Any]) -> None:
-        """Begins to write.
-
-        Args:
-            metrics: names of the metrics of a logged point.
-            options: how the sweep is executed, for the record.
-        """
+        """Begins to write tables with these metrics; options are for the record."""
         self._saved_at = time.monotonic()
         if not cluster.is_first():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        columns = list(dict.fromkeys(["run", "iteration", "env_steps", *metrics]))
+        self._columns = list(dict.fromkeys(["run", "iteration", "env_steps", *metrics]))
         here: dict[str, Any] = {
             "command": shlex.join(sys.argv),
             "provenance": provenance.describe(),
             "options": options,
         }
         if not self._resume:
-            config = {"format": results.FORMAT, **here, "resumed": [], "metrics": columns}
+            config = {"format": results.FORMAT, **here, "resumed": [], "metrics": self._columns}
             config |= {"groups": self.encoded}
         else:
             config = results.read_config(self.directory)
-            columns = config["metrics"]
+            self._columns = config["metrics"]
             # Where versions or devices changed, numbers may have too.
             if here["provenance"] != [config, *config["resumed"]][-1]["provenance"]:
                 config["resumed"].append(here)
         write_atomic(self.directory / results.CONFIG, json.dumps(config, indent=1) + "\n")
-        path = self.directory / results.METRICS
-        self._file = MetricsFile(path, columns, self.progress.metrics_bytes)
-        self.returns.load(path)
+        self._open_metrics(self.directory / results.METRICS, self.progress.metrics_bytes)
         self._write_runs()
 
+    def _open_metrics(self, path: Path, size: int | None) -> None:
+        """Opens metrics.csv to append to its first ``size`` bytes; None begins it anew."""
+        if size is None:
+            write_atomic(path, ",".join(self._columns) + "\n")
+        elif path.stat().st_size < size:
+            raise ResultsError(f"{path} is shorter than its checkpoint says; it was changed")
+        else:
+            os.truncate(path, size)
+        self._file = path.open("ab")
+
     def add(
-        self,
-        group: Group,
-        runs: Sequence[int],
-        iteration: int,
-        metrics: Mapping[str, np.ndarray],
+        self, group: Group, runs: Sequence[int], iteration: int, metrics: Mapping[str, np.ndarray]
     ) -> list[dict[str, Any]]:
-        """Writes a logged point of some runs of a group.
-
-        Args:
-            group: the group.
-            runs: their indices.
-            iteration: iterations made.
-            metrics: ``[width]`` by name.
-
-        Returns:
-            the rows written.
-        """
+        """Writes a logged point of some runs, metrics ``[width]`` by name; returns the rows."""
         at = {"iteration": iteration, "env_steps": iteration * group.algorithm.config.block_size}
         rows = [
             {"run": run} | at | {name: values[lane] for name, values in metrics.items()}
             for lane, run in enumerate(runs)
         ]
         self._changed = True
+        self.latest |= {row["run"]: float(row.get("episode_return", math.nan)) for row in rows}
         if self._file is not None:
-            self._file.add(rows)
-            self.returns.add(rows)
+            self._file.write(_csv(self._columns, rows).encode())
+            self._file.flush()
         return rows
 
     def add_diverged(self, runs: Sequence[int], diverged_at: np.ndarray) -> list[int]:
@@ -204,7 +165,7 @@ class Folder:
         return part
 
     def finish(self, runs: Sequence[int], state: Any) -> None:
-        """Writes the final parameters of runs; all processes call it together."""
+        """Writes the final parameters of runs."""
         folder = self.directory / results.PARAMS
         temporary = folder / f"{runs[0]:06d}.tmp"
         if cluster.is_first():
@@ -224,15 +185,12 @@ class Folder:
         return time.monotonic() - self._saved_at if self._changed else -1.0
 
     def save(self, training: Part | None = None) -> None:
-        """Makes a checkpoint of everything; all processes call it together.
-
-        Args:
-            training: the part that is in training, with its state.
-        """
+        """Makes a checkpoint of everything, with the state of the part that is in training."""
         progress = self.progress
         parts = ([training] if training is not None else []) + progress.started
         if self._file is not None:
-            progress.metrics_bytes = self._file.sync()
+            os.fsync(self._file.fileno())
+            progress.metrics_bytes = self._file.tell()
         progress.number += 1
         stored = {
             "finished": progress.finished,
@@ -241,41 +199,39 @@ class Folder:
             "started": [{"runs": part.runs, "point": part.point} for part in parts],
         }
         states = [part.state for part in parts]
-        checkpoint.save(self._checkpoints, progress.number, stored, states or None)
+        checkpoint.save(self.checkpoints, progress.number, stored, states or None)
         self._saved_at, self._changed = time.monotonic(), False
         if self._file is not None:
             self._write_runs()
 
     def close(self) -> None:
-        """Saves, and sorts metrics.csv by run: in whatever order runs were trained."""
+        """Saves, and sorts metrics.csv by run, in whatever order runs were trained."""
         self.save()
         if self._file is not None:
-            self._file.sort()
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.directory / results.CHECKPOINTS
+            self._file.close()
+            path = self.directory / results.METRICS
+            header, *rows = path.read_text().splitlines(keepends=True)
+            rows.sort(key=lambda row: [int(cell) for cell in row.split(",", 2)[:2]])
+            write_atomic(path, header + "".join(rows))
 
     def _write_runs(self) -> None:
-        finished = set(self.progress.finished)
+        finished, diverged = set(self.progress.finished), self.progress.diverged
+        iterations = [run.config.num_iterations for run in self._runs]
         rows = []
-        for index, (run, settings) in enumerate(zip(self._runs, self._settings, strict=True)):
-            summary = self.returns.summary(index, run.config.num_iterations)
-            status = (
-                "done" if index in finished else "running" if summary["env_steps"] else "waiting"
-            )
-            diverged = self.progress.diverged.get(index)
-            rows.append(
-                settings
-                | {"run": index, "status": status if diverged is None else "diverged"}
-                | {"diverged_step": diverged and diverged * run.config.block_size}
-                | summary
-            )
-        text = table_text(run_columns(self._settings), rows)
+        for run, summary in enumerate(_summaries(self.directory / results.METRICS, iterations)):
+            status = "running" if summary["env_steps"] else "waiting"
+            row = self.settings[run] | summary
+            row |= {"run": run, "status": "done" if run in finished else status}
+            if run in diverged:
+                step = diverged[run] * self._runs[run].config.block_size
+                row |= {"status": "diverged", "diverged_step": step}
+            rows.append(row)
+        columns = _run_columns(self.settings)
+        text = ",".join(columns) + "\n" + _csv(columns, rows)
         write_atomic(self.directory / results.RUNS, text)
 
 
-def number(value: Any) -> str:
+def _cell(value: Any) -> str:
     """A cell: float32 in the shortest form that reads back as the same float32; NaN is empty."""
     if value is None:
         return ""
@@ -284,116 +240,39 @@ def number(value: Any) -> str:
     return str(value)
 
 
-class MetricsFile:
-    """Appends rows to metrics.csv, and knows how many bytes of it a checkpoint covers."""
-
-    def __init__(self, path: Path, columns: Sequence[str], size: int | None) -> None:
-        """Opens the file.
-
-        Args:
-            path: the file.
-            columns: names, of which the first are ``run``, ``iteration`` and ``env_steps``.
-            size: bytes to keep of what is there; None starts anew.
-
-        Raises:
-            ResultsError: the file is shorter than ``size``.
-        """
-        self.columns, self._path = list(columns), path
-        self._file = path.open("r+b" if size is not None else "w+b")
-        if size is None:
-            self._append(",".join(self.columns) + "\n")
-        else:
-            if self._file.seek(0, os.SEEK_END) < size:
-                raise ResultsError(f"{path} is shorter than its checkpoint says; it was changed")
-            self._file.truncate(size)
-            self._file.seek(size)
-
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes rows, one dictionary each; columns a row lacks stay empty."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        for row in rows:
-            writer.writerow([number(row.get(name)) for name in self.columns])
-        self._append(text.getvalue())
-
-    def sync(self) -> int:
-        """Forces rows to disk and returns the size of the file in bytes."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
-
-    def sort(self) -> None:
-        """Sorts rows by run and iteration, and closes the file."""
-        self._file.close()
-        header, *rows = self._path.read_text().splitlines(keepends=True)
-        rows.sort(key=lambda row: [int(cell) for cell in row.split(",", 2)[:2]])
-        write_atomic(self._path, header + "".join(rows))
-
-    def _append(self, text: str) -> None:
-        self._file.write(text.encode())
-        self._file.flush()
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Lines of a CSV table; columns that a row lacks stay empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
+    return text.getvalue()
 
 
-class Returns:
-    """Returns of every run so far, for the summary in runs.csv."""
-
-    columns = ("run", "iteration", "env_steps", "episode_return", "episodes", "eval_return")
-
-    def __init__(self) -> None:
-        self._points: dict[int, list[tuple[float, ...]]] = {}
-
-    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        for row in rows:
-            point = tuple(float(row.get(name, math.nan)) for name in self.columns[1:])
-            self._points.setdefault(int(row["run"]), []).append(point)
-
-    def load(self, path: Path) -> None:
-        """Takes in the rows of an existing metrics.csv."""
-        table = pd.read_csv(path)
-        present = [name for name in self.columns if name in table]
-        single = table[present].astype(dict.fromkeys(present[3:], np.float32))
-        self.add(dict(zip(present, row, strict=True)) for row in single.itertuples(index=False))
-
-    def summary(self, run: int, num_iterations: int) -> dict[str, float]:
-        """``env_steps``, ``final_return`` and ``eval_return`` of a run.
-
-        ``final_return`` is the mean training return of the episodes that ended in the last logged
-        points, as many as cover at least a tenth of training; NaN when none ended there.
-        ``eval_return`` is that of the last point.
-        """
-        points = self._points.get(run, [])
-        if not points:
-            return {"env_steps": 0, "final_return": math.nan, "eval_return": math.nan}
-        late = [p for p in points if 10 * p[0] > 9 * num_iterations and p[3] > 0]
-        episodes = sum(p[3] for p in late)
-        final = sum(p[2] * p[3] for p in late) / episodes if episodes else math.nan
-        return {
-            "env_steps": int(points[-1][1]),
-            "final_return": final,
-            "eval_return": points[-1][4],
-        }
-
-    def latest(self, runs: Iterable[int]) -> list[float]:
-        """Newest training returns of runs, where there is one."""
-        values = (self._points[run][-1][2] for run in runs if run in self._points)
-        return [value for value in values if not math.isnan(value)]
-
-
-def run_columns(described: Sequence[Mapping[str, Any]]) -> list[str]:
+def _run_columns(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Columns of runs.csv: those always there, then other settings that differ between runs."""
-    values: dict[str, set[Any]] = {}
-    for settings in described:
-        for name, value in settings.items():
-            values.setdefault(name, set()).add(value)
-    varying = [name for name, found in values.items() if len(found) > 1]
+    names = dict.fromkeys(name for run in settings for name in run)
+    varying = [n for n in names if len({run[n] for run in settings if n in run}) > 1]
     first = ("run", "env", "objective", "sigma", "sigma_neg_ratio", "buffer_size", "seed")
     last = ("status", "diverged_step", "env_steps", "final_return", "eval_return")
     return [*first, *(name for name in varying if name not in first), *last]
 
 
-def table_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """A CSV table of rows."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([number(row.get(name)) for name in columns] for row in rows)
-    return text.getvalue()
+def _summaries(metrics: Path, iterations: Sequence[int]) -> list[dict[Any, Any]]:
+    """``env_steps``, ``final_return`` and ``eval_return`` of every run so far.
+
+    ``final_return`` is the mean training return of the episodes that ended in the last logged
+    points, as many as cover at least a tenth of training; NaN when none ended there.
+    ``eval_return`` is that of the last point. ``iterations`` are those of each run in all.
+    """
+    floats = ["episode_return", "episodes", "eval_return"]
+    wanted = ["run", "iteration", "env_steps", *floats]
+    table = pd.read_csv(metrics, usecols=lambda name: name in wanted).reindex(columns=wanted)
+    table[floats] = table[floats].astype(np.float32).astype(float)
+    late = 10 * table["iteration"] > 9 * np.asarray(iterations)[table["run"]]
+    ended = table[late & (table["episodes"] > 0)]
+    sums = (ended["episode_return"] * ended["episodes"]).groupby(ended["run"]).sum()
+    last = table.groupby("run").tail(1).set_index("run")[["env_steps", "eval_return"]]
+    last["final_return"] = sums / ended.groupby("run")["episodes"].sum()
+    last = last.reindex(range(len(iterations)))
+    last["env_steps"] = last["env_steps"].fillna(0).astype(int)
+    return last.to_dict("records")

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,11 +115,6 @@ def env_name(env: Any) -> str:
     return env if isinstance(env, str) else str(env.name)
 
 
-def objective_name(objective: Any) -> str:
-    """Name of an objective given by name or as a function."""
-    return objectives.spec(objective).name
-
-
 def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Runs as JSON: one entry for each static configuration, with the settings of its runs."""
     groups: dict[Config, dict[str, Any]] = {}
@@ -202,35 +198,26 @@ def load_objective(reference: str) -> Callable[..., Any]:
             loading.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise ConfigError("objective", reference, located(error, file)) from error
+            raise ConfigError("objective", reference, located(error, file) or str(error)) from error
     function = getattr(sys.modules[module_name], name, None)
     if not callable(function):
         raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but {path} has no {name}()")
     return function
 
 
-def located(error: BaseException, file: Path) -> str:
-    """Where in a user's file an error arose, and what it says, in one line."""
-    place = f"{file}"
-    if isinstance(error, SyntaxError):
-        place += f":{error.lineno}"
-    trace = error.__traceback__
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == file:
-            place = f"{file}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
-        trace = trace.tb_next
+def located(error: BaseException, file: Path) -> str | None:
+    """Where in a user's file an error arose, and what it says, in one line.
+
+    None where no code of the file was running.
+    """
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file]
+    if not frames and not isinstance(error, SyntaxError):
+        return None
+    place = f"{file}:{error.lineno}" if isinstance(error, SyntaxError) else ""
+    if frames:
+        place = f"{file}:{frames[-1].lineno}, in {frames[-1].name}"
     text = (str(error).strip().splitlines() or [""])[0]
     return f"code that runs; {place}: {type(error).__name__}: {text}"
-
-
-def passed_through(error: BaseException, file: Path) -> bool:
-    """Whether code of a file was running when an error arose."""
-    trace = error.__traceback__
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == file:
-            return True
-        trace = trace.tb_next
-    return False
 
 
 def source_file(function: Any) -> Path | None:

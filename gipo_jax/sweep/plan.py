@@ -155,10 +155,7 @@ def size(tree: Any) -> int:
 
 
 def needed(memory: Memory, layout: Layout) -> int:
-    """Bytes that a layout takes on all its devices together.
-
-    A device holds the state of every run, and works on a copy of one block where it has several.
-    """
+    """Bytes on all devices: all states, and a copy of one block where there are several."""
     at_work = len(layout.devices) * layout.lanes
     copies = at_work if layout.blocks > 1 else 0
     return layout.width * memory.state + copies * memory.state + at_work * memory.work
@@ -171,14 +168,9 @@ def slices(
     devices: Sequence[jax.Device],
     limit: int | None,
 ) -> Slices:
-    """Cuts a group into the fewest parts that fit in memory.
+    """Cuts a group into the fewest parts that fit in memory, ``limit`` bytes on all devices.
 
-    Args:
-        group: the group.
-        mode: batch mode, see ``program.layout``.
-        lanes: see ``program.layout``.
-        devices: those to use.
-        limit: bytes there are on all devices together; None if unknown.
+    For ``mode`` and ``lanes`` see ``program.layout``.
 
     Raises:
         ConfigError: not even one run fits; the message says what would.
@@ -200,14 +192,7 @@ def slices(
 def remaining(
     group: Group, slices: Slices, finished: Sequence[int], started: Sequence[Part]
 ) -> list[Part]:
-    """What is left to train of a group, in order.
-
-    Args:
-        group: the group.
-        slices: how it goes through the devices now.
-        finished: runs that are through.
-        started: parts in the middle of training, of all groups.
-    """
+    """What is left to train of a group: the started parts, cut where they must be, then others."""
     width = slices.layout.width
     mine = [part for part in started if part.runs[0] in group.runs]
     parts = []
@@ -228,11 +213,7 @@ def remaining(
 def batch_mode(options: Options, algorithm: train.Algorithm, platform: str) -> str:
     """The batch mode of a group: ``vmap``, ``map`` or ``loop``.
 
-    Args:
-        options: of the sweep.
-        algorithm: of the group. One with ``host`` true has simulators outside JAX, which step one
-            run after the other.
-        platform: of the devices.
+    Simulators outside JAX (``algorithm.host``) step one run after the other.
 
     Raises:
         ConfigError: the options do not go with each other or with the algorithm.
@@ -254,11 +235,7 @@ def batch_mode(options: Options, algorithm: train.Algorithm, platform: str) -> s
 
 
 def choose_devices(options: Options) -> list[jax.Device]:
-    """The devices of all processes that a sweep uses, as many of each process.
-
-    Raises:
-        ConfigError: more are asked for than a process has.
-    """
+    """As many devices of each process. Raises ConfigError where it has fewer than asked for."""
     count = options.devices
     if count is None:
         return jax.devices()

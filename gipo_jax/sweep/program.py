@@ -76,13 +76,13 @@ def stack(hparams: Sequence[HParams], width: int) -> HParams:
 class Program:
     """``init`` and ``train_and_log`` of an algorithm for a batch of runs, compiled on request.
 
-    One program over a mesh of all devices of all processes. Each trains runs of its own: there is
-    no communication inside.
+    It runs on a mesh of the devices of all processes. Each trains runs of its own, without
+    communication.
 
     Attributes:
         layout: how the runs are laid out.
-        init_traced: the traced function ``hparams -> state``, arrays ``[width, ...]``.
-        train_and_log_traced: the traced ``state, hparams, start, stop -> state, metrics``.
+        init_function: ``hparams -> state``, arrays ``[width, ...]``, and shapes of its argument.
+        train_and_log_function: ``state, hparams, start, stop -> state, metrics``, likewise.
         state: shapes, types and places of the state.
         metrics: names of the metrics of a logged point.
         new_episodes: simulators outside JAX that could not go on where they were.
@@ -91,13 +91,7 @@ class Program:
     new_episodes = 0
 
     def __init__(self, algorithm: Algorithm, layout: Layout, example: HParams) -> None:
-        """Traces the program: errors in an objective or environment come up here.
-
-        Args:
-            algorithm: of the group.
-            layout: of its runs.
-            example: settings of any of them.
-        """
+        """Traces the program for settings such as ``example``; errors in an objective come here."""
         self.layout = layout
         self._simulated = algorithm.env if algorithm.host else None
         mesh = Mesh(np.asarray(layout.devices), ("runs",), axis_types=(AxisType.Auto,))
@@ -128,12 +122,17 @@ class Program:
         train_and_log_shared = share(
             train_and_log, in_specs=(runs, runs, P(), P()), out_specs=(runs, runs)
         )
-        self.init_traced = jax.jit(init_shared).trace(hparams)
-        self.state = self._abstract(self.init_traced.out_info)
-        self.train_and_log_traced = jax.jit(train_and_log_shared, donate_argnums=0).trace(
-            self.state, hparams, step, step
+        self.init_function = jax.jit(init_shared), (hparams,)
+        self._init_traced = self.init_function[0].trace(hparams)
+        self.state = self._abstract(self._init_traced.out_info)
+        self.train_and_log_function = (
+            jax.jit(train_and_log_shared, donate_argnums=0),
+            (self.state, hparams, step, step),
         )
-        self.metrics = list(self.train_and_log_traced.out_info[1])
+        self._train_and_log_traced = self.train_and_log_function[0].trace(
+            *self.train_and_log_function[1]
+        )
+        self.metrics = list(self._train_and_log_traced.out_info[1])
         # What came from a file may lie in memory that is not JAX's to reuse; the first states do.
         fill_shared = share(fill, in_specs=(runs, runs, runs), out_specs=runs)
         self._fill = jax.jit(fill_shared, donate_argnums=1)
@@ -145,8 +144,8 @@ class Program:
         """Compiles both functions, once."""
         simulated = self._simulated
         with environments.uncached(simulated) if simulated else contextlib.nullcontext():
-            self._init = self.init_traced.lower().compile()
-            self._train_and_log = self.train_and_log_traced.lower().compile()
+            self._init = self._init_traced.lower().compile()
+            self._train_and_log = self._train_and_log_traced.lower().compile()
 
     @property
     def is_compiled(self) -> bool:
@@ -172,12 +171,10 @@ class Program:
         )
 
     def start(self, hparams: HParams, stored: Any, runs: int) -> TrainState:
-        """The states to go on from: stored ones, filled up with first ones; else first ones.
+        """The states to go on from, for settings from ``place``: stored ones, or first ones.
 
-        Args:
-            hparams: settings, from ``place``.
-            stored: arrays ``[width, ...]`` on the devices, NumPy arrays ``[runs, ...]``, or None.
-            runs: number of runs; what lies beyond is not used.
+        ``stored`` are arrays ``[width, ...]`` on the devices, of which ``runs`` count, or NumPy
+        arrays ``[runs, ...]``, or None.
         """
         if stored is None:
             return self.init(hparams)

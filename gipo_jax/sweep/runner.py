@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +18,10 @@ import numpy as np
 
 from gipo_jax import environments, train
 from gipo_jax.config import ConfigError, check_fields
-from gipo_jax.sweep import cluster, grid, logs, plan, results
+from gipo_jax.sweep import checkpoint, cluster, grid, logs, plan, results
 from gipo_jax.sweep.folder import Folder
 from gipo_jax.sweep.grid import Run
-from gipo_jax.sweep.interrupts import EXIT_CODES, Interrupted, Interrupts
+from gipo_jax.sweep.interrupts import EXIT_CODES, Interrupted, Interrupts, noticed
 from gipo_jax.sweep.options import Options
 from gipo_jax.sweep.plan import Group, Part, Slices
 from gipo_jax.sweep.program import Program
@@ -71,6 +73,11 @@ def run(
     try:
         folder, tasks = _prepare(runs, directory, options, resume)
         _train(runs, folder, tasks, options, on_log)
+    except OSError as error:
+        raise results.ResultsError(
+            f"cannot write to {directory}: {error.strerror or error};"
+            f" what the last checkpoint holds is safe; {_how_to_resume(directory)}"
+        ) from error
     except Exception as error:
         if cluster.is_lost(error):
             text = f"another process is gone; {_how_to_resume(directory)}"
@@ -103,8 +110,7 @@ def _train(
         names = [run.name for run in runs]
         callbacks.append(logs.TensorBoard(folder.directory / "tensorboard", names))
     with (
-        Interrupts() as interrupts,
-        _naming(folder.directory),
+        noticed() as interrupts,
         contextlib.closing(reporter),
         contextlib.closing(logs.Dispatcher(callbacks, reporter.warn)) as dispatcher,
     ):
@@ -136,7 +142,7 @@ def _train(
                             reporter.say(f"{runs[run].name}: diverged")
                         block = group.algorithm.config.block_size
                         steps = (stop - start) * block * len(part.runs)
-                        env, medians = _medians(runs, folder, group)
+                        env, medians = _medians(folder, group)
                         reporter.advance(steps, seconds, group.name, env, medians)
                         training = None
                         if stop < stops[-1]:
@@ -177,6 +183,9 @@ def _prepare(
 ) -> tuple[Folder, list[_Task]]:
     """Checks everything and traces the programs; nothing is compiled or written."""
 
+    def warn(text: str) -> None:
+        print(text, file=sys.stderr)
+
     def check() -> tuple[Folder, list[Group], int, int]:
         if not runs:
             raise ConfigError("runs", [], "at least one run")
@@ -186,17 +195,17 @@ def _prepare(
         folder = Folder(directory, runs, resume)
         groups = plan.group_runs(runs)
         memory = plan.memory_limit(jax.local_devices()[: options.devices])
-        # Process 0 alone reads whole checkpoints for this.
-        number = folder.newest_checkpoint() if cluster.is_first() else 0
-        return folder, groups, memory or 0, number
+        number = None
+        # Whole checkpoints are read for this: once is enough.
+        if resume and cluster.is_first():
+            number = checkpoint.newest(folder.checkpoints, warn)
+        return folder, groups, memory or 0, number or 0
 
     folder, groups, memory, number = cluster.in_all(check)
     cluster.check_same("settings", json.dumps([folder.encoded, dataclasses.asdict(options)]))
     memories, numbers = cluster.gather(memory, number).T
     # Groups are cut alike everywhere: for the process with the least memory.
     limit = int(memories.min()) * jax.process_count() or None
-    if limit is not None and jax.devices()[0].platform == "cpu":
-        limit //= cluster.processes_on_this_host()
 
     def arrange() -> list[_Task]:
         folder.load(int(numbers[0]))
@@ -239,16 +248,15 @@ def _trace(group: Group, slices: Slices) -> Program:
     except Exception as error:
         # Tracing runs the user's function; an error that passed through it is theirs.
         file = grid.source_file(objective.function)
-        if file is None or not grid.passed_through(error, file):
+        if file is None or (place := grid.located(error, file)) is None:
             raise
-        raise ConfigError("objective", objective.name, grid.located(error, file)) from error
+        raise ConfigError("objective", objective.name, place) from error
 
 
 def _load_states(folder: Folder, tasks: Sequence[_Task]) -> None:
-    """Reads the states of started parts: to the devices for the first, which goes on at once.
+    """Reads the states of started parts: that of the first, which goes on at once, to the devices.
 
-    Those that wait stay in memory of the host, as does a part that is wider than the layout of now
-    and has to be cut.
+    Those that wait are kept on the host, as is one that has to be cut for the layout of now.
     """
     programs = {run: task.program for task in tasks for run in task.group.runs}
     like = []
@@ -277,16 +285,15 @@ def _save_or_stop(
         raise Interrupted(text, EXIT_CODES[name])
 
 
-def _medians(runs: Sequence[Run], folder: Folder, group: Group) -> tuple[str, dict[str, float]]:
+def _medians(folder: Folder, group: Group) -> tuple[str, dict[str, float]]:
     """The group's environment, and the median of the newest returns on it by objective."""
     env = grid.env_name(group.algorithm.config.env)
-    by_objective: dict[str, list[int]] = {}
-    for index, run in enumerate(runs):
-        if grid.env_name(run.config.env) == env:
-            name = grid.objective_name(run.config.objective)
-            by_objective.setdefault(name, []).append(index)
-    latest = {name: folder.returns.latest(indices) for name, indices in by_objective.items()}
-    return env, {name: float(np.median(values)) for name, values in latest.items() if values}
+    returns: dict[str, list[float]] = {}
+    for run, value in folder.latest.items():
+        settings = folder.settings[run]
+        if settings["env"] == env and not math.isnan(value):
+            returns.setdefault(settings["objective"], []).append(value)
+    return env, {name: float(np.median(values)) for name, values in returns.items()}
 
 
 def _steps(runs: Sequence[Run], folder: Folder) -> tuple[int, int]:
@@ -297,18 +304,6 @@ def _steps(runs: Sequence[Run], folder: Folder) -> tuple[int, int]:
         stops = [0, *train.log_boundaries(config)]
         done += len(part.runs) * stops[part.point] * config.block_size
     return sum(run.config.total_steps for run in runs), done
-
-
-@contextlib.contextmanager
-def _naming(directory: Path) -> Iterator[None]:
-    """Turns an error of the system into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise results.ResultsError(
-            f"cannot write to {directory}: {error.strerror or error};"
-            f" what the last checkpoint holds is safe; {_how_to_resume(directory)}"
-        ) from error
 
 
 def _how_to_resume(directory: Path) -> str:
