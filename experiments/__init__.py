@@ -20,6 +20,7 @@ from experiments import (
     staleness,
     token_vs_joint,
     trust_weights,
+    tuned_sizes,
     utilization,
 )
 
@@ -34,6 +35,7 @@ REGISTRY: dict[str, ModuleType] = {
         bounds,
         staleness,
         replay_sizes,
+        tuned_sizes,
         utilization,
         sample_efficiency,
         stability,

@@ -96,6 +96,9 @@ BASELINES = (
 )
 METHODS = (Method("gipo", {"sigma": 0.2}), Method("gipo", {"sigma": 0.5}), GIPO, *BASELINES)
 
+OWN = {"gipo": ("sigma",), "ppo_clip": ("clip_eps",), "sapo": ("tau_pos", "tau_neg")}
+"""Parameters of the objectives in ``NAMES``."""
+
 CURVES = (
     "episode_return",
     "ess",
@@ -203,7 +206,10 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
         runs["age"] = runs["buffer_size"] // np.array(task_block)
         if "which" in runs:
             runs["objective"] = [NAMES[int(index)] for index in runs["which"]]
-            runs["sigma"] = runs["sigma"].where(runs["objective"] == "gipo")
+            # The shared program takes every parameter; a method has only its own.
+            for objective, own in OWN.items():
+                present = [name for name in own if name in runs]
+                runs.loc[runs["objective"] != objective, present] = np.nan
         runs["learning_rate"] = [float(run.hparams.learning_rate) for run in item.runs]
         for name, value in item.keys.items():
             runs[name] = value
