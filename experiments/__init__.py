@@ -8,11 +8,14 @@ figures from stored tables only. Mechanics live in ``gipo_jax``.
 from types import ModuleType
 
 from experiments import (
+    age_and_size,
     asymmetry,
     bounds,
     gridworld,
     kernel,
     objective_family,
+    proposal,
+    proposal_development,
     replay_sizes,
     sample_efficiency,
     sigma,
@@ -36,6 +39,7 @@ REGISTRY: dict[str, ModuleType] = {
         staleness,
         replay_sizes,
         tuned_sizes,
+        age_and_size,
         utilization,
         sample_efficiency,
         stability,
@@ -44,6 +48,8 @@ REGISTRY: dict[str, ModuleType] = {
         kernel,
         token_vs_joint,
         objective_family,
+        proposal_development,
+        proposal,
     )
 }
 """Experiments by name, in the order in which they run."""

@@ -5,15 +5,17 @@ sizes. Here learning rates, and in a second comparison widths, are tuned at each
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments import training
+from experiments import replay_sizes, sample_efficiency, stability, training
 from experiments.compared import NAMES
 from experiments.store import Store
 from experiments.training import REGIMES, Method, Sweep, Task
+from experiments.tuning import Unit, with_steps
+from gipo_jax.analysis import plots, stats
 
 QUESTION = "Does GIPO learn best where every method is tuned at every replay size?"
 
@@ -38,6 +40,11 @@ TUNING_COLUMNS = [
 ]
 RUN_COLUMNS = ["run", *TUNING_COLUMNS, "final_return"]
 
+JUDGED_CASES = ("papers", "tuned")
+BASELINES = ("ppo_clip", "sapo")
+LEVEL = 0.05
+"""Adjusted p-value below which a judged comparison counts."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
@@ -58,23 +65,19 @@ class Scale:
     seeds: range
 
 
-def _with_steps(task: Task, steps: int) -> Task:
-    return dataclasses.replace(task, settings=task.settings | {"total_steps": steps})
-
-
 _TASKS = (
-    _with_steps(training.CARTPOLE, 49_152),
+    with_steps(training.CARTPOLE, 49_152),
     training.ACROBOT,
-    _with_steps(training.CATCH, 32_768),
+    with_steps(training.CATCH, 32_768),
 )
 _MINATAR = tuple(
-    _with_steps(task, 262_144) for task in (training.BREAKOUT, training.INVADERS, training.ASTERIX)
+    with_steps(task, 262_144) for task in (training.BREAKOUT, training.INVADERS, training.ASTERIX)
 )
 _RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 SCALES = {
     "quick": Scale(
-        (_with_steps(training.CARTPOLE, 16_384), _with_steps(training.CATCH, 16_384)),
+        (with_steps(training.CARTPOLE, 16_384), with_steps(training.CATCH, 16_384)),
         (1, 32),
         (1e-3, 3e-3),
         range(2000, 2001),
@@ -89,13 +92,6 @@ SCALES = {
         range(3000, 3020),
     ),
 }
-
-
-class Unit(NamedTuple):
-    """A task in a regime: what is tuned and reported together."""
-
-    regime: str
-    task: Task
 
 
 def units(scale: Scale) -> list[Unit]:
@@ -137,6 +133,10 @@ def gather(store: Store, scale: Scale) -> None:
     found = training.collect(store, [reported for _, reported in sweeps])
     assert tuned is not None and found is not None, "only finished sweeps are listed"
     runs, curves = found
+    done = {(item.keys["regime"], item.runs[0].config.env) for _, item in sweeps}
+    planned = [(unit.regime, unit.task.env) for unit in units(scale)]
+    rows = [(*unit, unit in done) for unit in planned]
+    store.write("tuned_sizes_units", pd.DataFrame(rows, columns=["regime", "env", "finished"]))
     store.write("tuned_sizes_tuning", _with_width(tuned[0])[TUNING_COLUMNS], 6)
     store.write("tuned_sizes_runs", _with_width(runs)[RUN_COLUMNS], 6)
     returns = curves[["run", "env_steps", "episode_return"]]
@@ -229,10 +229,215 @@ def _settings(scale: Scale, unit: Unit, seeds: range) -> dict[str, Any]:
         "task": unit.task,
         "updates": unit.task.updates[unit.regime],
         "seeds": seeds,
-        "one_program": True,
+        "program": training.PROGRAMS["compared"],
         "max_buffer_size": max(scale.ages) * unit.task.block,
     }
 
 
 def _name(what: str, unit: Unit) -> str:
     return f"tuned_{what} {unit.regime} {unit.task.env}".replace(" ", "_")
+
+
+def load(store: Store) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """The reported runs of every case, with a column ``method``, and all learning curves.
+
+    Raises:
+        DataError: as in ``Store.read``.
+    """
+    runs = store.read("tuned_sizes_runs", RUN_COLUMNS)
+    chosen = choose(store.read("tuned_sizes_tuning", TUNING_COLUMNS))
+    keys = ["regime", "env", "objective", "age", "width", "learning_rate"]
+    cases = {}
+    for case in CASES:
+        own = chosen.loc[chosen["case"] == case, keys].merge(runs, on=keys, validate="1:m")
+        own["method"] = own["objective"].map(lambda name, case=case: look(case, name).label)
+        cases[case] = own
+    present = [regime for regime in REGIMES if (runs["regime"] == regime).any()]
+    columns = ["run", "env_steps", "episode_return"]
+    curves = pd.concat([store.read(curves_table(regime), columns) for regime in present])
+    curves["progress"] = curves.env_steps / curves.groupby("run").env_steps.transform("max")
+    return cases, curves
+
+
+def look(case: str, objective: str) -> plots.Look:
+    """How a method is drawn; GIPO's sigma is named where it is the same in all runs."""
+    return plots.look(objective, PAPER["gipo"] if objective == "gipo" and case != "tuned" else None)
+
+
+def draw(store: Store) -> None:
+    """Return against replay size in each case, the judged differences, and returns by rate."""
+    cases, curves = load(store)
+    tuning = store.read("tuned_sizes_tuning", TUNING_COLUMNS)
+    planned = store.read("tuned_sizes_units", ["regime", "env", "finished"])
+    done = f"{planned.finished.sum()} of {len(planned)} units"
+    _draw_returns(store, cases, done)
+    _draw_comparisons(store, compare(cases, curves), done)
+    _draw_rates(store, tuning, done)
+    store.numbers("tuned_sizes_choices", choose(tuning))
+    store.numbers("tuned_sizes_units", planned)
+
+
+def compare(cases: dict[str, pd.DataFrame], curves: pd.DataFrame) -> pd.DataFrame:
+    """GIPO minus every other method, in the quantities of claims 4, 6 and 7.
+
+    Returns:
+        a row a case, claim, regime, method and size (0: all sizes together): ``difference`` with
+        ``low`` and ``high``, ``judged``, and ``p`` and ``p_holm`` for the judged ones.
+    """
+    rows = [row for case, runs in cases.items() for row in _differences(case, runs, curves)]
+    names = ["case", "claim", "regime", "method", "age", "difference", "low", "high", "judged", "p"]
+    table = pd.DataFrame(rows, columns=names)
+    table.loc[table["judged"], "p_holm"] = stats.holm(table.loc[table["judged"], "p"])
+    return table
+
+
+def _differences(case: str, runs: pd.DataFrame, curves: pd.DataFrame) -> list[tuple[Any, ...]]:
+    """The rows of ``compare`` of one case."""
+    rows: list[tuple[Any, ...]] = []
+    ours = look(case, "gipo").label
+    deciding = {look(case, name).label for name in BASELINES}
+
+    def add(claim: int, regime: str, method: str, age: int, pair: Any, statistic: Any) -> None:
+        judged = case in JUDGED_CASES and method in deciding and age == 0
+        judged &= claim != 6 or regime == "reuse-heavy"
+        interval = stats.paired_difference(*pair, statistic)
+        p = stats.p_value(*pair, statistic) if judged else np.nan
+        rows.append((case, claim, regime, method, age, *interval, judged, p))
+
+    keys = ["run", "regime", "env", "method", "age", "seed"]
+    timed = sample_efficiency.times(curves.merge(runs[keys], on="run"), SCALES["full"].tasks)
+    times = {name: sample_efficiency.matrix(own, "time") for name, own in timed.groupby("method")}
+    others = [look(case, name).label for name in NAMES if name != "gipo"]
+    for regime in (r for r in REGIMES if (runs["regime"] == r).any()):
+        final = replay_sizes.scores(runs, regime, "final_return")
+        fallen = stability.drops(runs, curves, regime)
+        for method in others:
+            for age in (None, *final.ages):
+                pair = final.of(ours, age), final.of(method, age)
+                add(4, regime, method, age or 0, pair, stats.iqm)
+            add(6, regime, method, 0, (fallen.of(ours), fallen.of(method)), stats.iqm)
+    for method in others:
+        add(7, "all", method, 0, (times[ours], times[method]), stats.mean)
+    return rows
+
+
+def _draw_returns(store: Store, cases: dict[str, pd.DataFrame], done: str) -> None:
+    """Normalised final return against replay size, a row a case, a column a regime."""
+    regimes = [r for r in REGIMES if any((runs["regime"] == r).any() for runs in cases.values())]
+    figure, axes = plots.panels(len(cases), len(regimes), height=2.1, sharex=True, sharey=True)
+    rows = []
+    for row, (case, runs) in enumerate(cases.items()):
+        for axis, regime in zip(axes[row], regimes, strict=True):
+            found = replay_sizes.scores(runs, regime, "final_return")
+            shift = np.linspace(0.92, 1.08, len(NAMES))
+            for factor, objective in zip(shift, NAMES, strict=True):
+                appearance = look(case, objective)
+                method = appearance.label
+                intervals = [stats.bootstrap(found.of(method, age)) for age in found.ages]
+                table = pd.DataFrame(intervals, columns=["mean", "low", "high"])
+                plots.points(axis, np.array(found.ages) * factor, table, appearance)
+                rows += [
+                    (case, regime, age, method, *interval)
+                    for age, interval in zip(found.ages, intervals, strict=True)
+                ]
+            plots.log_sizes(axis, found.ages, "replay size (iterations, log scale)")
+            axis.set_title(f"{_CASE_NAMES[case]}: {regime}, {len(found.tasks)} tasks")
+            if row < len(cases) - 1:
+                axis.set_xlabel("")
+        axes[row, 0].set_ylabel("final return\n(normalised IQM)")
+    seeds = next(iter(cases.values())).seed.nunique()
+    caption = (
+        f"Protocol 2, {done}. 0 is the worst and 1 the best mean of a task over the methods and "
+        f"sizes of a case.\nInterquartile mean over tasks and seeds; bars: 95 % stratified "
+        f"bootstrap interval over {seeds} seeds."
+    )
+    handles = plots.legend([look("tuned", name) for name in NAMES])
+    plots.finish(figure, caption, handles, columns=4)
+    columns = ["case", "regime", "age", "method", "iqm", "low", "high"]
+    store.save(figure, "tuned_sizes", pd.DataFrame(rows, columns=columns))
+
+
+_CASE_NAMES = {
+    "papers": "paper's widths",
+    "tuned": "tuned widths",
+    "one rate": "one rate for all sizes",
+}
+
+
+def _draw_comparisons(store: Store, table: pd.DataFrame, done: str) -> None:
+    """The judged differences with their intervals, a panel a claim."""
+    judged = table[table["judged"]].copy()
+    judged["adjusted"] = judged["p_holm"] < LEVEL
+    titles = {
+        4: "4: final return (> 0: GIPO better)",
+        6: "6: drop from peak (< 0: steadier)",
+        7: "7: time to threshold (< 0: faster)",
+    }
+    figure, axes = plots.panels(1, 3, height=2.4, width=9.5)
+    for axis, (claim, title) in zip(axes[0], titles.items(), strict=True):
+        part = judged[judged["claim"] == claim].reset_index(drop=True)
+        labels = []
+        for y, row in enumerate(part.itertuples()):
+            objective = next(
+                name for name in NAMES if look(str(row.case), name).label == row.method
+            )
+            appearance = look(str(row.case), objective)
+            axis.plot([row.low, row.high], [-y, -y], color=appearance.color, lw=1.5)
+            fill = "full" if row.adjusted else "none"
+            axis.plot(row.difference, -y, appearance.marker, color=appearance.color, fillstyle=fill)
+            where = "" if row.regime == "all" else f", {row.regime}"
+            labels.append(f"{row.method}{where}\n({row.case})")
+        axis.axvline(0, color="0.5", lw=0.8)
+        axis.set_yticks([-y for y in range(len(labels))], labels, fontsize=7)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("GIPO minus the other")
+    caption = (
+        f"Protocol 2, {done}. Bars: 95 % bootstrap interval of the paired difference, uncorrected. "
+        f"Filled: Holm-adjusted p < {LEVEL} over all {len(judged)} comparisons."
+    )
+    plots.finish(figure, caption)
+    store.save(figure, "tuned_sizes_comparison", table)
+
+
+def _draw_rates(store: Store, tuning: pd.DataFrame, done: str) -> None:
+    """Area under the learning curve against the learning rate, a line a replay size."""
+    papers = tuning[np.isclose(tuning["width"], tuning["objective"].map(PAPER))].copy()
+    papers["auc"] = papers["auc"].fillna(papers.groupby(["regime", "env"])["auc"].transform("min"))
+    keys = ["regime", "env", "objective", "age", "learning_rate"]
+    means = papers.groupby(keys)["auc"].mean().groupby(["regime", "env"])
+    low, span = means.min(), means.max() - means.min()
+    unit = pd.MultiIndex.from_frame(papers[["regime", "env"]])
+    papers["score"] = (papers["auc"].to_numpy() - low.loc[unit].to_numpy()) / span.loc[
+        unit
+    ].to_numpy()
+    # The mean over tasks within a seed, so that the seed stays the unit.
+    keys = ["regime", "objective", "age", "learning_rate"]
+    seeds = papers.groupby([*keys, "seed"])["score"].mean().reset_index()
+    table = plots.summarize(seeds, keys, "score")
+    regimes = [regime for regime in REGIMES if (table["regime"] == regime).any()]
+    figure, axes = plots.panels(len(regimes), len(NAMES), height=2.0, sharex=True, sharey=True)
+    ages = sorted(table["age"].unique())
+    shades = ("#E69F00", "#0072B2", "#5B3A96", "#009E73", "#CC79A7", "#4D4D4D")
+    looks = [
+        plots.Look(shades[i % 6], "os^Dv*"[i % 6], "-", f"replay of {age}")
+        for i, age in enumerate(ages)
+    ]
+    for row, regime in enumerate(regimes):
+        for axis, objective in zip(axes[row], NAMES, strict=True):
+            for age, appearance in zip(ages, looks, strict=True):
+                line = table[
+                    (table.regime == regime) & (table.objective == objective) & (table.age == age)
+                ]
+                plots.points(axis, line.learning_rate, line, appearance)
+            axis.set_xscale("log")
+            axis.minorticks_off()
+            axis.set_title(f"{look('papers', objective).label}, {regime}", fontsize=8.5)
+            if row == len(regimes) - 1:
+                axis.set_xlabel("learning rate")
+        axes[row, 0].set_ylabel("area under curve\n(normalised)")
+    caption = (
+        f"Tuning runs of protocol 2, {done}, the paper's widths. 0 is the worst and 1 the best "
+        f"mean of a unit.\nBars: 95 % bootstrap interval over {seeds.seed.nunique()} seeds."
+    )
+    plots.finish(figure, caption, plots.legend(looks), columns=6)
+    store.save(figure, "tuned_sizes_rates", table)
