@@ -136,11 +136,15 @@ def slopes(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for method, own in runs.groupby("method", sort=False):
         for effect, column in (("older", "min_age"), ("wider", "width")):
-            ends = [
-                own[own[column] == end].groupby(["seed", "env"])["score"].mean().unstack()
+            last, first = (
+                own[own[column] == end]
+                .groupby(["seed", "env"])["score"]
+                .mean()
+                .unstack()
+                .to_numpy()
                 for end in (own[column].max(), own[column].min())
-            ]
-            rows.append((method, effect, *stats.paired_difference(*ends, stats.mean)))
+            )
+            rows.append((method, effect, *stats.paired_difference(last, first, stats.mean)))
     return pd.DataFrame(rows, columns=["method", "effect", "difference", "low", "high"])
 
 

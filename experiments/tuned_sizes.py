@@ -5,6 +5,7 @@ sizes. Here learning rates, and in a second comparison widths, are tuned at each
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -297,11 +298,18 @@ def _differences(case: str, runs: pd.DataFrame, curves: pd.DataFrame) -> list[tu
     ours = look(case, "gipo").label
     deciding = {look(case, name).label for name in BASELINES}
 
-    def add(claim: int, regime: str, method: str, age: int, pair: Any, statistic: Any) -> None:
+    def add(
+        claim: int,
+        regime: str,
+        method: str,
+        age: int,
+        pair: tuple[np.ndarray, np.ndarray],
+        statistic: Callable[..., np.ndarray],
+    ) -> None:
         judged = case in JUDGED_CASES and method in deciding and age == 0
         judged &= claim != 6 or regime == "reuse-heavy"
-        interval = stats.paired_difference(*pair, statistic)
-        p = stats.p_value(*pair, statistic) if judged else np.nan
+        interval = stats.paired_difference(pair[0], pair[1], statistic)
+        p = stats.p_value(pair[0], pair[1], statistic) if judged else np.nan
         rows.append((case, claim, regime, method, age, *interval, judged, p))
 
     keys = ["run", "regime", "env", "method", "age", "seed"]

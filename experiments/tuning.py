@@ -99,9 +99,10 @@ def reported_sweep(store: Store, study: Study, unit: Unit) -> Sweep | None:
     tuned = training.collect(store, [tuning_sweep(study, unit)])
     if tuned is None:
         return None
+    best = best_rates(tuned[0])
+    chosen = zip(best["method"], best["age"], best["min_age"], best["learning_rate"], strict=True)
     rates = {
-        (str(row.method), Cell(row.age, row.min_age)): [float(row.learning_rate)]
-        for row in best_rates(tuned[0]).itertuples()
+        (label, Cell(int(age), int(min_age))): [float(rate)] for label, age, min_age, rate in chosen
     }
     return make_sweep(study, unit, "report", study.seeds, rates)
 
