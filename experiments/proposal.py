@@ -183,7 +183,7 @@ def draw(store: Store) -> None:
             width = 2.2 if method == PROPOSAL else 0.8
             plots.points(axis, np.array(found.ages) * factor, line, look(method), lw=width)
         plots.log_sizes(axis, found.ages, "replay size (iterations, log scale)")
-        axis.set(title=f"{regime}, {len(found.tasks)} tasks", ylabel="area (normalised IQM)")
+        axis.set(title=f"{regime}, tasks: {len(found.tasks)}", ylabel="area (normalised IQM)")
     axis = axes[0, -1]
     others = [label for label in METHODS if label != PROPOSAL]
     for number, age in enumerate(sorted(table["age"].unique())):

@@ -349,7 +349,7 @@ def _draw_returns(store: Store, cases: dict[str, pd.DataFrame], done: str) -> No
                     for age, interval in zip(found.ages, intervals, strict=True)
                 ]
             plots.log_sizes(axis, found.ages, "replay size (iterations, log scale)")
-            axis.set_title(f"{_CASE_NAMES[case]}: {regime}, {len(found.tasks)} tasks")
+            axis.set_title(f"{_CASE_NAMES[case]}: {regime}, tasks: {len(found.tasks)}")
             if row < len(cases) - 1:
                 axis.set_xlabel("")
         axes[row, 0].set_ylabel("final return\n(normalised IQM)")
