@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments import tuned_sizes
+from experiments import training, tuned_sizes
 from experiments.store import DataError, Store
 from gipo_jax.analysis import plots
 
@@ -121,7 +121,9 @@ def write(out: Path, path: Path) -> None:
     for section in details:
         lines += [f"## {section.title}", ""]
         if section.verdict:
-            lines += [f"**Verdict of protocol 1: {section.verdict}.**", ""]
+            trained = claims.index(section) + 1 in _JUDGED
+            which = "Verdict of protocol 1" if trained else "Verdict"
+            lines += [f"**{which}: {section.verdict}.**", ""]
         lines += [section.text, ""]
         for name in section.figures:
             lines += figure(name)
@@ -259,7 +261,42 @@ class Protocol2:
         text += "\n\nFinal return by size, all cases (one rate: not judged):\n\n"
         text += _markdown(header, rows)
         text += "\n\nChosen widths and rates: `tables/tuned_sizes_choices.csv`."
+        text += "\n\n" + self.cell()
         return Section(title, "", text, ("tuned_sizes", "tuned_sizes_comparison"))
+
+    def cell(self) -> str:
+        """How to train one cell again with other seeds, and what to compare it with."""
+        choices, runs = _table(self.out, "tuned_sizes_choices"), _data(self.out, "tuned_sizes_runs")
+        papers = choices[(choices.case == "papers") & (choices.objective == "gipo")]
+        chosen = papers[papers.age == sorted(papers.age.unique())[len(papers.age.unique()) // 2]]
+        regime, env, age, rate = chosen.iloc[0][["regime", "env", "age", "learning_rate"]]
+        own = runs[(runs.regime == regime) & (runs.env == env) & (runs.objective == "gipo")]
+        own = own[(own.age == age) & (own.width == 1) & np.isclose(own.learning_rate, rate)]
+        found = plots.summarize(own, ["env"], "final_return").iloc[0]
+        unit = next(
+            unit
+            for unit in tuned_sizes.units(tuned_sizes.SCALES["committed"])
+            if unit.regime == regime and unit.task.env == env
+        )
+        settings = training.COMMON | unit.task.settings
+        settings |= {
+            "env": env,
+            "objective": "gipo",
+            "sigma": 1.0,
+            "learning_rate": rate,
+            "updates_per_iteration": unit.task.updates[regime],
+            "buffer_size": age * unit.task.block,
+            "seeds": 10,
+            "seed_offset": 5100,
+            "out": "runs/cell",
+        }
+        options = " ".join(
+            f"--{name.replace('_', '-')} {value}" for name, value in settings.items()
+        )
+        return (
+            f"One cell again with other seeds ({env}, {regime}, GIPO sigma 1, replay of {age}, "
+            f"final return {_cell(found, 'mean')}):\n\n    gipo-jax sweep {options}"
+        )
 
 
 def _age_and_size(out: Path) -> Section:
@@ -326,6 +363,10 @@ def _table(out: Path, name: str) -> pd.DataFrame:
     if not path.is_file():
         raise DataError(path, "missing; draw the experiment that makes it first")
     return pd.read_csv(path)
+
+
+def _data(out: Path, name: str) -> pd.DataFrame:
+    return Store(out, "report", "").read(name, [])
 
 
 def _source(manifest: dict[str, dict[str, dict[str, object]]], figure: str) -> str:
