@@ -14,6 +14,7 @@ from experiments import (
     kernel,
     objective_family,
     replay_sizes,
+    reuse_bias,
     sample_efficiency,
     sigma,
     stability,
@@ -42,6 +43,7 @@ REGISTRY: dict[str, ModuleType] = {
         kernel,
         token_vs_joint,
         objective_family,
+        reuse_bias,
     )
 }
 """Experiments by name, in the order in which they run."""
