@@ -65,7 +65,7 @@ def true_return(task: Task, log_probs: Array) -> Array:
     def backward(_: int, value: Array) -> Array:
         return jnp.sum(probs * (task.reward + value[task.next_state]), axis=-1)
 
-    return task.start @ jax.lax.fori_loop(0, task.length, backward, jnp.zeros_like(task.start))
+    return task.start @ jax.lax.fori_loop(0, task.length, backward, jnp.zeros_like(probs[:, 0]))
 
 
 def sample(task: Task, log_probs: Array, key: Array, episodes: int) -> Buffer:
