@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 from gymnax.environments.bsuite import catch as gymnax_catch
 from jax import Array
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.store import Store
 from gipo_jax import losses, networks, objectives
@@ -221,7 +223,7 @@ def _pilot(task: reuse_bias.Task, name: str, level: str, seeds: int) -> pd.DataF
 def _measure_sizes(
     task: reuse_bias.Task, name: str, level: str, seeds: int, pilot: pd.DataFrame
 ) -> pd.DataFrame:
-    """A row a run."""
+    """A row a run. Standardised advantages take the rate that was matched with plain returns."""
     pilot = pilot[pilot.task == name]
     own = {
         method: group.true_return.to_numpy()
@@ -346,6 +348,14 @@ def _look(method: Method) -> plots.Look:
     return dataclasses.replace(look, label="BIRIS") if method.objective == "biris" else look
 
 
+def _log_bias(axis: Axes) -> None:
+    """A logarithmic y axis whose ticks are plain numbers."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+
+
 def _draw_sizes(store: Store, table: pd.DataFrame) -> None:
     """A row a task: bias at equal true return for both levels, then at one rate for all."""
     shown = [
@@ -368,7 +378,7 @@ def _draw_sizes(store: Store, table: pd.DataFrame) -> None:
             axis.set(xticks=SIZES, xlabel="episodes in the buffer", title=f"{task}, {title}")
             axis.set_ylabel("reuse bias" if value == "bias" else "true return")
             if value == "bias":
-                axis.set_yscale("log")
+                _log_bias(axis)
             else:
                 axis.set_ylim(bottom=0)
     seeds = int(table.seeds.max())
@@ -397,7 +407,8 @@ def _draw_rates(store: Store, pilot: pd.DataFrame) -> None:
                     marker=look.marker,
                 )
             axis.axvline(TARGETS[task], color="0.6", linewidth=0.8, zorder=0)
-            axis.set(yscale="log", xlabel="true return", title=f"{task}, {LEVELS[level]}")
+            _log_bias(axis)
+            axis.set(xlabel="true return", title=f"{task}, {LEVELS[level]}")
         row[0].set_ylabel("reuse bias")
     caption = (
         f"Means over the pilot's seeds, buffers of {PILOT_SIZE} episodes. A marker a learning "
