@@ -17,6 +17,7 @@ from experiments import (
     proposal,
     proposal_development,
     replay_sizes,
+    reuse_bias,
     sample_efficiency,
     sigma,
     stability,
@@ -50,6 +51,7 @@ REGISTRY: dict[str, ModuleType] = {
         objective_family,
         proposal_development,
         proposal,
+        reuse_bias,
     )
 }
 """Experiments by name, in the order in which they run."""
