@@ -268,5 +268,3 @@ def bind(field: VelocityField, params: Any) -> Velocity:
         return output
 
     return velocity
-
-
