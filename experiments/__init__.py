@@ -10,6 +10,7 @@ from types import ModuleType
 from experiments import (
     asymmetry,
     bounds,
+    flow,
     gridworld,
     kernel,
     objective_family,
@@ -42,6 +43,7 @@ REGISTRY: dict[str, ModuleType] = {
         kernel,
         token_vs_joint,
         objective_family,
+        flow,
     )
 }
 """Experiments by name, in the order in which they run."""

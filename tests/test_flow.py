@@ -13,7 +13,6 @@ import pytest
 from scipy.integrate import solve_ivp
 from scipy.stats import multivariate_normal
 
-from gipo_jax import objectives
 from gipo_jax import train as core
 from gipo_jax.config import Config, ConfigError, HParams
 from gipo_jax.flow import sampler, tasks, train
@@ -59,10 +58,10 @@ def old_and_new_steps() -> dict[str, Any]:
     field, params, _ = pretrained()
     config = dataclasses.replace(SMALL, activation="silu", hidden_sizes=(64, 64))
     key_noise, key_steps = jax.random.split(jax.random.key(2))
-    noise = jax.random.normal(key_noise, (20_000, 2))
+    noise = jax.random.normal(key_noise, (8000, 2))
     chain = jax.jit(lambda: sampler.sample(sampler.bind(field, params), RING, key_steps, noise))()
     rows = train.ReplayRow(chain.points, chain.mean, chain.log_prob, noise[:, 0])
-    new = {"policy": perturbed(params, 0.05)}
+    new = {"policy": perturbed(params, 0.3)}
 
     def compared(level: str) -> train.Ratios:
         these = parts(dataclasses.replace(config, ratio_level=level), RING)
@@ -115,14 +114,14 @@ def gaussian_velocity(points: Any, times: Any) -> Any:
 
 def test_sde_has_the_marginals_of_the_flow_at_any_noise_level() -> None:
     # The Euler step's own error falls with its length, so the steps are many here.
-    noise = jax.random.normal(jax.random.key(0), (40_000, 2))
+    noise = jax.random.normal(jax.random.key(0), (10_000, 2))
     for level in (0.3, 1.0):
-        task = RING._replace(steps=200, noise_level=level)
+        task = RING._replace(steps=100, noise_level=level)
         chain = sampler.sample(gaussian_velocity, task, jax.random.key(1), noise)
-        middle = sampler.schedule(task).time[100]
-        for points, t in ((chain.points[:, -1], 0.0), (chain.points[:, 100], middle)):
+        middle = sampler.schedule(task).time[50]
+        for points, t in ((chain.points[:, -1], 0.0), (chain.points[:, 50], middle)):
             mean = (1 - t) * np.array([1.0, -0.5])
-            np.testing.assert_allclose(points.mean(0), mean, atol=0.02)
+            np.testing.assert_allclose(points.mean(0), mean, atol=0.03)
             spread = np.sqrt((1 - t) ** 2 * 0.25 + t**2)
             np.testing.assert_allclose(points.std(0), spread, rtol=0.03)
 
@@ -140,7 +139,7 @@ def test_sde_without_noise_is_the_euler_method_on_the_flow() -> None:
 def test_ode_of_many_steps_is_the_flow() -> None:
     noise = jax.random.normal(jax.random.key(3), (3, 2))
     task = RING._replace(steps=2000)
-    ends = sampler.solve(gaussian_velocity, task, noise)
+    ends = jax.jit(lambda: sampler.solve(gaussian_velocity, task, noise))()
     for start, end in zip(np.asarray(noise), np.asarray(ends), strict=True):
         exact = solve_ivp(
             lambda t, x: np.asarray(gaussian_velocity(jnp.asarray(x), jnp.asarray(t))),
@@ -170,7 +169,7 @@ def test_log_ratio_of_a_step_is_that_of_two_gaussians() -> None:
     rows, std = got["rows"], np.asarray(got["steps"].std, float)
     old, points = (np.asarray(x, float) for x in (rows.behavior_mean, rows.points))
     for step in (0, 4, 9):
-        for chain in range(50):
+        for chain in range(20):
             covariance = std[step] ** 2 * np.eye(2)
             here = points[chain, step + 1]
             exact = multivariate_normal(got["new_mean"][chain, step], covariance).logpdf(here)
@@ -181,19 +180,22 @@ def test_log_ratio_of_a_step_is_that_of_two_gaussians() -> None:
 def test_stored_log_prob_is_the_density_of_the_steps_taken() -> None:
     got = old_and_new_steps()
     rows, std = got["rows"], np.asarray(got["steps"].std, float)
-    z = (np.asarray(rows.points[:, 1:], float) - np.asarray(rows.behavior_mean, float)) / std[:, None]
+    z = (np.asarray(rows.points[:, 1:], float) - np.asarray(rows.behavior_mean, float)) / std[
+        :, None
+    ]
     exact = -0.5 * (z**2).sum(-1) - np.log(2 * np.pi * std**2)
     np.testing.assert_allclose(rows.behavior_log_prob, exact, atol=1e-5)
     # The noise of all steps is standard normal, whatever their standard deviation.
     np.testing.assert_allclose(z.std(axis=(0, 2)), 1, atol=0.02)
 
 
-def test_mean_log_ratio_of_ppo_is_negative_and_depends_on_the_step() -> None:
+def test_mean_log_ratio_of_ppo_is_minus_the_kl_of_the_step() -> None:
     x, kl = (np.asarray(a, float) for a in old_and_new_steps()["token"])
     error = x.std(0) / np.sqrt(len(x))
-    assert (x.mean(0) < -5 * error).all()
-    np.testing.assert_allclose(x.mean(0), -kl.mean(0), atol=4 * error.max())
-    assert x.mean(0).min() < 5 * x.mean(0).max()
+    assert (np.abs(x.mean(0) + kl.mean(0)) < 4 * error).all()
+    # Negative beyond chance in the later steps, and a hundred times as large there.
+    assert (x.mean(0)[-4:] < -5 * error[-4:]).all()
+    assert x.mean(0)[-1] < 100 * x.mean(0)[:4].mean()
 
 
 def test_mean_log_ratio_of_grpo_guard_is_zero_at_every_step() -> None:
@@ -293,7 +295,7 @@ def test_run_is_pure_and_does_not_depend_on_the_runs_beside_it() -> None:
 
 
 def test_first_update_on_fresh_chains_has_log_ratio_zero() -> None:
-    state, metrics = first_iterations(SMALL, 1, buffer_size=8, learning_rate=1e-9)
+    _, metrics = first_iterations(SMALL, 1, buffer_size=8, learning_rate=1e-9)
     assert metrics["log_ratio_abs_p95"] < 1e-3
     assert metrics["policy_age_max"] == 0
 
@@ -346,7 +348,7 @@ def test_settings_that_a_flow_cannot_use_are_refused(settings: Any, message: str
 
 
 def test_ratio_norm_is_refused_where_there_is_no_flow() -> None:
-    with pytest.raises(ConfigError, match="^ratio_level: 'ratio_norm' is not valid"):
+    with pytest.raises(ConfigError, match=r"^ratio_level: 'ratio_norm' is not valid"):
         core.make(Config(ratio_level="ratio_norm"))
 
 
@@ -368,7 +370,7 @@ def test_reward_rises_and_the_modes_stay() -> None:
     state, metrics = jax.jit(train.make_train(config))(hparams)
     assert metrics["eval_return_sampled"][-1] > 0.6
     assert metrics["modes_covered"][-1] >= 3
-    assert objectives.spec("gipo").name == "gipo" and state.diverged_at == -1
+    assert state.diverged_at == -1
 
 
 # Documentation.

@@ -260,13 +260,21 @@ def _step_advantage(parts: Parts, rows: ReplayRow) -> Array:
 
 def init(parts: Parts, hparams: HParams) -> TrainState:
     """First state of a run, its flow pre-trained; the run's key is ``fold_in(key(0), seed)``."""
-    key = jax.random.fold_in(jax.random.key(0), hparams.seed)
-    key_pretrain = jax.random.fold_in(key, train._INIT_STREAM)
-    params, _ = sampler.pretrain(parts.field, parts.task, key_pretrain)
+    return init_from(parts, hparams, pretrain(parts, hparams.seed))
+
+
+def pretrain(parts: Parts, seed: Any) -> Any:
+    """Parameters of the flow that a run of this seed begins with."""
+    key = jax.random.fold_in(_run_key(seed), train._INIT_STREAM)
+    return sampler.pretrain(parts.field, parts.task, key)[0]
+
+
+def init_from(parts: Parts, hparams: HParams, flow_params: Any) -> TrainState:
+    """First state of a run from a flow trained before."""
     return TrainState(
         learner=Learner(
-            {"policy": params},
-            {"policy": train.optimizer(hparams).init(params)},
+            {"policy": flow_params},
+            {"policy": train.optimizer(hparams).init(flow_params)},
             signatures.first_state(parts.objective, hparams.objective_params),
         ),
         normalizer=normalizer.init((2,)),
@@ -275,9 +283,13 @@ def init(parts: Parts, hparams: HParams) -> TrainState:
         return_sum=jnp.zeros(()),
         episodes=jnp.zeros(()),
         solved=jnp.zeros(()),
-        key=key,
+        key=_run_key(hparams.seed),
         diverged_at=jnp.int32(-1),
     )
+
+
+def _run_key(seed: Any) -> Array:
+    return jax.random.fold_in(jax.random.key(0), seed)
 
 
 def empty_replay(parts: Parts) -> Any:
