@@ -1,6 +1,7 @@
 """Flow samplers: three ways to bound the ratio of a denoising step."""
 
 import dataclasses
+import operator
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ METHODS = {
 CHAINS = 64
 """Chains an iteration and a batch."""
 
-REGIMES = {
+REGIMES: dict[str, dict[str, Any]] = {
     "fresh": {"buffer_size": CHAINS, "min_age": 0},
     "stale": {"buffer_size": 32 * CHAINS, "min_age": 16},
 }
@@ -83,7 +84,11 @@ def configure(method: Method, iterations: int) -> Config:
 def settings(method: Method, config: Config, regime: str, seed: int) -> HParams:
     """Traced settings of a run."""
     return core.make_hparams(
-        config, seed=seed, learning_rate=5e-4, **REGIMES[regime], **method.parameters
+        config,
+        objective_params=method.parameters,
+        seed=seed,
+        learning_rate=5e-4,
+        **REGIMES[regime],
     )
 
 
@@ -103,11 +108,13 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     for config, lanes in programs.items():
         print(f"  {len(lanes)} runs of {config.objective} on {config.ratio_level}", flush=True)
         hparams = [settings(METHODS[n], config, r, s) for n, r, s in lanes]
-        flow = jax.tree.map(lambda x: x[np.array([s - seeds.start for *_, s in lanes])], flows)
-        done = _train(config, hparams, flow)
+        start = jax.tree.map(
+            operator.itemgetter(np.array([s - seeds.start for *_, s in lanes])), flows
+        )
+        done = _train(config, hparams, start)
         before, after, metrics, diverged = done
         for lane, (name, regime, seed) in enumerate(lanes):
-            keys = {"regime": regime, "method": name, "seed": seed}
+            keys: dict[str, Any] = {"regime": regime, "method": name, "seed": seed}
             first = _describe(before[lane])
             last = _describe(after[lane])
             curve = pd.DataFrame({column: metrics[column][lane] for column in CURVES})
@@ -260,7 +267,7 @@ def _draw_learning(store: Store, curves: pd.DataFrame) -> None:
 def _draw_points(store: Store, points: pd.DataFrame) -> None:
     names = ["before", *METHODS]
     figure, axes = plots.panels(
-        len(REGIMES), len(names), width=11, height=1.75, sharex=True, sharey=True
+        len(REGIMES), len(names), width=11, height=1.5, sharex=True, sharey=True
     )
     rewarded = tasks.ring().centers[tasks.ring().rewarded]
     for row, regime in zip(axes, REGIMES, strict=True):
@@ -301,7 +308,7 @@ def _draw_ratios(store: Store, ratios: pd.DataFrame) -> None:
         axis.vlines(table.step, table.q25, table.q75, color=color, linewidth=5, alpha=0.6)
         axis.plot(table.step, table.q50, "o", color="white", markeredgecolor=color, markersize=4)
         axis.set(title=label, xlabel="step, noise to sample")
-    for level, (label, color) in _LEVELS.items():
+    for level, (_, color) in _LEVELS.items():
         table = pooled[pooled.level == level]
         name = "x" if level == "token" else "(x + b) s"
         # In units of its own spread, since the two differ by a factor of ten.
@@ -309,14 +316,13 @@ def _draw_ratios(store: Store, ratios: pd.DataFrame) -> None:
         axes[0][2].errorbar(
             table.step, relative, 2 * error, color=color, marker="o", markersize=3, label=name
         )
-        del label
     axes[0][2].axhline(0, color="0.6", linewidth=0.8)
     axes[0][2].set(title="mean / standard deviation", xlabel="step, noise to sample")
     axes[0][2].legend()
     table = pooled[pooled.level == "token"]
     axes[0][3].plot(table.step, table.above, "^-", color="#0072B2", label="r > 1.2")
     axes[0][3].plot(table.step, table.below, "v--", color="#D55E00", label="r < 0.8")
-    axes[0][3].set(title="share outside PPO's clip, r = e^x", xlabel="step, noise to sample")
+    axes[0][3].set(title="share outside PPO's clip", xlabel="step, noise to sample")
     axes[0][3].legend()
     caption = (
         f"Chains of an old flow under a newer one. Bars: 5-95 % and 25-75 %, mean over"

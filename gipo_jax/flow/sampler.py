@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from gipo_jax import cpu, networks
 from gipo_jax.config import Config
@@ -110,7 +111,9 @@ def schedule(task: Task, noise_level: float | None = None) -> Schedule:
     return Schedule(*(x.astype(np.float32) for x in (time, dt, sigma, sigma * np.sqrt(dt))))
 
 
-def step_mean(velocity: Velocity, points: Array, time: Array, dt: Array, sigma: Array) -> Array:
+def step_mean(
+    velocity: Velocity, points: Array, time: ArrayLike, dt: ArrayLike, sigma: ArrayLike
+) -> Array:
     """Mean of a step of the SDE.
 
     Args:
@@ -123,10 +126,9 @@ def step_mean(velocity: Velocity, points: Array, time: Array, dt: Array, sigma: 
     Returns:
         mu, ``[..., 2]``.
     """
-    time, dt, sigma = (jnp.broadcast_to(x, points.shape[:-1]) for x in (time, dt, sigma))
-    v = velocity(points, time)
-    time, dt, sigma = (x[..., None] for x in (time, dt, sigma))
-    return points - (v + sigma**2 / (2 * time) * (points + (1 - time) * v)) * dt
+    v = velocity(points, jnp.broadcast_to(time, points.shape[:-1]))
+    t, dt, sigma = (jnp.asarray(x)[..., None] for x in (time, dt, sigma))
+    return points - (v + sigma**2 / (2 * t) * (points + (1 - t) * v)) * dt
 
 
 def chain_means(velocity: Velocity, steps: Schedule, points: Array) -> Array:
@@ -143,7 +145,7 @@ def chain_means(velocity: Velocity, steps: Schedule, points: Array) -> Array:
     return step_mean(velocity, points[..., :-1, :], steps.time, steps.dt, steps.sigma)
 
 
-def log_density(points: Array, mean: Array, std: Array | np.ndarray) -> Array:
+def log_density(points: Array, mean: Array, std: ArrayLike) -> Array:
     """Log-density of the Gaussian steps.
 
     Args:

@@ -103,7 +103,7 @@ TASKS: dict[str, Callable[[], Task]] = {f"{PREFIX}ring": ring, f"{PREFIX}moons":
 """Tasks by name."""
 
 
-def reward(task: Task, points: Array) -> Array:
+def reward(task: Task, points: Array | np.ndarray) -> Array:
     """Reward of end points, in (0, 1]: exp(-d^2 / (2 width^2)), d the distance to the nearest mode
     that is rewarded.
 
@@ -118,7 +118,7 @@ def reward(task: Task, points: Array) -> Array:
     return jnp.exp(-jnp.min(squares, axis=-1) / (2 * task.width**2))
 
 
-def modes_covered(task: Task, points: Array) -> Array:
+def modes_covered(task: Task, points: Array | np.ndarray) -> Array:
     """How many rewarded modes a set of points covers.
 
     A mode is covered if at least a quarter of its equal share of the points, 1 / (4 x rewarded
@@ -139,13 +139,14 @@ def modes_covered(task: Task, points: Array) -> Array:
     return jnp.sum(share >= 1 / (4 * len(centers)), dtype=jnp.float32)
 
 
-def pairwise_distance(points: Array) -> Array:
+def pairwise_distance(points: Array | np.ndarray) -> Array:
     """Mean distance of two different points of a set ``[n, 2]``, n >= 2."""
     squares = _squared_distances(points, points)
     n = len(points)
     return jnp.sum(jnp.sqrt(squares)) / (n * (n - 1))
 
 
-def _squared_distances(points: Array, centers: Array | np.ndarray) -> Array:
+def _squared_distances(points: Array | np.ndarray, centers: Array | np.ndarray) -> Array:
     """``[..., 2]`` and ``[m, 2]`` -> ``[..., m]``."""
-    return jnp.sum((points[..., None, :] - jnp.asarray(centers, jnp.float32)) ** 2, axis=-1)
+    offset = jnp.asarray(points)[..., None, :] - jnp.asarray(centers, jnp.float32)
+    return jnp.sum(offset**2, axis=-1)

@@ -296,7 +296,7 @@ def empty_replay(parts: Parts) -> Any:
     """Replay with nothing in it, arrays ``[blocks, rollout_length, num_envs, ...]``."""
     config, steps = parts.config, parts.task.steps
 
-    def like(*shape: int) -> jax.ShapeDtypeStruct:
+    def like(*shape: int) -> Any:
         full = (config.rollout_length, config.num_envs, *shape)
         return jax.ShapeDtypeStruct(full, jnp.float32)
 
