@@ -11,6 +11,7 @@ from experiments import (
     age_and_size,
     asymmetry,
     bounds,
+    flow,
     gridworld,
     kernel,
     objective_family,
@@ -52,6 +53,7 @@ REGISTRY: dict[str, ModuleType] = {
         proposal_development,
         proposal,
         reuse_bias,
+        flow,
     )
 }
 """Experiments by name, in the order in which they run."""

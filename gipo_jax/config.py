@@ -79,6 +79,7 @@ RATIO_LEVELS = (
     "prefix_product",
     "prefix_geometric",
     "prefix_min",
+    "ratio_norm",
 )
 KERNELS = ("gaussian", "laplacian", "cauchy")
 
@@ -149,7 +150,8 @@ class Config:
     )
     ratio_level: str = setting(
         "token",
-        "importance ratio of each token, of the whole action or answer (joint), or of a sequence",
+        "importance ratio of each token, of the whole action or answer (joint), or of a sequence;"
+        " ratio_norm for flows",
         f"one of {', '.join(RATIO_LEVELS)}",
         _one_of(*RATIO_LEVELS),
     )
