@@ -80,6 +80,12 @@ RATIO_LEVELS = (
     "prefix_geometric",
     "prefix_min",
 )
+LOSS_AGG_MODES = (
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+)
 KERNELS = ("gaussian", "laplacian", "cauchy")
 
 
@@ -147,11 +153,12 @@ class Config:
     normalize_advantage: bool = setting(
         True, "standardise advantages in each batch", "true or false", _flag
     )
-    ratio_level: str = setting(
-        "token",
-        "importance ratio of each token, of the whole action or answer (joint), or of a sequence",
-        f"one of {', '.join(RATIO_LEVELS)}",
-        _one_of(*RATIO_LEVELS),
+    ratio_level: str | None = setting(
+        None,
+        "importance ratio of each token, of the whole action or answer (joint), or of a sequence;"
+        " by default the objective's own, which is token for most",
+        f"one of {', '.join(RATIO_LEVELS)}, or None for the objective's own",
+        lambda v: v is None or v in RATIO_LEVELS,
     )
     action_head: str = setting(
         "auto",
