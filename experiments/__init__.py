@@ -8,11 +8,14 @@ figures from stored tables only. Mechanics live in ``gipo_jax``.
 from types import ModuleType
 
 from experiments import (
+    age_and_size,
     asymmetry,
     bounds,
     gridworld,
     kernel,
     objective_family,
+    proposal,
+    proposal_development,
     replay_sizes,
     sample_efficiency,
     sigma,
@@ -20,6 +23,7 @@ from experiments import (
     staleness,
     token_vs_joint,
     trust_weights,
+    tuned_sizes,
     utilization,
 )
 
@@ -34,6 +38,8 @@ REGISTRY: dict[str, ModuleType] = {
         bounds,
         staleness,
         replay_sizes,
+        tuned_sizes,
+        age_and_size,
         utilization,
         sample_efficiency,
         stability,
@@ -42,6 +48,8 @@ REGISTRY: dict[str, ModuleType] = {
         kernel,
         token_vs_joint,
         objective_family,
+        proposal_development,
+        proposal,
     )
 }
 """Experiments by name, in the order in which they run."""

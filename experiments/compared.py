@@ -15,19 +15,20 @@ from gipo_jax import objectives
 NAMES = ("gipo", "ppo_clip", "sapo", "no_clip")
 
 
-@objectives.declare(positive=("sigma", "tau_pos", "tau_neg"))
+@objectives.declare(positive=("sigma", "clip_eps", "tau_pos", "tau_neg"))
 def compared(
     log_ratio: Array,
     advantage: Array,
     which: ArrayLike = 0.0,
     sigma: ArrayLike = 1.0,
+    clip_eps: ArrayLike = 0.2,
     tau_pos: ArrayLike = 1.0,
     tau_neg: ArrayLike = 2.0,
 ) -> Array:
     """The objective of index ``which`` in ``NAMES``; parameters that it lacks are not used."""
     branches = [
         lambda x, a: objectives.gipo(x, a, sigma=sigma),
-        objectives.ppo_clip,
+        lambda x, a: objectives.ppo_clip(x, a, clip_eps=clip_eps),
         lambda x, a: objectives.sapo(x, a, tau_pos=tau_pos, tau_neg=tau_neg),
         objectives.no_clip,
     ]

@@ -133,7 +133,7 @@ def _tuning(scale: Scale, regime: str, task: Task) -> list[Sweep]:
         (scale.tuning_age,),
         scale.tuning_seeds,
         scale.scale_steps,
-        one_program=True,
+        program=training.PROGRAMS["compared"],
         learning_rate=list(scale.learning_rates),
         **_settings(scale, task),
     )
@@ -163,7 +163,7 @@ def _main(store: Store, scale: Scale, regime: str, task: Task) -> Sweep | None:
             scale.ages,
             scale.seeds,
             scale.scale_steps,
-            one_program=True,
+            program=training.PROGRAMS["compared"],
             learning_rate=rates[index],
             **_settings(scale, task),
         )

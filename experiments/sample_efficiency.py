@@ -1,15 +1,19 @@
 """How many environment steps each method needs to reach a return, with censoring shown."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
 from experiments import replay_sizes
 from experiments.store import DataError, Store
+from experiments.training import Task
 from gipo_jax.analysis import plots, stats
 
 QUESTION = "Does GIPO need fewer environment steps to reach a given return?"
 
 REFERENCE = plots.look("gipo", 1.0).label
+THRESHOLDS = replay_sizes.SCALES["full"].tasks
 
 
 def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
@@ -17,8 +21,12 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     replay_sizes.run(store.of("replay_sizes"), preset, part)
 
 
-def times(curves: pd.DataFrame) -> pd.DataFrame:
+def times(curves: pd.DataFrame, tasks: Iterable[Task] = THRESHOLDS) -> pd.DataFrame:
     """Share of the budget at which each run first logs a return at its task's threshold.
+
+    Args:
+        curves: as ``replay_sizes.load_curves`` gives them.
+        tasks: where the thresholds come from.
 
     Returns:
         a row a run: regime, env, method, age, seed, ``time`` in (0, 1], and ``reached``. A run that
@@ -27,7 +35,7 @@ def times(curves: pd.DataFrame) -> pd.DataFrame:
     Raises:
         DataError: a task without a threshold.
     """
-    thresholds = {task.env: task.threshold for task in replay_sizes.SCALES["full"].tasks}
+    thresholds = {task.env: task.threshold for task in tasks}
     unknown = set(curves.env) - set(thresholds)
     if unknown:
         raise DataError("replay_sizes_runs", f"no threshold is known for {sorted(unknown)[0]!r}")

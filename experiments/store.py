@@ -29,6 +29,10 @@ class DataError(Exception):
         super().__init__(f"{path}: {problem}")
 
 
+class NotRunError(DataError):
+    """The experiment has stored nothing in this folder."""
+
+
 def sha256(path: Path) -> str:
     """Checksum of a file, as hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -77,13 +81,16 @@ class Store:
         """Reads a stored table.
 
         Raises:
-            DataError: it is missing, damaged or lacks one of ``columns``.
+            NotRunError: it was never stored.
+            DataError: it is lost, damaged or lacks one of ``columns``.
         """
         path = self.out / "data" / f"{table}.csv"
+        name, known = self._name(path), self.manifest()["data"]
         if not path.is_file():
-            raise DataError(path, f"missing; run experiment {self.experiment!r} first")
-        name, checksum = self._name(path), sha256(path)
-        entry = self.manifest()["data"].get(name, {"command": self.command, "sha256": checksum})
+            error = DataError if name in known else NotRunError
+            raise error(path, f"missing; run experiment {self.experiment!r} first")
+        checksum = sha256(path)
+        entry = known.get(name, {"command": self.command, "sha256": checksum})
         if checksum != entry["sha256"]:
             raise DataError(path, "does not match its checksum in manifest.json; restore or rerun")
         try:

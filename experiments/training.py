@@ -5,14 +5,14 @@ different questions of the same runs share it.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from experiments.compared import NAMES, compared
+from experiments import compared, contenders
 from experiments.store import DataError, Store
 from gipo_jax import sweep
 from gipo_jax.sweep import results
@@ -96,6 +96,30 @@ BASELINES = (
 )
 METHODS = (Method("gipo", {"sigma": 0.2}), Method("gipo", {"sigma": 0.5}), GIPO, *BASELINES)
 
+
+class Program(NamedTuple):
+    """Several objectives behind one function, so that they share a compiled program."""
+
+    objective: Callable[..., Any]
+    names: tuple[str, ...]
+
+
+PROGRAMS = {
+    "compared": Program(compared.compared, compared.NAMES),
+    "contenders": Program(contenders.contenders, contenders.NAMES),
+}
+
+OWN = {
+    "sigma": ("gipo", "maspo"),
+    "clip_eps": ("ppo_clip", "geppo", "decoupled_ppo"),
+    "tau_pos": ("sapo",),
+    "tau_neg": ("sapo",),
+    "sigma_stale": ("proximal_gipo",),
+    "sigma_prox": ("proximal_gipo", "following"),
+    "target": ("following",),
+}
+"""The objectives that have a parameter."""
+
 CURVES = (
     "episode_return",
     "ess",
@@ -118,7 +142,7 @@ class Sweep:
     Attributes:
         name: folder under OUT/sweeps.
         runs: what is trained.
-        keys: columns that its rows of a table get, such as the regime.
+        keys: columns that its rows of a table get, such as the regime; a list has a value a run.
     """
 
     name: str
@@ -134,7 +158,7 @@ def expand(
     seeds: range,
     scale_steps: float = 1.0,
     *,
-    one_program: bool = False,
+    program: Program | None = None,
     **settings: Any,
 ) -> list[sweep.Run]:
     """Runs of several methods on a task.
@@ -146,7 +170,7 @@ def expand(
         ages: buffer sizes, in iterations.
         seeds: consecutive seeds.
         scale_steps: factor on the task's steps.
-        one_program: train by way of ``compared``, which all four objectives share.
+        program: one of ``PROGRAMS``, which all methods then share; None compiles each its own.
         settings: further settings; a list is swept.
     """
     steps = int(task.settings["total_steps"] * scale_steps) // task.block * task.block
@@ -157,9 +181,9 @@ def expand(
         for run in sweep.expand(
             **shared,
             env=task.env,
-            objective=compared if one_program else method.objective,
+            objective=program.objective if program else method.objective,
             objective_args=method.parameters
-            | ({"which": float(NAMES.index(method.objective))} if one_program else {}),
+            | ({"which": float(program.names.index(method.objective))} if program else {}),
             updates_per_iteration=updates,
             buffer_size=[age * task.block for age in ages],
             seeds=len(seeds),
@@ -202,8 +226,11 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
         task_block = [run.config.block_size for run in item.runs]
         runs["age"] = runs["buffer_size"] // np.array(task_block)
         if "which" in runs:
-            runs["objective"] = [NAMES[int(index)] for index in runs["which"]]
-            runs["sigma"] = runs["sigma"].where(runs["objective"] == "gipo")
+            names = PROGRAMS[runs["objective"].iloc[0]].names
+            runs["objective"] = [names[int(index)] for index in runs["which"]]
+            # The shared program takes every parameter; a method has only its own.
+            for name in OWN.keys() & set(runs):
+                runs[name] = runs[name].where(runs["objective"].isin(OWN[name]))
         runs["learning_rate"] = [float(run.hparams.learning_rate) for run in item.runs]
         for name, value in item.keys.items():
             runs[name] = value

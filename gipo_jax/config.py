@@ -99,8 +99,8 @@ class Config:
 
     env: Any = setting(
         "CartPole-v1",
-        "gymnax environment",
-        "a gymnax environment name or object",
+        "environment by gymnax's name, or EnvPool's such as MetaWorld/ButtonPress-v3",
+        "a gymnax environment name or object, or an EnvPool name",
         lambda v: isinstance(v, str) or hasattr(v, "step_env"),
     )
     objective: Any = setting(

@@ -623,6 +623,7 @@ class Algorithm(NamedTuple):
         evaluate: ``params, normalizer, key, episodes -> greedy, sampled`` mean return.
         choose_action: ``params, normalizer, obs, key=None -> action``.
         first_update: first iteration that updates.
+        host: whether its environments are simulated outside JAX, and so cannot be vmapped.
     """
 
     config: Config
@@ -634,6 +635,7 @@ class Algorithm(NamedTuple):
     evaluate: Callable[..., tuple[Array, Array]]
     choose_action: Callable[..., Array]
     first_update: int
+    host: bool = False
 
     def train_and_log(
         self, state: TrainState, hparams: HParams, start: int | Array, stop: int | Array
@@ -736,6 +738,7 @@ def make(config: Config, env: environments.Environment | None = None) -> Algorit
         evaluate=functools.partial(evaluate, parts),
         choose_action=functools.partial(choose_action, parts),
         first_update=first_update(config),
+        host=parts.env.host,
     )
 
 

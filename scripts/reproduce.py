@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import experiments
 from experiments import report
-from experiments.store import DataError, Store
+from experiments.store import DataError, NotRunError, Store
 from gipo_jax import runtime
 from gipo_jax.analysis import plots
 from gipo_jax.config import ConfigError
@@ -107,8 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: {module.QUESTION}", flush=True)
             if not options.plot_only:
                 module.run(store, options.preset, options.part)
-            with plots.style():
-                module.draw(store)
+            try:
+                with plots.style():
+                    module.draw(store)
+            except NotRunError as absent:
+                # Without names, what is there is redrawn.
+                if options.names or not options.plot_only:
+                    raise
+                print(f"  nothing to draw: {absent}")
             for path in store.figures:
                 print(f"  {path}")
             print(f"  {time.monotonic() - started:.0f} s", flush=True)

@@ -10,7 +10,6 @@ from gipo_jax import cli, objectives, train
 from gipo_jax.config import Config, HParams
 
 MINE = """
-import jax
 import jax.numpy as jnp
 from gipo_jax import objectives
 

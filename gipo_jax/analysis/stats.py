@@ -107,6 +107,44 @@ def paired_difference(
     )
 
 
+def p_value(
+    first: ArrayLike,
+    second: ArrayLike,
+    statistic: Callable[..., ArrayLike] = iqm,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = BOOTSTRAP_SEED,
+) -> float:
+    """Two-sided bootstrap p-value that ``statistic(first - second)`` is zero, on shared seeds.
+
+    Twice the smaller share of resamples on either side of zero, at least ``1 / resamples``; it is
+    below 0.05 about where the 95 % interval of ``paired_difference`` leaves zero out.
+
+    Arguments and errors as in ``paired_difference``.
+    """
+    difference = _matrix(first) - _matrix(second)
+    drawn = np.asarray(
+        statistic(_resample(difference, resamples, np.random.default_rng(seed)), axis=(-2, -1))
+    )
+    smaller = min(float((drawn <= 0).mean()), float((drawn >= 0).mean()))
+    return min(max(2 * smaller, 1 / resamples), 1.0)
+
+
+def holm(p_values: ArrayLike) -> Floats:
+    """Holm's adjustment of p-values for their number; below 0.05 they hold jointly at 5 %.
+
+    The i-th smallest of m values is multiplied by m - i + 1 and is at least the one before it
+    (Holm, 1979).
+
+    >>> holm([0.01, 0.04, 0.03]).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    p = np.asarray(p_values, float)
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1.0)[np.argsort(order)]
+
+
 def improvement_probability(
     first: ArrayLike,
     second: ArrayLike,

@@ -8,13 +8,14 @@ import inspect
 import itertools
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gipo_jax import objectives, train
+from gipo_jax import objectives, protocols, train
 from gipo_jax.config import Config, ConfigError, HParams
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
@@ -42,6 +43,7 @@ def expand(
     seeds: int = 1,
     seed_offset: int = 0,
     objective_args: Mapping[str, Any] | None = None,
+    protocol: str | None = None,
     **settings: Any,
 ) -> list[Run]:
     """All combinations of settings, each once.
@@ -50,6 +52,8 @@ def expand(
         seeds: number of seeds, >= 1: ``seed_offset .. seed_offset + seeds - 1``.
         seed_offset: first seed, >= 0.
         objective_args: parameters of objectives; each goes to the objectives that have it.
+        protocol: settings of a published experiment by one name, see ``protocols``; ``settings``
+            win over them.
         settings: fields of ``Config`` and ``HParams``, and parameters of objectives where no field
             has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple).
 
@@ -66,6 +70,8 @@ def expand(
         raise ConfigError("seed_offset", seed_offset, f"an integer in [0, {top}]")
     if "seed" in settings:
         raise ConfigError("seed", settings["seed"], "left out: give seeds and seed_offset")
+    if protocol is not None:
+        settings = protocols.settings(protocol) | settings
     static = {k: _values(k, v) for k, v in settings.items() if k in CONFIG_FIELDS}
     traced = {k: _values(k, v) for k, v in settings.items() if k in HPARAM_FIELDS}
     own = {k: v for k, v in settings.items() if k not in static and k not in traced}
@@ -192,35 +198,26 @@ def load_objective(reference: str) -> Callable[..., Any]:
             loading.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise ConfigError("objective", reference, located(error, file)) from error
+            raise ConfigError("objective", reference, located(error, file) or str(error)) from error
     function = getattr(sys.modules[module_name], name, None)
     if not callable(function):
         raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but {path} has no {name}()")
     return function
 
 
-def located(error: BaseException, file: Path) -> str:
-    """Where in a user's file an error arose, and what it says, in one line."""
-    place = f"{file}"
-    if isinstance(error, SyntaxError):
-        place += f":{error.lineno}"
-    trace = error.__traceback__
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == file:
-            place = f"{file}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
-        trace = trace.tb_next
+def located(error: BaseException, file: Path) -> str | None:
+    """Where in a user's file an error arose, and what it says, in one line.
+
+    None where no code of the file was running.
+    """
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file]
+    if not frames and not isinstance(error, SyntaxError):
+        return None
+    place = f"{file}:{error.lineno}" if isinstance(error, SyntaxError) else ""
+    if frames:
+        place = f"{file}:{frames[-1].lineno}, in {frames[-1].name}"
     text = (str(error).strip().splitlines() or [""])[0]
     return f"code that runs; {place}: {type(error).__name__}: {text}"
-
-
-def passed_through(error: BaseException, file: Path) -> bool:
-    """Whether code of a file was running when an error arose."""
-    trace = error.__traceback__
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == file:
-            return True
-        trace = trace.tb_next
-    return False
 
 
 def source_file(function: Any) -> Path | None:
