@@ -193,7 +193,7 @@ def _add_objective_parameters(parser: argparse.ArgumentParser, taken: set[str]) 
         "parameters of objectives: each goes to the objectives that have it"
     )
     owners: dict[str, list[str]] = {}
-    for name in objectives.REGISTRY:
+    for name in objectives.ALL:
         for parameter, default in objectives.spec(name).params.items():
             if parameter not in taken:
                 owners.setdefault(parameter, []).append(f"{name} {default:g}")
@@ -337,7 +337,7 @@ def _objectives(given: dict[str, Any]) -> int:
     from gipo_jax import objectives
 
     rows = [("NAME", "KIND", "PARAMETERS", "PAPER")]
-    for name in objectives.REGISTRY:
+    for name in objectives.ALL:
         spec = objectives.spec(name)
         parameters = [f"{key}={value:g}" for key, value in spec.params.items()]
         if spec.takes_kernel:

@@ -81,6 +81,12 @@ RATIO_LEVELS = (
     "prefix_min",
     "ratio_norm",
 )
+LOSS_AGG_MODES = (
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+)
 KERNELS = ("gaussian", "laplacian", "cauchy")
 
 
@@ -148,12 +154,12 @@ class Config:
     normalize_advantage: bool = setting(
         True, "standardise advantages in each batch", "true or false", _flag
     )
-    ratio_level: str = setting(
-        "token",
-        "importance ratio of each token, of the whole action or answer (joint), or of a sequence;"
-        " ratio_norm for flows",
-        f"one of {', '.join(RATIO_LEVELS)}",
-        _one_of(*RATIO_LEVELS),
+    ratio_level: str | None = setting(
+        None,
+        "importance ratio of each token, of the whole action or answer (joint), of a sequence, or"
+        " ratio_norm for flows; by default the objective's own, which is token for most",
+        f"one of {', '.join(RATIO_LEVELS)}, or None for the objective's own",
+        lambda v: v is None or v in RATIO_LEVELS,
     )
     action_head: str = setting(
         "auto",

@@ -16,7 +16,7 @@ CTPO's two forms are verified from its code. MinPRO's is unverified, for its cod
 whether it holds the factor of the prefix at 1 is unknown, and here it is free.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from gipo_jax.config import ConfigError
+from gipo_jax.signatures import Spec
 
 
 def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
@@ -48,7 +49,8 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
     Raises:
         ConfigError: an unknown level, or a mask of another shape.
     """
-    check(level)
+    if level not in LEVELS:
+        raise ConfigError("ratio_level", level, f"one of {', '.join(LEVELS)}")
     if mask is None:
         mask = jnp.ones_like(log_ratio, bool)
     if mask.shape != log_ratio.shape:
@@ -62,20 +64,21 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
     return stop_gradient(values) + (log_ratio - stop_gradient(log_ratio))
 
 
-def check(level: str, inputs: Collection[str] = ()) -> None:
-    """Refuses a level that does not exist or that an objective cannot have.
-
-    Args:
-        level: its name.
-        inputs: what the objective asks for beside log-ratio and advantage.
+def choose(level: str | None, spec: Spec) -> str:
+    """The level that an objective takes: the one asked for, or its own for None.
 
     Raises:
-        ConfigError: an unknown level, or ``prefix_min`` with ``behavior_log_prob``.
+        ConfigError: an unknown level, or one that the objective cannot have: ``prefix_min`` where
+            it reads probabilities.
     """
-    valid = [name for name in LEVELS if name != "prefix_min" or "behavior_log_prob" not in inputs]
+    valid = dict.fromkeys(LEVELS)
+    if "behavior_log_prob" in spec.inputs:
+        del valid["prefix_min"]
+    level = spec.ratio_level if level is None else level
     if level not in valid:
-        reason = ", because the objective reads probabilities" if level in LEVELS else ""
+        reason = f", because {spec.name} reads probabilities" if level in LEVELS else ""
         raise ConfigError("ratio_level", level, f"one of {', '.join(valid)}{reason}")
+    return level
 
 
 def _token(x: Array, mask: Array) -> Array:

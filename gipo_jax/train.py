@@ -110,6 +110,7 @@ class Parts(NamedTuple):
     head: networks.ActionHead
     network: networks.Network
     objective: signatures.Spec
+    ratio_level: str
 
 
 # One iteration, from top to bottom.
@@ -320,7 +321,7 @@ def update(
             advantage,
             objective,
             hparams,
-            parts.config.ratio_level,
+            parts.ratio_level,
             policy_scale,
             probe,
         )
@@ -387,20 +388,17 @@ def bind_objective(
     parts: Parts, state: TrainState, learner: Learner, hparams: HParams, batch: Batch
 ) -> BoundObjective:
     """The objective with its parameters, and with the inputs and state that it asks for."""
-    spec, level = parts.objective, parts.config.ratio_level
+    spec, behavior = parts.objective, batch.behavior_log_prob
     given: dict[str, Any] = dict(hparams.objective_params)
     if spec.takes_kernel:
         given["kernel"] = parts.config.kernel
-    if "behavior_log_prob" in spec.inputs:
-        given["behavior_log_prob"] = ratio_levels.transform(batch.behavior_log_prob, level)
-    if "log_ratio_start" in spec.inputs:
-        outputs = parts.network.policy(state.learner.params, batch.obs)
-        log_prob = parts.head.log_prob(outputs, batch.action)
-        log_ratio = log_prob - batch.behavior_log_prob
-        given["log_ratio_start"] = ratio_levels.transform(log_ratio, level)
     if spec.initial_state is not None:
         given["state"] = learner.objective_state
-    return functools.partial(signatures.evaluate, spec, **given)
+    start = None
+    if "log_ratio_start" in spec.inputs:
+        outputs = parts.network.policy(state.learner.params, batch.obs)
+        start = parts.head.log_prob(outputs, batch.action) - behavior
+    return losses.bind(spec, parts.ratio_level, given, behavior, start)
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
@@ -556,17 +554,11 @@ def report(
     outputs, value = parts.network.policy_and_value(params, batch.obs)
     log_prob = parts.head.log_prob(outputs, batch.action)
     log_ratio = log_prob - batch.behavior_log_prob
-    log_ratio = ratio_levels.transform(log_ratio, config.ratio_level)
+    log_ratio = ratio_levels.transform(log_ratio, parts.ratio_level)
     advantage = _advantage(config, batch)
     objective = bind_objective(parts, state, state.learner, hparams, batch)
     weight = losses.objective_weight(objective, log_ratio, advantage)
-    metrics = diagnostics.utilization(
-        log_ratio,
-        advantage,
-        weight,
-        weight * jnp.exp(-jnp.maximum(log_ratio, -80.0)),
-        batch.age[:, None],
-    )
+    metrics = diagnostics.utilization(log_ratio, advantage, weight, batch.age[:, None])
     metrics["explained_variance"] = diagnostics.explained_variance(batch.value_target, value)
     if parts.env.reports_success:
         metrics["success_rate"] = state.solved / state.episodes
@@ -766,10 +758,15 @@ def make_parts(config: Config, env: environments.Environment | None = None) -> P
     if objective.discrete_only and not head.discrete:
         valid = f"'tokens', because {objective.name} reads probabilities of discrete actions"
         raise ConfigError("action_head", config.action_head, valid)
-    if config.ratio_level not in ("token", "joint"):
+    if "position" in objective.inputs:
+        valid = "one for actions, because the tokens of an action have no order"
+        raise ConfigError("objective", objective.name, valid)
+    level = ratio_levels.choose(config.ratio_level, objective)
+    if level not in ("token", "joint"):
         valid = "'token' or 'joint', because the tokens of an action have no order"
-        raise ConfigError("ratio_level", config.ratio_level, valid)
-    return Parts(config, env, head, networks.make(config, env.obs_shape, head), objective)
+        raise ConfigError("ratio_level", level, valid)
+    network = networks.make(config, env.obs_shape, head)
+    return Parts(config, env, head, network, objective, level)
 
 
 def make_hparams(

@@ -318,7 +318,7 @@ def test_update_follows_an_independently_written_loss(toy: Any, joint: bool) -> 
         ratio_level="joint" if joint else "token", max_buffer_size=4 * BLOCK,
         **(SMALL | {"batch_size": 4 * BLOCK}),
     )  # fmt: skip
-    algorithm, (_, _, _, network, _) = train.make(config), train.make_parts(config)
+    algorithm, network = train.make(config), train.make_parts(config).network
     hparams = train.make_hparams(
         config, buffer_size=4 * BLOCK, learning_rate=0.1, sigma=SIGMA, sigma_neg_ratio=NARROW,
         entropy_coef=ENTROPY, kl_coef=KL, value_coef=0.7,

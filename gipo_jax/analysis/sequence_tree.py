@@ -67,7 +67,7 @@ def study(
     behavior: ArrayLike,
     reward: ArrayLike,
     objective: str | objectives.Objective = "gipo",
-    ratio_level: str = "token",
+    ratio_level: str | None = None,
     advantage: str = "terminal",
     features: ArrayLike | None = None,
 ) -> Study:
@@ -83,7 +83,7 @@ def study(
         behavior: probabilities mu, likewise.
         reward: of each answer, ``[2^steps]``.
         objective: name or function; ``functools.partial`` sets its parameters.
-        ratio_level: one of ``ratio_levels.LEVELS``.
+        ratio_level: one of ``ratio_levels.LEVELS``, or None for the objective's own.
         advantage: one of ``ADVANTAGES``.
         features: ``[2^steps - 1, 2, parameters]``; the logits of the target policy are the product
             with its parameters. By default each logit is a parameter of its own.
@@ -185,14 +185,14 @@ def _weighted_advantage(
     behavior: Floats,
     advantages: Floats,
     objective: str | objectives.Objective,
-    ratio_level: str,
+    ratio_level: str | None,
 ) -> Floats:
     """u A of each token of each answer, ``[2^steps, steps]``: the surrogate's own derivative.
 
     Not u times A, for some objectives move the policy where A is 0.
     """
     spec = objectives.spec(objective)
-    ratio_levels.check(ratio_level, spec.inputs)
+    level = ratio_levels.choose(ratio_level, spec)
     log_mu = _log_prob(behavior)
     copies = _frequencies(np.exp(log_mu.sum(axis=1)))
     first = np.cumsum(copies) - copies
@@ -204,9 +204,12 @@ def _weighted_advantage(
         )
         given: dict[str, Any] = dict(spec.params)
         if "behavior_log_prob" in spec.inputs:
-            given["behavior_log_prob"] = ratio_levels.transform(behavior_log_prob, ratio_level)
+            given["behavior_log_prob"] = ratio_levels.transform(behavior_log_prob, level)
         if "log_ratio_start" in spec.inputs:
-            given["log_ratio_start"] = ratio_levels.transform(log_ratio, ratio_level)
+            given["log_ratio_start"] = ratio_levels.transform(log_ratio, level)
+        if "position" in spec.inputs:
+            position = 1 + jnp.arange(log_ratio.shape[1])
+            given["position"] = jnp.broadcast_to(position, log_ratio.shape)
         if spec.initial_state is not None:
             state = spec.initial_state(spec.params)
             given["state"] = jax.tree.map(
@@ -214,9 +217,7 @@ def _weighted_advantage(
             )
 
         def surrogate(log_ratio: Array) -> Array:
-            result = spec.function(
-                ratio_levels.transform(log_ratio, ratio_level), advantage, **given
-            )
+            result = spec.function(ratio_levels.transform(log_ratio, level), advantage, **given)
             return jnp.sum(result if spec.initial_state is None else result[0])
 
         return np.asarray(jax.grad(surrogate)(log_ratio))[first]

@@ -207,7 +207,7 @@ def compare(parts: Parts, params: Any, rows: ReplayRow) -> Ratios:
     kl = shift / (2 * parts.steps.std**2)
     if parts.config.ratio_level == RATIO_NORM:
         return Ratios(ratio_norm(log_ratio, kl, parts.steps.std), kl)
-    return Ratios(ratio_levels.transform(log_ratio, parts.config.ratio_level), kl)
+    return Ratios(ratio_levels.transform(log_ratio, parts.config.ratio_level or "token"), kl)
 
 
 def ratio_norm(log_ratio: Array, kl: Array, std: Any) -> Array:

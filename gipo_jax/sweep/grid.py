@@ -242,7 +242,7 @@ def _check_used(own: Mapping[str, Any], static: Mapping[str, Sequence[Any]]) -> 
     parameters = {name for spec in specs for name in spec.params}
     for name, values in own.items():
         if name not in parameters:
-            everywhere = {p for o in objectives.REGISTRY for p in objectives.spec(o).params}
+            everywhere = {p for o in objectives.ALL for p in objectives.spec(o).params}
             names = ", ".join(spec.name for spec in specs)
             known = sorted({*CONFIG_FIELDS, *HPARAM_FIELDS, *parameters})
             near = difflib.get_close_matches(name, known, n=1)
@@ -311,7 +311,7 @@ def _encode_objective(objective: Any) -> Any:
     if isinstance(objective, str):
         return objective
     name = objectives.spec(objective).name
-    if objectives.REGISTRY.get(name) is objective:
+    if objectives.ALL.get(name) is objective:
         return name
     file = source_file(objective)
     if file is None:
