@@ -114,7 +114,11 @@ def token_tree() -> reuse_bias.Task:
     start = np.zeros(len(prefixes), np.float32)
     start[0] = 1
     return reuse_bias.Task(
-        *(jnp.asarray(x) for x in (start, next_state, reward, obs.reshape(len(obs), -1))), length
+        start=jnp.asarray(start),
+        next_state=jnp.asarray(next_state),
+        reward=jnp.asarray(reward),
+        obs=jnp.asarray(obs.reshape(len(obs), -1)),
+        length=length,
     )
 
 
@@ -261,8 +265,10 @@ def _labels(task: str, level: str, setting: Setting) -> dict[str, Any]:
 def _by_method(frame: pd.DataFrame) -> Iterator[tuple[Method, pd.DataFrame]]:
     """Rows of each method, in stored order."""
     for (objective, sigma), rows in frame.groupby(["objective", "sigma"], dropna=False, sort=False):
-        # Every NaN is another key.
-        yield Method(str(objective)) if np.isnan(sigma) else Method(str(objective), sigma), rows
+        width = float(sigma)  # type: ignore[arg-type]
+        # Two NaNs are different keys unless they are the same object.
+        method = Method(str(objective)) if np.isnan(width) else Method(str(objective), width)
+        yield method, rows
 
 
 def matching_rate(returns: np.ndarray, target: float) -> float:
@@ -288,7 +294,9 @@ def draw(store: Store) -> None:
     keys = ["task", "objective", "sigma", "level"]
     columns = ["rate", "advantage", "size", "learning_rate", "seed", "estimate", "true_return"]
     runs = store.read("reuse_bias", [*keys, *columns])
-    runs["reuse_bias"] = np.asarray(reuse_bias.reuse_bias(runs.estimate, runs.true_return))
+    runs["reuse_bias"] = np.asarray(
+        reuse_bias.reuse_bias(runs.estimate.to_numpy(), runs.true_return.to_numpy())
+    )
     _draw_sizes(store, summarize(runs))
     pilot = store.read("reuse_bias_pilot", [*keys, "learning_rate", "true_return", "reuse_bias"])
     _draw_rates(store, pilot)

@@ -1,5 +1,6 @@
 """Reuse bias: exact returns against enumeration, the estimate, the metric and the experiment."""
 
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 import pytest
 
@@ -58,7 +60,8 @@ def test_the_estimate_is_the_true_return_in_expectation_over_all_episodes(name: 
     assert probability["behavior"].sum() == pytest.approx(1, abs=1e-6)
     enumerated = probability["target"] @ episode_return
     with jax.enable_x64(True):
-        buffer = reuse_bias.Buffer(state, action, behavior[state, action], episode_return)
+        columns = (state, action, behavior[state, action], episode_return)
+        buffer = reuse_bias.Buffer(*(jnp.asarray(column) for column in columns))
         each = np.asarray(reuse_bias.weighted_returns(jnp.asarray(target), buffer))
         exact = float(reuse_bias.true_return(task, jnp.asarray(target)))
     assert exact == pytest.approx(enumerated, abs=1e-6)
@@ -83,7 +86,9 @@ def test_the_tables_of_catch_agree_with_the_environment() -> None:
     seen = set()
     for seed in range(12):
         obs, state = env.reset(jax.random.key(seed), params)
-        (index,) = np.flatnonzero((np.asarray(task.obs) == np.ravel(obs)).all(axis=1))
+        same = (np.asarray(task.obs) == np.ravel(obs)).all(axis=1)
+        index = int(np.argmax(same))
+        assert same.sum() == 1
         assert task.start[index] > 0
         for time in range(task.length):
             np.testing.assert_array_equal(task.obs[index], np.ravel(obs))
@@ -138,6 +143,7 @@ def tabular(params: Any, obs: Any) -> Any:
 
 
 def optimized(objective: Any, level: str, updates: int = 20) -> np.ndarray:
+    """Logits after full-batch updates on one buffer of the tree."""
     behavior = jnp.asarray(policies(TREE)[1], jnp.float32)
     buffer = reuse_bias.sample(TREE, behavior, jax.random.key(2), 40)
     advantage = buffer.episode_return
@@ -152,6 +158,27 @@ def test_biris_with_alpha_zero_takes_exactly_the_steps_of_no_clip(level: str) ->
     plain = optimized(objectives.no_clip, level)
     np.testing.assert_array_equal(optimized(lambda x, a: objectives.biris(x, a, 0), level), plain)
     assert np.any(optimized(lambda x, a: objectives.biris(x, a, 0.1), level) != plain)
+
+
+def test_the_updates_are_those_of_adam_on_the_papers_loss() -> None:
+    behavior = jnp.asarray(policies(TREE)[1], jnp.float32)
+    buffer = reuse_bias.sample(TREE, behavior, jax.random.key(2), 40)
+
+    def paper(logits: Any) -> Any:
+        chosen = jax.nn.log_softmax(logits)[buffer.state, buffer.action]
+        weight = jnp.exp(jnp.sum(chosen - buffer.behavior_log_prob, axis=1))
+        # The derivative of abs at 0 is taken as 0.
+        distance = jnp.where(weight == 1, 0, jnp.abs(weight - 1))
+        return jnp.mean(-weight * buffer.episode_return + 0.1 * distance)
+
+    adam, logits = optax.adam(0.1), behavior
+    moments = adam.init(logits)
+    for _ in range(20):
+        step, moments = adam.update(jax.grad(paper)(logits), moments)
+        logits = optax.apply_updates(logits, step)
+    biris = functools.partial(objectives.biris, alpha=0.1)
+    np.testing.assert_allclose(optimized(biris, "joint"), logits, atol=2e-3)
+    assert np.abs(optimized(biris, "token") - logits).max() > 0.1
 
 
 def test_one_update_of_adam_moves_each_visited_logit_by_the_learning_rate() -> None:
