@@ -530,7 +530,8 @@ def test_train_and_log_keeps_types_and_gives_scalar_metrics(
         "episode_return", "episodes", "eval_return", "eval_return_sampled", "ess", "ess_new",
         "ess_old", "near_zero_fraction", "near_zero_fraction_new", "near_zero_fraction_old",
         "clip_fraction", "suppressed_fraction", "mean_weight", "policy_age", "policy_age_max",
-        "log_ratio_abs_p95", "old_share", "old_gradient_share",
+        "log_ratio_abs_p95", "log_ratio_p05", "log_ratio_p95", "masked_fraction",
+        "old_share", "old_gradient_share",
         "kl", "entropy", "policy_loss", "value_loss",
         "grad_norm", "value_grad_norm", "explained_variance",
     }  # fmt: skip
