@@ -18,7 +18,7 @@ from gipo_jax import runtime
 BAD_INPUT = 2
 FAILED = 1
 
-_LISTED = ("env", "objective", "kernel")
+_LISTED = ("env", "objective", "kernel", "ratio_level")
 """Static settings that take lists, beside all traced ones."""
 
 _SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")
@@ -162,11 +162,10 @@ def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
             continue
         flag = "--" + field.name.replace("_", "-")
         meaning = f"{field.metadata['help']}".replace("%", "%%")
-        if isinstance(field.default, bool):
+        if field.metadata["valid"].startswith("true or false"):
+            default = {True: " (default: yes)", False: " (default: no)", None: ""}[field.default]
             group.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                help=f"{meaning} (default: {'yes' if field.default else 'no'})",
+                flag, action=argparse.BooleanOptionalAction, help=f"{meaning}{default}"
             )
             continue
         several = field.name in listed or isinstance(field.default, tuple)

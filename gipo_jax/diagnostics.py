@@ -49,11 +49,11 @@ def ratios(
         where: bool, same shape; the samples that count.
 
     Returns:
-        scalars. ``ess``, ``near_zero_fraction`` (u below 1e-3), ``masked_fraction`` (of the samples
-        with A other than 0, those with u = 0), ``suppressed_fraction`` (trust weight u / r below
-        1e-3), ``clip_fraction`` (what PPO with eps 0.2 would ignore), ``mean_weight`` (of u),
-        ``log_ratio_abs_p95`` (95th percentile of abs(x)), ``log_ratio_p05`` and ``log_ratio_p95``
-        (percentiles of x, its two tails). NaN over no samples.
+        scalars. Over samples with A other than 0, as others have no u: ``ess``,
+        ``near_zero_fraction`` (u below 1e-3), ``masked_fraction`` (u = 0), ``suppressed_fraction``
+        (trust weight u / r below 1e-3), ``mean_weight`` (of u). Over all: ``clip_fraction`` (what
+        PPO with eps 0.2 would ignore), ``log_ratio_abs_p95`` (95th percentile of abs(x)),
+        ``log_ratio_p05`` and ``log_ratio_p95`` (percentiles of x, its two tails). NaN over none.
     """
     where = jnp.ones_like(log_ratio, bool) if where is None else where
     chex.assert_equal_shape([log_ratio, advantage, weight, where])
@@ -64,13 +64,14 @@ def ratios(
     trust_weight = weight * jnp.exp(-jnp.maximum(log_ratio, -80.0))
     counted = jnp.where(where, log_ratio, jnp.nan)
     low, high = jnp.nanpercentile(counted, jnp.array([5.0, 95.0]))
+    moved = where & (advantage != 0)
     return {
-        "ess": effective_sample_size(weight, where),
-        "near_zero_fraction": jnp.mean(jnp.abs(weight) < NEAR_ZERO, where=where),
-        "masked_fraction": jnp.mean(weight == 0, where=where & (advantage != 0)),
-        "suppressed_fraction": jnp.mean(trust_weight < NEAR_ZERO, where=where),
+        "ess": effective_sample_size(weight, moved),
+        "near_zero_fraction": jnp.mean(jnp.abs(weight) < NEAR_ZERO, where=moved),
+        "masked_fraction": jnp.mean(weight == 0, where=moved),
+        "suppressed_fraction": jnp.mean(trust_weight < NEAR_ZERO, where=moved),
         "clip_fraction": jnp.mean(clipped, where=where),
-        "mean_weight": jnp.mean(weight, where=where),
+        "mean_weight": jnp.mean(weight, where=moved),
         "log_ratio_abs_p95": jnp.nanpercentile(jnp.abs(counted), 95),
         "log_ratio_p05": low,
         "log_ratio_p95": high,
@@ -103,7 +104,8 @@ def utilization(
     chex.assert_shape(age, (log_ratio.shape[0], 1))
     where = jnp.ones_like(log_ratio, bool) if where is None else where
     age = jnp.broadcast_to(age, log_ratio.shape)
-    new, old = where & (age <= NEW_AGE), where & (age >= OLD_AGE)
+    moved = where & (advantage != 0)
+    new, old = moved & (age <= NEW_AGE), moved & (age >= OLD_AGE)
     near_zero = jnp.abs(weight) < NEAR_ZERO
     gradient = jnp.abs(weight * advantage)
     return ratios(log_ratio, advantage, weight, where) | {

@@ -39,6 +39,7 @@ from gipo_jax import rollout as rollouts
 from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes, stack
 from gipo_jax.losses import Batch, BoundObjective
 from gipo_jax.rollout import Transition
+from gipo_jax.sequences import tasks
 
 Metrics = dict[str, Array]
 
@@ -137,7 +138,7 @@ def train_step(
     state = state._replace(replay=buffer.add(state.replay, rows, iteration))
     learner, metrics = learn(parts, state, hparams, iteration, key_learn)
 
-    state = _keep_finite(state, learner, iteration)
+    state = keep_finite(state, learner, iteration)
     if parts.config.normalize_obs:
         state = state._replace(normalizer=normalizer.update(state.normalizer, transition.obs))
     return state, metrics
@@ -202,8 +203,7 @@ def learn(
     def one_update(learner: Learner, count: Array) -> tuple[Learner, Metrics]:
         index = indices[count // config.reuse_per_batch]
         batch = gather(parts, state, learner.params, hparams, index, iteration)
-        # The authors' damping of reused batches.
-        policy_scale = 1 / jnp.sqrt(count % config.reuse_per_batch + 1.0)
+        policy_scale = reuse_scale(config, count)
 
         def policy_and_value() -> tuple[Learner, Metrics]:
             return update(parts, state, learner, batch, hparams, iteration, policy_scale)
@@ -224,15 +224,30 @@ def learn(
             for name, x in metrics.items()
         }
 
+    return once_filled(config, iteration, all_updates, state.learner)
+
+
+def once_filled(
+    config: Config,
+    iteration: int | Array,
+    all_updates: Callable[[Learner], tuple[Learner, Metrics]],
+    learner: Learner,
+) -> tuple[Learner, Metrics]:
+    """The updates, from the first iteration on that has a batch; before it zeros as metrics."""
     if first_update(config) == 0:
-        return all_updates(state.learner)
-    shapes = jax.eval_shape(all_updates, state.learner)[1]
+        return all_updates(learner)
+    shapes = jax.eval_shape(all_updates, learner)[1]
     return jax.lax.cond(
         jnp.asarray(iteration) >= first_update(config),
         all_updates,
         lambda learner: (learner, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)),
-        state.learner,
+        learner,
     )
+
+
+def reuse_scale(config: Config, count: Array) -> Array:
+    """Factor on the policy's loss in update ``count`` of an iteration: the authors' damping."""
+    return 1 / jnp.sqrt(count % config.reuse_per_batch + 1.0)
 
 
 def sample_indices(
@@ -336,8 +351,8 @@ def update(
     schedule = learning_rate_factor(parts.config, hparams, iteration)
     policy_rate = hparams.learning_rate * ess**hparams.ess_lr_power * schedule
     value_rate = hparams.value_learning_rate * schedule
-    policy, policy_opt, policy_norm = _apply(learner, "policy", grads, hparams, policy_rate)
-    value, value_opt, value_norm = _apply(learner, "value", grads, hparams, value_rate)
+    policy, policy_opt, policy_norm = apply_gradient(learner, "policy", grads, hparams, policy_rate)
+    value, value_opt, value_norm = apply_gradient(learner, "value", grads, hparams, value_rate)
     learner = Learner(
         {"policy": policy, "value": value},
         {"policy": policy_opt, "value": value_opt},
@@ -365,7 +380,7 @@ def update_value(
 
     grads, value_loss = jax.grad(loss, has_aux=True)(learner.params["value"])
     rate = hparams.value_learning_rate * learning_rate_factor(parts.config, hparams, iteration)
-    value, opt_state, norm = _apply(learner, "value", {"value": grads}, hparams, rate)
+    value, opt_state, norm = apply_gradient(learner, "value", {"value": grads}, hparams, rate)
     learner = learner._replace(
         params=learner.params | {"value": value},
         opt_state=learner.opt_state | {"value": opt_state},
@@ -447,7 +462,7 @@ def _clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def _apply(
+def apply_gradient(
     learner: Learner, group: str, grads: Any, hparams: HParams, rate: Array
 ) -> tuple[Any, Any, Array]:
     """One optimizer step of a parameter group: its parameters, optimizer state, gradient norm."""
@@ -466,12 +481,12 @@ def _network_input(parts: Parts, moments: normalizer.Normalizer, obs: Array) -> 
 
 def _advantage(config: Config, batch: Batch) -> Array:
     """Advantages as the objective sees them, ``[batch, tokens]``."""
-    standard = config.normalize_advantage
+    standard = config.normalize_advantage is not False
     advantage = losses.standardize(batch.advantage) if standard else batch.advantage
     return jnp.broadcast_to(advantage[:, None], batch.behavior_log_prob.shape)
 
 
-def _keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
+def keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
     """Takes the new learner, unless it or an earlier one is not finite."""
     sums = [jnp.sum(x) for x in jax.tree.leaves((learner.params, learner.objective_state))]
     finite = jnp.all(jnp.isfinite(jnp.stack(sums)))
@@ -623,6 +638,7 @@ class Algorithm(NamedTuple):
         evaluate: ``params, normalizer, key, episodes -> greedy, sampled`` mean return.
         choose_action: ``params, normalizer, obs, key=None -> action``.
         first_update: first iteration that updates.
+        activations: about how many numbers an update keeps for each sample, to plan memory.
         host: whether its environments are simulated outside JAX, and so cannot be vmapped.
     """
 
@@ -635,6 +651,7 @@ class Algorithm(NamedTuple):
     evaluate: Callable[..., tuple[Array, Array]]
     choose_action: Callable[..., Array]
     first_update: int
+    activations: int
     host: bool = False
 
     def train_and_log(
@@ -727,6 +744,11 @@ def make(config: Config, env: environments.Environment | None = None) -> Algorit
     Raises:
         ConfigError: a setting is not usable; see the message.
     """
+    if tasks.is_task(config.env):
+        # The algorithm of token tasks is built from functions of this module.
+        from gipo_jax.sequences import train as of_sequences
+
+        return of_sequences.make(config)
     parts = make_parts(config, env)
     return Algorithm(
         config=config,
@@ -738,6 +760,7 @@ def make(config: Config, env: environments.Environment | None = None) -> Algorit
         evaluate=functools.partial(evaluate, parts),
         choose_action=functools.partial(choose_action, parts),
         first_update=first_update(config),
+        activations=6 * sum(config.hidden_sizes),
         host=parts.env.host,
     )
 
@@ -749,6 +772,7 @@ def make_parts(config: Config, env: environments.Environment | None = None) -> P
         ConfigError: a setting is not usable; see the message.
     """
     check_fields(config)
+    check_unused(config, SEQUENCE_ONLY, "control tasks do not use it")
     env = environments.make(config) if env is None else env
     if env.host and config.eval_episodes:
         valid = f"0, because {env.name} is simulated outside JAX: its training episodes tell"
@@ -791,10 +815,35 @@ def make_hparams(
         raise ConfigError(name, own.get(name, overrides.get(name)), f"one of {', '.join(valid)}")
     hparams = HParams(**overrides, objective_params=own)
     check_fields(hparams)
+    if tasks.is_task(config.env):
+        from gipo_jax.sequences import train as of_sequences
+
+        of_sequences.check_hparams(config, hparams)
+    else:
+        check_unused(hparams, SEQUENCE_ONLY, "control tasks do not use it")
     hparams = complete(config, hparams)
     signatures.check_params(spec, hparams.objective_params)
     check_sizes(config, hparams)
     return hparams
+
+
+SEQUENCE_ONLY = (
+    "decoder_layers",
+    "decoder_width",
+    "decoder_heads",
+    "loss_agg_mode",
+    "temperature",
+    "imitation_updates",
+)
+"""Settings, static and traced, of token tasks alone."""
+
+
+def check_unused(settings: Config | HParams, names: Iterable[str], reason: str) -> None:
+    """Refuses settings that would do nothing. Raises ConfigError where one is not its default."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in names and value != field.default:
+            raise ConfigError(field.name, value, f"left at {field.default!r}: {reason}")
 
 
 def complete(config: Config, hparams: HParams) -> HParams:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gipo_jax import user_files
 from gipo_jax.config import ConfigError
 from gipo_jax.sequences.decoder import answer_mask
 
@@ -57,15 +58,30 @@ class Task(NamedTuple):
     name: str = "task"
 
 
+def is_task(env: Any) -> bool:
+    """Whether the setting ``env`` means a task of this kind, and not an environment."""
+    if isinstance(env, str):
+        return env.startswith(PREFIX) or user_files.is_reference(env)
+    return isinstance(env, Task)
+
+
 def make(task: str | Task) -> Task:
     """The task that a name means, or the given one, checked without running it.
+
+    Args:
+        task: a name in ``TASKS``, FILE.py:TASK, or a task.
 
     Raises:
         ConfigError: no such task, or functions that do not give what their sizes say.
     """
+    if isinstance(task, str) and user_files.is_reference(task):
+        found = user_files.load("env", task, "TASK")
+        if not isinstance(found, Task):
+            raise ConfigError("env", task, f"FILE.py:TASK, not {type(found).__name__}")
+        task = found._replace(name=task)
     if isinstance(task, str):
         if task not in TASKS:
-            raise ConfigError("env", task, f"one of {', '.join(TASKS)}")
+            raise ConfigError("env", task, f"one of {', '.join(TASKS)}, or FILE.py:TASK")
         return TASKS[task]
     _check(task)
     return task

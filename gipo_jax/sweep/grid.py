@@ -2,20 +2,16 @@
 
 import dataclasses
 import difflib
-import hashlib
-import importlib.util
 import inspect
 import itertools
 import math
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gipo_jax import objectives, protocols, train
+from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
@@ -183,41 +179,11 @@ def load_objective(reference: str) -> Callable[..., Any]:
     Raises:
         ConfigError: no such file or function, or running the file fails.
     """
-    path, _, name = reference.rpartition(":")
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but there is no file {path}")
-    module_name = f"gipo_jax_user_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    if module_name not in sys.modules:
-        loading = importlib.util.spec_from_file_location(module_name, file)
-        if loading is None or loading.loader is None:
-            raise ConfigError("objective", reference, "FILE.py:FUNCTION with a Python file")
-        module = importlib.util.module_from_spec(loading)
-        sys.modules[module_name] = module
-        try:
-            loading.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
-            raise ConfigError("objective", reference, located(error, file) or str(error)) from error
-    function = getattr(sys.modules[module_name], name, None)
+    function = user_files.load("objective", reference, "FUNCTION")
     if not callable(function):
-        raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but {path} has no {name}()")
+        name = reference.rpartition(":")[2]
+        raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but {name} is no function")
     return function
-
-
-def located(error: BaseException, file: Path) -> str | None:
-    """Where in a user's file an error arose, and what it says, in one line.
-
-    None where no code of the file was running.
-    """
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file]
-    if not frames and not isinstance(error, SyntaxError):
-        return None
-    place = f"{file}:{error.lineno}" if isinstance(error, SyntaxError) else ""
-    if frames:
-        place = f"{file}:{frames[-1].lineno}, in {frames[-1].name}"
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"code that runs; {place}: {type(error).__name__}: {text}"
 
 
 def source_file(function: Any) -> Path | None:
@@ -271,6 +237,8 @@ def _name(
     parts = [env_name(config.env), objectives.spec(config.objective).name]
     if config.kernel != _CONFIG_DEFAULTS.kernel:
         parts.append(config.kernel)
+    if config.ratio_level is not None:
+        parts.append(config.ratio_level)
     parts += [f"{key}={value}" for key, value in ({**numbers, **parameters}).items()]
     return " ".join([*parts, f"seed={seed}"])
 
@@ -296,12 +264,25 @@ def _numbers(stored: Any) -> Any:
 
 
 def _encode_env(env: Any) -> Any:
-    return env if isinstance(env, str) else {"object": env_name(env)}
+    if not isinstance(env, str):
+        return {"object": env_name(env)}
+    if not user_files.is_reference(env):
+        return env
+    file = Path(env.rpartition(":")[0]).expanduser().resolve()
+    return {"task": env, "file": str(file), "sha256": user_files.digest(file)}
 
 
 def _decode_env(stored: Any, given: Any) -> Any:
     if isinstance(stored, str):
         return stored
+    if "task" in stored:
+        file = Path(stored["file"])
+        if file.is_file() and user_files.digest(file) != stored["sha256"]:
+            valid = "the file as it was when the sweep began; it has changed since"
+            raise ConfigError("env", stored["task"], valid)
+        # By the path that the sweep was given, if it still leads there.
+        here = Path(stored["task"].rpartition(":")[0]).expanduser().resolve() == file
+        return stored["task"] if here else f"{file}:{stored['task'].rpartition(':')[2]}"
     if given is None or env_name(given) != stored["object"]:
         raise ConfigError("env", given, f"the environment object {stored['object']} of this sweep")
     return given
@@ -316,7 +297,7 @@ def _encode_objective(objective: Any) -> Any:
     file = source_file(objective)
     if file is None:
         return {"function": name}
-    return {"function": name, "file": str(file), "sha256": _digest(file)}
+    return {"function": name, "file": str(file), "sha256": user_files.digest(file)}
 
 
 def _decode_objective(stored: Any, given: Any) -> Any:
@@ -327,11 +308,10 @@ def _decode_objective(stored: Any, given: Any) -> Any:
         return given
     if "file" not in stored:
         raise ConfigError("objective", given, f"the function {name} of this sweep")
-    if Path(stored["file"]).is_file() and _digest(Path(stored["file"])) != stored["sha256"]:
+    if (
+        Path(stored["file"]).is_file()
+        and user_files.digest(Path(stored["file"])) != stored["sha256"]
+    ):
         valid = "the file as it was when the sweep began; it has changed since"
         raise ConfigError("objective", f"{stored['file']}:{name}", valid)
     return load_objective(f"{stored['file']}:{name}")
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -118,6 +118,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         name = f"{env_name(config.env)} {algorithm.objective.name}"
         if config.kernel != "gaussian":
             name += f" {config.kernel}"
+        if config.ratio_level is not None:
+            name += f" {config.ratio_level}"
         memory = measure(algorithm, hparams[0])
         groups.append(Group(name, algorithm, tuple(indices), tuple(hparams), memory))
     return groups
@@ -135,7 +137,7 @@ def measure(algorithm: train.Algorithm, hparams: HParams) -> Memory:
     params, optimizer = size(state.learner.params), size(state.learner.opt_state)
     replay = size(state.replay)
     row = replay / max(config.max_buffer_size or 1, 1)
-    activations = 4 * sum(config.hidden_sizes) * config.batch_size * 6
+    activations = 4 * algorithm.activations * config.batch_size
     work = row * (2 * config.block_size + 4 * config.batch_size) + activations + 2 * params
     other = size(state) - params - optimizer - replay
     if algorithm.host:

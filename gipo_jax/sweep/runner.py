@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gipo_jax import environments, train
+from gipo_jax import environments, train, user_files
 from gipo_jax.config import ConfigError, check_fields
 from gipo_jax.sweep import checkpoint, cluster, grid, logs, plan, results
 from gipo_jax.sweep.folder import Folder
@@ -248,7 +248,7 @@ def _trace(group: Group, slices: Slices) -> Program:
     except Exception as error:
         # Tracing runs the user's function; an error that passed through it is theirs.
         file = grid.source_file(objective.function)
-        if file is None or (place := grid.located(error, file)) is None:
+        if file is None or (place := user_files.located(error, file)) is None:
             raise
         raise ConfigError("objective", objective.name, place) from error
 
