@@ -221,7 +221,7 @@ def test_loss_of_grpo_guard_has_the_gradient_of_its_formula() -> None:
     task = QUICK_TASK._replace(shift=3.0)
     config = dataclasses.replace(SMALL, objective="ppo_clip", ratio_level="ratio_norm")
     these = parts(config, task)
-    hparams = core.make_hparams(config, clip_eps=0.02, max_grad_norm=1e9)
+    hparams = core.make_hparams(config, clip_eps=0.02, buffer_size=8)
     state = jax.jit(functools.partial(train.init, these))(hparams)
     chain, reward = train.act(these, state.learner.params, jax.random.key(1))
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), train.label(these, chain, reward))
@@ -248,7 +248,7 @@ def test_loss_of_grpo_guard_has_the_gradient_of_its_formula() -> None:
 
     loss, grads = jax.value_and_grad(formula)(moved.params)
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
-    assert metrics["policy_loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
+    assert metrics["policy_loss"] == pytest.approx(float(loss), rel=1e-3, abs=1e-5)
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
@@ -278,6 +278,7 @@ def test_samples_of_a_density_lie_near_its_modes(name: str) -> None:
 # Training.
 
 
+@pytest.mark.slow
 def test_run_is_pure_and_does_not_depend_on_the_runs_beside_it() -> None:
     run = train.make_train(SMALL, QUICK_TASK)
     hparams, _ = core.grid(SMALL, seed=[0, 1], buffer_size=[8, 32], sigma=0.5)
@@ -312,18 +313,24 @@ def first_iterations(config: Config, n: int, **settings: Any) -> tuple[Any, Any]
     return jax.jit(algorithm.train_and_log)(state, hparams, 0, n)
 
 
-@pytest.mark.parametrize("level", ["token", "joint", "ratio_norm"])
-@pytest.mark.parametrize("objective", ["gipo", "m2po", "r2vpo", "proximal_gipo"])
+@pytest.mark.parametrize(
+    ("objective", "level"),
+    [
+        ("m2po", "joint"),
+        ("r2vpo", "token"),
+        ("proximal_gipo", "ratio_norm"),
+    ],
+)
 def test_objectives_of_every_kind_train_a_flow(objective: str, level: str) -> None:
     config = dataclasses.replace(SMALL, objective=objective, ratio_level=level)
     state, metrics = first_iterations(config, 3, buffer_size=16)
-    before = train.make(config, QUICK_TASK).init(core.make_hparams(config)).learner
     assert state.diverged_at == -1
-    moved = jax.tree.map(lambda x, y: jnp.abs(x - y).max(), state.learner.params, before.params)
-    assert max(jax.tree.leaves(moved)) > 0
     assert np.isfinite(metrics["policy_loss"]) and metrics["grad_norm"] > 0
+    # The chains of the first iteration are compared with a flow that has moved since.
+    assert metrics["kl"] > 0 and metrics["log_ratio_abs_p95"] > 0
 
 
+@pytest.mark.slow
 def test_other_density_and_reward_of_ones_own() -> None:
     task = tasks.make("flow/moons")._replace(name="mine", steps=4, pretrain_steps=2)
     state, metrics = jax.jit(train.make_train(SMALL, task))(HParams(buffer_size=32))
@@ -352,6 +359,7 @@ def test_ratio_norm_is_refused_where_there_is_no_flow() -> None:
         core.make(Config(ratio_level="ratio_norm"))
 
 
+@pytest.mark.slow
 def test_reward_rises_and_the_modes_stay() -> None:
     config = Config(
         env="flow/ring",
@@ -376,6 +384,7 @@ def test_reward_rises_and_the_modes_stay() -> None:
 # Documentation.
 
 
+@pytest.mark.slow
 def test_code_of_the_flow_page_runs_as_printed(tmp_path: Path, monkeypatch: Any) -> None:
     page = Path(__file__).parents[1] / "docs" / "flow.md"
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
