@@ -163,9 +163,10 @@ def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
         flag = "--" + field.name.replace("_", "-")
         meaning = f"{field.metadata['help']}".replace("%", "%%")
         if field.metadata["valid"].startswith("true or false"):
-            default = {True: " (default: yes)", False: " (default: no)", None: ""}[field.default]
+            shown = {True: " (default: yes)", False: " (default: no)"}.get(bool(field.default), "")
+            shown = "" if field.default is None else shown
             group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, help=f"{meaning}{default}"
+                flag, action=argparse.BooleanOptionalAction, help=f"{meaning}{shown}"
             )
             continue
         several = field.name in listed or isinstance(field.default, tuple)

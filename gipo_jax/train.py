@@ -37,6 +37,7 @@ from gipo_jax import (
 )
 from gipo_jax import rollout as rollouts
 from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes, stack
+from gipo_jax.flow import tasks as flows
 from gipo_jax.losses import Batch, BoundObjective
 from gipo_jax.rollout import Transition
 from gipo_jax.sequences import tasks
@@ -716,7 +717,12 @@ def make_train(
     >>> metrics["entropy"].shape
     (2,)
     """
-    algorithm = make(config, env)
+    return whole_run(make(config, env))
+
+
+def whole_run(algorithm: Algorithm) -> Callable[[HParams], tuple[TrainState, Metrics]]:
+    """``make_train`` for an algorithm that is made already."""
+    config = algorithm.config
     check_sizes(config, HParams(buffer_size=config.allocated_size))
     stops = log_boundaries(config)
     points = (jnp.array([0, *stops[:-1]]), jnp.array(stops))
@@ -745,10 +751,14 @@ def make(config: Config, env: environments.Environment | None = None) -> Algorit
         ConfigError: a setting is not usable; see the message.
     """
     if tasks.is_task(config.env):
-        # The algorithm of token tasks is built from functions of this module.
+        # The algorithms of token tasks and of flows are built from functions of this module.
         from gipo_jax.sequences import train as of_sequences
 
         return of_sequences.make(config)
+    if isinstance(config.env, str) and config.env.startswith(flows.PREFIX):
+        from gipo_jax.flow import train as of_flows
+
+        return of_flows.make(config)
     parts = make_parts(config, env)
     return Algorithm(
         config=config,

@@ -39,7 +39,7 @@ from gipo_jax import (
     signatures,
     train,
 )
-from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes
+from gipo_jax.config import Config, ConfigError, HParams, check_fields
 from gipo_jax.flow import sampler, tasks
 from gipo_jax.flow.tasks import Task
 from gipo_jax.losses import BoundObjective
@@ -104,7 +104,7 @@ def train_step(
         episodes=state.episodes + reward.size,
     )
     learner, metrics = learn(parts, state, hparams, iteration, key_learn)
-    return train._keep_finite(state, learner, iteration), metrics
+    return train.keep_finite(state, learner, iteration), metrics
 
 
 def act(parts: Parts, params: Any, key: Array) -> tuple[sampler.Chain, Array]:
@@ -122,7 +122,7 @@ def label(parts: Parts, chain: sampler.Chain, reward: Array) -> ReplayRow:
 
     With ``normalize_advantage`` they are divided by the group's standard deviation, as in GRPO.
     """
-    standard = parts.config.normalize_advantage
+    standard = parts.config.normalize_advantage is not False
     advantage = losses.standardize(reward) if standard else reward - jnp.mean(reward)
     return ReplayRow(chain.points, chain.mean, chain.log_prob, advantage)
 
@@ -185,7 +185,7 @@ def update(
     ess = diagnostics.effective_sample_size(weight / surrogate_scale(parts))
     rate = hparams.learning_rate * ess**hparams.ess_lr_power
     rate *= train.learning_rate_factor(parts.config, hparams, iteration)
-    policy, opt_state, norm = train._apply(learner, "policy", grads, hparams, rate)
+    policy, opt_state, norm = train.apply_gradient(learner, "policy", grads, hparams, rate)
     learner = Learner({"policy": policy}, {"policy": opt_state}, objective_state)
     return learner, {"policy_loss": policy_loss, "kl": kl, "grad_norm": norm}
 
@@ -379,6 +379,7 @@ def make(config: Config, task: Task | None = None) -> train.Algorithm:
         evaluate=functools.partial(evaluate, parts),
         choose_action=functools.partial(choose_action, parts),
         first_update=train.first_update(config),
+        activations=6 * sum(config.hidden_sizes) * parts.task.steps,
     )
 
 
@@ -428,18 +429,4 @@ def make_train(
     >>> metrics["eval_return"].shape
     (2,)
     """
-    algorithm = make(config, task)
-    check_sizes(config, HParams(buffer_size=config.allocated_size))
-    stops = train.log_boundaries(config)
-    points = (jnp.array([0, *stops[:-1]]), jnp.array(stops))
-
-    def run(hparams: HParams) -> tuple[TrainState, Metrics]:
-        hparams = train.complete(config, hparams)
-
-        def point(state: TrainState, bounds: tuple[Array, Array]) -> tuple[TrainState, Metrics]:
-            return algorithm.train_and_log(state, hparams, *bounds)
-
-        state = train._poison_misfits(config, hparams, algorithm.init(hparams))
-        return jax.lax.scan(point, state, points)
-
-    return run
+    return train.whole_run(make(config, task))
