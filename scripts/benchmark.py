@@ -123,6 +123,7 @@ class Training:
 
     Attributes:
         compile_s: seconds of compilation.
+        planned: bytes that a sweep plans for it.
         env_steps: environment steps of one call, all runs together.
         updates: likewise.
     """
@@ -159,6 +160,7 @@ class Training:
             train.make_hparams(config, seed=seed, buffer_size=buffer_size) for seed in range(runs)
         ]
         self.layout = program.layout(mode, lanes, devices, runs)
+        self.planned = plan.needed(plan.measure(self.algorithm, hparams[0]), self.layout)
         self._program = program.Program(self.algorithm, self.layout, hparams[0])
         begin = time.perf_counter()
         self._program.compile()
@@ -436,9 +438,7 @@ def memory_of(training: Training) -> Work:
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     training()
-    memory = plan.measure(training.algorithm, train.make_hparams(training.algorithm.config))
-    planned = plan.needed(memory, training.layout)
-    return {"planned": planned, "measured": held("VmHWM") - before}
+    return {"planned": training.planned, "measured": held("VmHWM") - before}
 
 
 def compile_worker(work: Work) -> tuple[Callable[[], float], Work]:

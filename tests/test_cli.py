@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import gipo_jax
 from gipo_jax import cli
 from gipo_jax.sweep import results
 
@@ -14,6 +15,7 @@ SMALL = (
     *("--num-envs", "2", "--rollout-length", "4", "--batch-size", "8", "--total-steps", "96"),
     *("--hidden-sizes", "8", "--num-logs", "3", "--eval-episodes", "0", "--buffer-size", "16"),
     "--quiet",
+    "--no-figures",
 )
 
 MINE = """
@@ -158,6 +160,44 @@ def test_a_users_objective_is_swept_and_resumed(
     assert "resume" in fails(capsys, "sweep", *settings, "--out", out)
     Path(mine).write_text(MINE.replace("2.0", "4.0"))
     assert "has changed since" in fails(capsys, "sweep", "--resume", "--out", out)
+
+
+def test_a_sweep_ends_with_figures_and_says_what_to_do_next(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with_figures = [word for word in SMALL if word != "--no-figures"]
+    assert cli.main(["sweep", *with_figures, "--out", str(tmp_path / "drawn")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert list((tmp_path / "drawn" / "figures").glob("*.png"))
+    assert lines[-1].startswith("next: ") and f"{tmp_path}/drawn/figures" in lines[-1]
+    assert cli.main(["sweep", *SMALL, "--out", str(tmp_path / "plain")]) == 0
+    assert f"gipo-jax plot {tmp_path}/plain" in capsys.readouterr().out.splitlines()[-1]
+    assert not (tmp_path / "plain" / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--actor-every", "0"], "--policy-delay"),
+        (["--actor-every=0"], "--policy-delay"),
+        (["--no-time-limit-is-death", "--policy-delay", "0"], "--no-truncation-is-termination"),
+    ],
+)
+def test_an_old_option_name_works_and_names_the_new_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, old: list[str], new: str
+) -> None:
+    # The value 0 is refused under the setting's name of today, before anything is trained.
+    assert cli.main(["sweep", *SMALL, *old, "--out", str(tmp_path / "out")]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning == f"gipo-jax: {old[0].partition('=')[0]} is called {new} now"
+    assert "policy_delay: 0 is not valid" in error
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"gipo-jax {gipo_jax.__version__}\n"
 
 
 def test_help_lists_every_option_with_its_default_and_meaning(

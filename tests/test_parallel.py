@@ -178,10 +178,12 @@ def test_a_signal_to_one_process_stops_both_at_the_same_point(
 
 
 def test_a_mistake_of_one_process_ends_the_other(tmp_path: Path) -> None:
-    processes = start_two(tmp_path / "sweep", *SETTINGS, second=("--devices", "9"))
+    (tmp_path / "file").write_text("")
+    elsewhere = str(tmp_path / "file" / "sweep")
+    processes = start_two(tmp_path / "sweep", *SETTINGS, second=("--out", elsewhere))
     errors = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], errors
-    assert "process 1 does not" in errors[0] and "devices: 9" in errors[1]
+    assert "process 1 does not" in errors[0] and "is a file" in errors[1]
     assert not (tmp_path / "sweep").exists()
 
 

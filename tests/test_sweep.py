@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 
 from gipo_jax import agents, sweep, train
 from gipo_jax.config import Config, ConfigError
-from gipo_jax.sweep import checkpoint, grid, plan, program, results
+from gipo_jax.sweep import checkpoint, folder, grid, plan, program, progress, results
 
 QUIET = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
 SMALL: dict[str, Any] = {
@@ -129,6 +130,51 @@ def test_a_layout_has_room_for_all_runs_and_little_more(mode: str, count: int, r
     assert layout.width >= (min(runs, count) if mode == "loop" else runs)
     assert layout.width - runs < layout.lanes * len(layout.devices)
     assert per_device * (len(layout.devices) - 1) < max(runs, layout.lanes * len(layout.devices))
+
+
+@pytest.mark.parametrize("mode", ["vmap", "map", "loop"])
+def test_every_device_of_several_processes_is_used_however_few_the_runs(mode: str) -> None:
+    devices: Any = [SimpleNamespace(platform="cpu", process_index=index // 2) for index in range(4)]
+    assert program.layout(mode, None, devices, 1).devices == tuple(devices)
+    assert program.layout(mode, None, devices[:2], 1).devices == tuple(devices[:1])
+
+
+@pytest.mark.parametrize(("points", "covered"), [(16, 2), (5, 1), (10, 1), (20, 2), (3, 1)])
+def test_final_return_is_of_the_fewest_last_points_that_cover_a_tenth_of_training(
+    tmp_path: Path, points: int, covered: int
+) -> None:
+    iterations = 240
+    rows = [
+        (0, iterations * (i + 1) // points, 8 * i, float(i), float(i % 3 + 1), 7.0)
+        for i in range(points)
+    ]
+    names = ["run", "iteration", "env_steps", "episode_return", "episodes", "eval_return"]
+    pd.DataFrame(rows, columns=names).to_csv(tmp_path / "metrics.csv", index=False)
+    first, second = folder.summaries(tmp_path / "metrics.csv", [iterations, iterations])
+    late = np.array(rows[-covered:])
+    assert first["final_return"] == pytest.approx(np.average(late[:, 3], weights=late[:, 4]))
+    assert first["env_steps"] == rows[-1][2] and first["eval_return"] == 7
+    assert second["env_steps"] == 0 and np.isnan(second["final_return"])
+
+
+def test_final_return_is_empty_where_no_episode_ended_late(tmp_path: Path) -> None:
+    text = "run,iteration,env_steps,episode_return,episodes\n0,50,400,3.0,2.0\n0,100,800,,0.0\n"
+    (tmp_path / "metrics.csv").write_text(text)
+    (only,) = folder.summaries(tmp_path / "metrics.csv", [100])
+    assert np.isnan(only["final_return"]) and np.isnan(only["eval_return"])
+    assert only["env_steps"] == 800
+
+
+def test_median_returns_do_not_mix_environments() -> None:
+    settings = [
+        {"env": "CartPole-v1", "objective": "gipo"},
+        {"env": "CartPole-v1", "objective": "gipo"},
+        {"env": "CartPole-v1", "objective": "ppo_clip"},
+        {"env": "Acrobot-v1", "objective": "gipo"},
+    ]
+    latest = {0: 10.0, 1: 20.0, 2: np.nan, 3: -500.0}
+    assert progress.median_returns(latest, settings, "CartPole-v1") == {"gipo": 15.0}
+    assert progress.median_returns(latest, settings, "Acrobot-v1") == {"gipo": -500.0}
 
 
 def test_settings_have_one_type_whatever_was_given() -> None:

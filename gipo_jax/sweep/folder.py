@@ -218,7 +218,7 @@ class Folder:
         finished, diverged = set(self.progress.finished), self.progress.diverged
         iterations = [run.config.num_iterations for run in self._runs]
         rows = []
-        for run, summary in enumerate(_summaries(self.directory / results.METRICS, iterations)):
+        for run, summary in enumerate(summaries(self.directory / results.METRICS, iterations)):
             status = "running" if summary["env_steps"] else "waiting"
             row = self.settings[run] | summary
             row |= {"run": run, "status": "done" if run in finished else status}
@@ -257,7 +257,7 @@ def _run_columns(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*first, *(name for name in varying if name not in first), *last]
 
 
-def _summaries(metrics: Path, iterations: Sequence[int]) -> list[dict[Any, Any]]:
+def summaries(metrics: Path, iterations: Sequence[int]) -> list[dict[Any, Any]]:
     """``env_steps``, ``final_return`` and ``eval_return`` of every run so far.
 
     ``final_return`` is the mean training return of the episodes that ended in the last logged

@@ -1,9 +1,11 @@
 """What a sweep says while it runs: a live bar on a terminal, plain lines elsewhere."""
 
+import math
+import statistics
 import sys
 import time
-from collections.abc import Mapping
-from typing import TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -81,6 +83,17 @@ class Reporter:
         """Takes the bar down."""
         if self._live is not None:
             self._live.stop()
+
+
+def median_returns(
+    latest: Mapping[int, float], settings: Sequence[Mapping[str, Any]], env: str
+) -> dict[str, float]:
+    """Median of the newest returns of runs on one environment, by objective."""
+    returns: dict[str, list[float]] = {}
+    for run, value in latest.items():
+        if settings[run]["env"] == env and not math.isnan(value):
+            returns.setdefault(settings[run]["objective"], []).append(value)
+    return {name: statistics.median(values) for name, values in returns.items()}
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shlex
 import signal
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from gipo_jax import environments, train, user_files
 from gipo_jax.config import ConfigError, check_fields
@@ -25,7 +23,7 @@ from gipo_jax.sweep.interrupts import EXIT_CODES, Interrupted, Interrupts, notic
 from gipo_jax.sweep.options import Options
 from gipo_jax.sweep.plan import Group, Part, Slices
 from gipo_jax.sweep.program import Program
-from gipo_jax.sweep.progress import Reporter
+from gipo_jax.sweep.progress import Reporter, median_returns
 
 
 class Summary(NamedTuple):
@@ -142,7 +140,8 @@ def _train(
                             reporter.say(f"{runs[run].name}: diverged")
                         block = group.algorithm.config.block_size
                         steps = (stop - start) * block * len(part.runs)
-                        env, medians = _medians(folder, group)
+                        env = grid.env_name(group.algorithm.config.env)
+                        medians = median_returns(folder.latest, folder.settings, env)
                         reporter.advance(steps, seconds, group.name, env, medians)
                         training = None
                         if stop < stops[-1]:
@@ -283,17 +282,6 @@ def _save_or_stop(
         name = signal.Signals(received).name
         text = f"stopped by {name}, everything is saved; {_how_to_resume(folder.directory)}"
         raise Interrupted(text, EXIT_CODES[name])
-
-
-def _medians(folder: Folder, group: Group) -> tuple[str, dict[str, float]]:
-    """The group's environment, and the median of the newest returns on it by objective."""
-    env = grid.env_name(group.algorithm.config.env)
-    returns: dict[str, list[float]] = {}
-    for run, value in folder.latest.items():
-        settings = folder.settings[run]
-        if settings["env"] == env and not math.isnan(value):
-            returns.setdefault(settings["objective"], []).append(value)
-    return env, {name: float(np.median(values)) for name, values in returns.items()}
 
 
 def _steps(runs: Sequence[Run], folder: Folder) -> tuple[int, int]:
