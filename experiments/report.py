@@ -20,7 +20,7 @@ _DEPARTURES = Path(__file__).with_name("DEPARTURES.md")
 
 REPRODUCED, PARTLY, NOT = "reproduced", "partly", "not reproduced here"
 OPEN = "open"
-"""Verdict of protocol 2 on a claim of which some judged comparison has no finished unit."""
+"""Verdict of protocol 2 while a regime has no finished unit."""
 
 GIPO, PPO, SAPO, NO_CLIP = (
     plots.look("gipo", 1.0).label,
@@ -121,17 +121,13 @@ def write(out: Path, path: Path) -> None:
     for section in details:
         lines += [f"## {section.title}", ""]
         if section.verdict:
-            trained = claims.index(section) + 1 in _JUDGED
+            trained = claims.index(section) + 1 in tuned_sizes.JUDGED
             which = "Verdict of protocol 1" if trained else "Verdict"
             lines += [f"**{which}: {section.verdict}.**", ""]
         lines += [section.text, ""]
         for name in section.figures:
             lines += figure(name)
     path.write_text("\n".join(lines).rstrip() + "\n")
-
-
-_JUDGED = {4: 4, 6: 2, 7: 2}
-"""Comparisons that protocol 2 judges in each case, by claim."""
 
 
 class Protocol2:
@@ -152,7 +148,7 @@ class Protocol2:
     def status(self) -> str:
         """How much of it has finished."""
         text = f"Protocol 2: {self.count} of {self.planned} units have finished"
-        return text + ("." if self.count == self.planned else "; its verdicts are partial.")
+        return text + ("." if self.count == self.planned else "; what is shown of it is partial.")
 
     def verdict(self, claim: int, case: str, *, corrected: bool = True) -> str:
         """The verdict on a claim; ``corrected`` for the number of comparisons."""
@@ -160,7 +156,8 @@ class Protocol2:
             return OPEN
         table = self.table
         part = table[table.judged & (table.claim == claim) & (table.case == case)]
-        if len(part) < _JUDGED[claim]:
+        regimes = set(table.regime) - {"all"}
+        if len(part) < tuned_sizes.JUDGED[claim] or len(regimes) < len(training.REGIMES):
             return OPEN
         low, high = part.low.to_numpy(float), part.high.to_numpy(float)
         if corrected:
@@ -172,9 +169,10 @@ class Protocol2:
 
     def verdicts(self, claim: int) -> list[str]:
         """Cells of the table of verdicts: a case each."""
-        if claim not in _JUDGED:
+        if claim not in tuned_sizes.JUDGED:
             return ["not trained"] * 2
-        return [f"**{self.verdict(claim, case)}**" for case in tuned_sizes.JUDGED_CASES]
+        partial = "" if self.count == self.planned else f" ({self.count} of {self.planned} units)"
+        return [f"**{self.verdict(claim, case)}**{partial}" for case in tuned_sizes.JUDGED_CASES]
 
     def figure(self, claim: int) -> tuple[str, ...]:
         """The figure that shows the claim under protocol 2, once anything has finished."""
@@ -244,7 +242,7 @@ class Protocol2:
                     for corrected in (True, False)
                 ),
             ]
-            for claim in _JUDGED
+            for claim in tuned_sizes.JUDGED
         ]
         header = ["claim", "papers", "papers, uncorrected", "tuned", "tuned, uncorrected"]
         text += "\n\nVerdicts with and without the correction:\n\n" + _markdown(header, rows)

@@ -79,6 +79,7 @@ RATIO_LEVELS = (
     "prefix_product",
     "prefix_geometric",
     "prefix_min",
+    "ratio_norm",
 )
 LOSS_AGG_MODES = (
     "token-mean",
@@ -171,8 +172,8 @@ class Config:
     )
     ratio_level: str | None = setting(
         None,
-        "importance ratio of each token, of the whole action or answer (joint), or of a sequence;"
-        " by default the objective's own, which is token for most",
+        "importance ratio of each token, of the whole action or answer (joint), of a sequence, or"
+        " ratio_norm for flows; by default the objective's own, which is token for most",
         f"one of {', '.join(RATIO_LEVELS)}, or None for the objective's own",
         lambda v: v is None or v in RATIO_LEVELS,
     )

@@ -196,7 +196,7 @@ def training_rows(
         measured["updates_per_s"] = case.updates / statistics.median(times)
         measured["compile_s"] = case.compile_s
         config = case.algorithm.config
-        _, env, head, _, _ = train.make_parts(config)
+        _, env, head, *_ = train.make_parts(config)
         outputs = head.num_tokens * head.output_width
         flops = iteration_flops(config, math.prod(env.obs_shape), outputs)
         flops *= case.env_steps / config.block_size
