@@ -163,11 +163,9 @@ def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
         flag = "--" + field.name.replace("_", "-")
         meaning = f"{field.metadata['help']}".replace("%", "%%")
         if field.metadata["valid"].startswith("true or false"):
-            shown = {True: " (default: yes)", False: " (default: no)"}.get(bool(field.default), "")
-            shown = "" if field.default is None else shown
-            group.add_argument(
-                flag, action=argparse.BooleanOptionalAction, help=f"{meaning}{shown}"
-            )
+            known = isinstance(field.default, bool)
+            said = f" (default: {'yes' if field.default else 'no'})" if known else ""
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"{meaning}{said}")
             continue
         several = field.name in listed or isinstance(field.default, tuple)
         default = field.default
