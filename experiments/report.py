@@ -187,8 +187,9 @@ class Protocol2:
             "it at 1 and 128: a method whose best rate moves with the replay size is then judged "
             "at a bad rate. Protocol 2 tunes it at each size, among four rates on five seeds that "
             "are never reported; judges the methods twice, with the paper's widths and with widths "
-            "tuned on the same budget; drops Pendulum, which nothing learnt in the gentle regime, "
-            "and MinAtar, which was cut short; and corrects for its 16 comparisons (Holm)."
+            "tuned on the same budget; drops Pendulum, which nothing learnt in the gentle regime; "
+            "leaves MinAtar, which had been cut short, to the full scale; and corrects "
+            "for its 16 comparisons (Holm)."
         )
         if not self.finished:
             return text
