@@ -57,6 +57,39 @@ def rejax_ppo(work: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any], 
     )
 
 
+def purejaxrl_ppo(work: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """PureJaxRL's PPO, ``runs`` of it under vmap; its first states are part of the work."""
+    from purejaxrl.ppo import make_train
+
+    train = make_train(
+        {
+            "ENV_NAME": "CartPole-v1",
+            "NUM_ENVS": work["num_envs"],
+            "NUM_STEPS": work["rollout_length"],
+            "UPDATE_EPOCHS": work["epochs"],
+            "NUM_MINIBATCHES": work["minibatches"],
+            "TOTAL_TIMESTEPS": work["total_steps"],
+            "LR": 1e-3,
+            "ANNEAL_LR": True,
+            "GAMMA": 0.99,
+            "GAE_LAMBDA": 0.95,
+            "CLIP_EPS": 0.2,
+            "ENT_COEF": 0.01,
+            "VF_COEF": 0.5,
+            "MAX_GRAD_NORM": 0.5,
+            "ACTIVATION": "tanh",
+        }
+    )
+
+    def run(keys: Any) -> Any:
+        # Its metrics of every step are not asked for, so XLA need not store them.
+        final = jax.vmap(lambda key: train(key)["runner_state"])(keys)
+        seen = sum(jnp.sum(x) for x in jax.tree.leaves(final[0].params))
+        return jax.vmap(jax.random.fold_in, (0, None))(keys, seen.astype(jnp.int32))
+
+    return lambda: jax.random.split(jax.random.key(0), work["runs"]), run
+
+
 def flashbax_replay(work: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     """flashbax's item buffer: ``iterations`` times one block added and ``batches`` sampled."""
     import flashbax
@@ -95,8 +128,10 @@ def flashbax_replay(work: dict[str, Any]) -> tuple[Callable[[], Any], Callable[[
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("peer", choices=("rejax", "flashbax"))
+    parser.add_argument("peer", choices=("rejax", "purejaxrl", "flashbax"))
     parser.add_argument("work", type=json.loads, help="JSON")
     options = parser.parse_args()
-    make = {"rejax": rejax_ppo, "flashbax": flashbax_replay}[options.peer]
+    make = {"rejax": rejax_ppo, "purejaxrl": purejaxrl_ppo, "flashbax": flashbax_replay}[
+        options.peer
+    ]
     serve(*make(options.work), {"peer": options.peer})

@@ -11,12 +11,15 @@ from experiments import (
     age_and_size,
     asymmetry,
     bounds,
+    flow,
     gridworld,
     kernel,
+    metaworld,
     objective_family,
     proposal,
     proposal_development,
     replay_sizes,
+    reuse_bias,
     sample_efficiency,
     sigma,
     stability,
@@ -48,8 +51,11 @@ REGISTRY: dict[str, ModuleType] = {
         kernel,
         token_vs_joint,
         objective_family,
+        metaworld,
         proposal_development,
         proposal,
+        reuse_bias,
+        flow,
     )
 }
 """Experiments by name, in the order in which they run."""

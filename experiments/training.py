@@ -131,6 +131,7 @@ CURVES = (
     "old_share",
     "log_ratio_abs_p95",
     "policy_age",
+    "success_rate",
 )
 """Columns of metrics.csv kept in thinned curves."""
 

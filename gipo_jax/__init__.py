@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gipo_jax.agents import Agent
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load(directory: Any, run: int = 0, *, env: Any = None, objective: Any = None) -> "Agent":

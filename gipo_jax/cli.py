@@ -6,21 +6,30 @@ signatures of the objectives, so that a new setting is an option without a line 
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import gipo_jax
 from gipo_jax import runtime
 
 BAD_INPUT = 2
 FAILED = 1
 
-_LISTED = ("env", "objective", "kernel")
+_LISTED = ("env", "objective", "kernel", "ratio_level")
 """Static settings that take lists, beside all traced ones."""
 
 _SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")
 """Fields that the sweep sets itself."""
+
+_RENAMED = {
+    "--actor-every": "--policy-delay",
+    "--time-limit-is-death": "--truncation-is-termination",
+    "--no-time-limit-is-death": "--no-truncation-is-termination",
+}
+"""Old names of options, which work for one release more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,20 +40,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         exit code: 0; 2 where the input is not usable; 1 where reading or writing failed;
-        75 (SIGTERM) or 130 (Ctrl-C) where a sweep stopped after saving.
+        75 (SIGTERM, or another process is gone) or 130 (Ctrl-C) where a sweep can go on.
     """
     runtime.set_cpu_defaults()
     try:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(_renamed(sys.argv[1:] if arguments is None else arguments))
     except _UsageError as error:
         return _fail(str(error), BAD_INPUT)
+    code = _act(options)
+    # Importing it earlier would slow down --help.
+    from gipo_jax.sweep import cluster
 
+    return cluster.leave(code)
+
+
+def _act(options: argparse.Namespace) -> int:
     from gipo_jax.config import ConfigError
     from gipo_jax.sweep.interrupts import Interrupted
     from gipo_jax.sweep.results import ResultsError
 
     try:
-        return options.act(dict(vars(options)))
+        given = dict(vars(options))
+        return given.pop("act")(given)
     except (_UsageError, ConfigError) as error:
         return _fail(str(error), BAD_INPUT)
     except ResultsError as error:
@@ -64,6 +81,17 @@ class _Parser(argparse.ArgumentParser):
         raise _UsageError(f"{message} (see {self.prog} --help)")
 
 
+def _renamed(arguments: Sequence[str]) -> list[str]:
+    """Arguments with the options' names of today."""
+    current = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in _RENAMED:
+            print(f"gipo-jax: {name} is called {_RENAMED[name]} now", file=sys.stderr)
+        current.append(_RENAMED.get(name, name) + equals + value)
+    return current
+
+
 def _fail(message: str, code: int) -> int:
     print(f"gipo-jax: {' '.join(message.split())}", file=sys.stderr)
     return code
@@ -71,6 +99,8 @@ def _fail(message: str, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="gipo-jax", description="Policy objectives for stale replay, in sweeps.")
+    version = f"gipo-jax {gipo_jax.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_sweep(commands)
 
@@ -103,6 +133,17 @@ def _add_sweep(commands: Any) -> None:
         action="store_true",
         help="go on with the sweep in DIR; its settings need not be given again",
     )
+    parser.add_argument(
+        "--no-figures", action="store_true", help="draw no figures into DIR/figures at the end"
+    )
+    from gipo_jax.protocols import PROTOCOLS
+
+    named = "; ".join(f"{name}: {protocol.summary}" for name, protocol in PROTOCOLS.items())
+    parser.add_argument(
+        "--protocol",
+        metavar="NAME",
+        help=f"settings of a published experiment; options given beside it win. {named}",
+    )
     parser.add_argument("--seeds", type=_integer, metavar="N", help="number of seeds (default: 1)")
     parser.add_argument("--seed-offset", type=_integer, metavar="N", help="first seed (default: 0)")
     static = parser.add_argument_group("static settings: each combination is a program of its own")
@@ -121,11 +162,10 @@ def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
             continue
         flag = "--" + field.name.replace("_", "-")
         meaning = f"{field.metadata['help']}".replace("%", "%%")
-        if isinstance(field.default, bool):
+        if field.metadata["valid"].startswith("true or false"):
+            default = {True: " (default: yes)", False: " (default: no)", None: ""}[field.default]
             group.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                help=f"{meaning} (default: {'yes' if field.default else 'no'})",
+                flag, action=argparse.BooleanOptionalAction, help=f"{meaning}{default}"
             )
             continue
         several = field.name in listed or isinstance(field.default, tuple)
@@ -152,7 +192,7 @@ def _add_objective_parameters(parser: argparse.ArgumentParser, taken: set[str]) 
         "parameters of objectives: each goes to the objectives that have it"
     )
     owners: dict[str, list[str]] = {}
-    for name in objectives.REGISTRY:
+    for name in objectives.ALL:
         for parameter, default in objectives.spec(name).params.items():
             if parameter not in taken:
                 owners.setdefault(parameter, []).append(f"{name} {default:g}")
@@ -177,8 +217,8 @@ def _add_distributed(group: Any) -> None:
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="share the runs among processes: start the same command in each; under Slurm the"
-        " three options below are found out",
+        help="share the runs among processes: start the same command in each; under Slurm and on"
+        " TPU pods the three options below are found out",
     )
     group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0")
     group.add_argument("--num-processes", type=_integer, metavar="N", help="processes in all")
@@ -209,25 +249,38 @@ def _reader(default: Any) -> Any:
 
 
 def _sweep(given: dict[str, Any]) -> int:
-    # Importing gymnax computes something, and processes must find each other before that.
-    processes = _start_processes(given)
+    # Importing gymnax computes something, and a cluster must be joined before that.
+    _join_cluster(given)
     from gipo_jax import sweep
-    from gipo_jax.sweep import grid, results
+    from gipo_jax.sweep import cluster, grid, results
 
-    given = {name: v for name, v in given.items() if name not in ("act", "distributed")}
-    directory, resume = given.pop("out"), given.pop("resume", False)
+    out, resume = given.pop("out"), given.pop("resume", False)
+    draw = not given.pop("no_figures", False)
     fields = [field.name for field in dataclasses.fields(sweep.Options)]
     options = sweep.Options(**{name: given.pop(name) for name in fields if name in given})
-    if resume and not given:
-        results.check_directory(Path(directory), resume)
-        runs = grid.decode(results.read_config(directory)["groups"])
-    else:
-        runs = sweep.expand(**_settings(given))
-    summary = sweep.run(runs, directory, options, resume=resume, processes=processes)
-    if processes.index == 0:
+
+    def expand() -> list[sweep.Run]:
+        if resume and not given:
+            results.check_directory(Path(out), resume)
+            return grid.decode(results.read_config(out)["groups"])
+        return sweep.expand(**_settings(given))
+
+    runs = cluster.in_all(expand)
+    summary = sweep.run(runs, out, options, resume=resume)
+    if cluster.is_first():
         diverged = f", {len(summary.diverged)} of them diverged" if summary.diverged else ""
-        print(f"{len(runs)} runs{diverged}; results in {directory}")
+        print(f"{len(runs)} runs{diverged}; results in {out}")
+        if draw:
+            _draw(Path(out))
+        print(_what_next(out, draw))
+    # Nobody leaves before the figures are drawn: the others would wait for process 0 in vain.
+    cluster.gather()
     return 0
+
+
+def _what_next(out: str, drawn: bool) -> str:
+    look = f"look at {out}/figures" if drawn else f"gipo-jax plot {shlex.quote(out)} draws figures"
+    return f"next: {look}; gipo_jax.load({out!r}, run=0) is a trained policy to act with"
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -251,35 +304,39 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     return settings | {"objective_args": arguments}
 
 
-def _start_processes(given: dict[str, Any]) -> Any:
-    from gipo_jax.sweep import processes
+def _join_cluster(given: dict[str, Any]) -> None:
+    from gipo_jax.sweep import cluster
 
     names = ("coordinator_address", "num_processes", "process_id")
     where = {name: given.pop(name) for name in names if name in given}
-    if not given.get("distributed", False):
-        if where:
-            flag = "--" + next(iter(where)).replace("_", "-")
-            raise _UsageError(f"{flag} goes with --distributed")
-        return processes.ALONE
-    return processes.start(**where)
+    if given.pop("distributed", False):
+        cluster.start(**where)
+    elif where:
+        flag = "--" + next(iter(where)).replace("_", "-")
+        raise _UsageError(f"{flag} goes with --distributed")
 
 
 def _plot(given: dict[str, Any]) -> int:
-    from gipo_jax.analysis import plots
     from gipo_jax.sweep import results
 
     directory = Path(given["directory"])
     results.check_holds_sweep(directory, "directory")
+    _draw(directory)
+    return 0
+
+
+def _draw(directory: Path) -> None:
+    from gipo_jax.analysis import plots
+
     for path in plots.draw_sweep(directory):
         print(path)
-    return 0
 
 
 def _objectives(given: dict[str, Any]) -> int:
     from gipo_jax import objectives
 
     rows = [("NAME", "KIND", "PARAMETERS", "PAPER")]
-    for name in objectives.REGISTRY:
+    for name in objectives.ALL:
         spec = objectives.spec(name)
         parameters = [f"{key}={value:g}" for key, value in spec.params.items()]
         if spec.takes_kernel:

@@ -79,6 +79,13 @@ RATIO_LEVELS = (
     "prefix_product",
     "prefix_geometric",
     "prefix_min",
+    "ratio_norm",
+)
+LOSS_AGG_MODES = (
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
 )
 KERNELS = ("gaussian", "laplacian", "cauchy")
 
@@ -93,9 +100,11 @@ class Config:
 
     env: Any = setting(
         "CartPole-v1",
-        "gymnax environment",
-        "a gymnax environment name or object",
-        lambda v: isinstance(v, str) or hasattr(v, "step_env"),
+        "environment by gymnax's name, or EnvPool's such as MetaWorld/ButtonPress-v3; or a task of"
+        " answers of several tokens, such as tokens/reverse or your own",
+        "a gymnax environment name or object, an EnvPool name, or a task's name, FILE.py:TASK or"
+        " object",
+        lambda v: isinstance(v, str) or hasattr(v, "step_env") or hasattr(v, "reward"),
     )
     objective: Any = setting(
         "gipo",
@@ -109,11 +118,21 @@ class Config:
     total_steps: int = setting(
         100_000, "environment steps a run takes", "an integer >= 1", _integer(1)
     )
-    num_envs: int = setting(4, "environments stepped side by side", "an integer >= 1", _integer(1))
-    rollout_length: int = setting(
-        8, "steps each environment takes an iteration", "an integer >= 1", _integer(1)
+    num_envs: int = setting(
+        4,
+        "environments stepped side by side, or prompts answered an iteration",
+        "an integer >= 1",
+        _integer(1),
     )
-    batch_size: int = setting(256, "transitions in an update", "an integer >= 1", _integer(1))
+    rollout_length: int = setting(
+        8,
+        "steps each environment takes, or answers to each prompt, an iteration",
+        "an integer >= 1",
+        _integer(1),
+    )
+    batch_size: int = setting(
+        256, "transitions, or answers, in an update", "an integer >= 1", _integer(1)
+    )
     updates_per_iteration: int = setting(
         1, "batches drawn an iteration", "an integer >= 1", _integer(1)
     )
@@ -144,14 +163,38 @@ class Config:
         f"one of {', '.join(ADVANTAGE_MODES)}",
         _one_of(*ADVANTAGE_MODES),
     )
-    normalize_advantage: bool = setting(
-        True, "standardise advantages in each batch", "true or false", _flag
+    normalize_advantage: bool | None = setting(
+        None,
+        "standardise advantages in each batch; by default yes, but no on token tasks, where it"
+        " would blow up the small differences between answers that are nearly all right",
+        "true or false, or None for the default",
+        lambda v: v is None or _flag(v),
     )
-    ratio_level: str = setting(
-        "token",
-        "importance ratio of each token, of the whole action or answer (joint), or of a sequence",
-        f"one of {', '.join(RATIO_LEVELS)}",
-        _one_of(*RATIO_LEVELS),
+    ratio_level: str | None = setting(
+        None,
+        "importance ratio of each token, of the whole action or answer (joint), of a sequence, or"
+        " ratio_norm for flows; by default the objective's own, which is token for most",
+        f"one of {', '.join(RATIO_LEVELS)}, or None for the objective's own",
+        lambda v: v is None or v in RATIO_LEVELS,
+    )
+    loss_agg_mode: str = setting(
+        "token-mean",
+        "token tasks: mean of the policy's loss over tokens, or over answers of the sum or the mean"
+        " of each one's tokens",
+        f"one of {', '.join(LOSS_AGG_MODES)}",
+        _one_of(*LOSS_AGG_MODES),
+    )
+    decoder_layers: int = setting(
+        3, "token tasks: layers of the transformer", "an integer >= 1", _integer(1)
+    )
+    decoder_width: int = setting(
+        64,
+        "token tasks: width of the transformer; its feed-forward part is twice as wide",
+        "an integer >= 1 that the heads divide",
+        _integer(1),
+    )
+    decoder_heads: int = setting(
+        4, "token tasks: attention heads of the transformer", "an integer >= 1", _integer(1)
     )
     action_head: str = setting(
         "auto",
@@ -205,11 +248,12 @@ class Config:
         _one_of(*SCHEDULES),
     )
     num_logs: int = setting(20, "points logged a run", "an integer >= 1", _integer(1))
-    eval_episodes: int = setting(
-        10,
-        "greedy and sampled evaluation episodes at each logged point; 0 for none",
+    eval_episodes: int | None = setting(
+        None,
+        "greedy and sampled evaluation episodes at each logged point; by default 10, 0 in an"
+        " EnvPool environment, which has none, and 128 prompts of a token task",
         "an integer >= 0",
-        _integer(0),
+        lambda v: v is None or _integer(0)(v),
     )
 
     @property
@@ -288,10 +332,22 @@ class HParams:
         "a finite number >= 0",
         _not_negative,
     )
+    temperature: Scalar = setting(
+        1.0,
+        "token tasks: temperature of the policy, when it samples and when it learns",
+        "a finite number > 0",
+        _positive,
+    )
+    imitation_updates: Scalar = setting(
+        0,
+        "token tasks: updates on demonstrations before reinforcement learning",
+        "an integer in [0, 2^31)",
+        _integer(0, 2**31),
+    )
     objective_params: dict[str, Scalar] = dataclasses.field(default_factory=dict)
 
 
-_INTEGERS = ("seed", "buffer_size", "min_age", "warmup_iterations")
+_INTEGERS = ("seed", "buffer_size", "min_age", "warmup_iterations", "imitation_updates")
 
 
 def stack(hparams: Sequence[HParams]) -> HParams:

@@ -37,8 +37,53 @@ def effective_sample_size(weight: Array, where: Array | None = None) -> Array:
     return jnp.where(count > 0, size, jnp.nan)
 
 
+def ratios(
+    log_ratio: Array, advantage: Array, weight: Array, where: Array | None = None
+) -> dict[str, Array]:
+    """Health of the ratios of one batch, whatever the age of its samples.
+
+    Args:
+        log_ratio: x, any shape.
+        advantage: A, same shape.
+        weight: effective weight u, same shape.
+        where: bool, same shape; the samples that count.
+
+    Returns:
+        scalars. Over samples with A other than 0, as others have no u: ``ess``,
+        ``near_zero_fraction`` (u below 1e-3), ``masked_fraction`` (u = 0), ``suppressed_fraction``
+        (trust weight u / r below 1e-3), ``mean_weight`` (of u). Over all: ``clip_fraction`` (what
+        PPO with eps 0.2 would ignore), ``log_ratio_abs_p95`` (95th percentile of abs(x)),
+        ``log_ratio_p05`` and ``log_ratio_p95`` (percentiles of x, its two tails). NaN over none.
+    """
+    where = jnp.ones_like(log_ratio, bool) if where is None else where
+    chex.assert_equal_shape([log_ratio, advantage, weight, where])
+    ratio = jnp.exp(log_ratio)
+    clipped = ((ratio > 1 + CLIP_EPS) & (advantage > 0)) | (
+        (ratio < 1 - CLIP_EPS) & (advantage < 0)
+    )
+    trust_weight = weight * jnp.exp(-jnp.maximum(log_ratio, -80.0))
+    counted = jnp.where(where, log_ratio, jnp.nan)
+    low, high = jnp.nanpercentile(counted, jnp.array([5.0, 95.0]))
+    moved = where & (advantage != 0)
+    return {
+        "ess": effective_sample_size(weight, moved),
+        "near_zero_fraction": jnp.mean(jnp.abs(weight) < NEAR_ZERO, where=moved),
+        "masked_fraction": jnp.mean(weight == 0, where=moved),
+        "suppressed_fraction": jnp.mean(trust_weight < NEAR_ZERO, where=moved),
+        "clip_fraction": jnp.mean(clipped, where=where),
+        "mean_weight": jnp.mean(weight, where=moved),
+        "log_ratio_abs_p95": jnp.nanpercentile(jnp.abs(counted), 95),
+        "log_ratio_p05": low,
+        "log_ratio_p95": high,
+    }
+
+
 def utilization(
-    log_ratio: Array, advantage: Array, weight: Array, trust_weight: Array, age: Array
+    log_ratio: Array,
+    advantage: Array,
+    weight: Array,
+    age: Array,
+    where: Array | None = None,
 ) -> dict[str, Array]:
     """Utilization of one batch drawn from replay.
 
@@ -46,42 +91,32 @@ def utilization(
         log_ratio: x, ``[batch, tokens]``.
         advantage: A, same shape.
         weight: effective weight u, same shape.
-        trust_weight: u / r, same shape.
         age: iterations since the sample was collected, ``[batch, 1]``.
+        where: bool, ``[batch, tokens]``; the samples that count.
 
     Returns:
-        scalars. ``ess`` and ``near_zero_fraction`` (also of new and old data apart: ``_new``,
-        ``_old``), ``clip_fraction`` (what PPO with eps 0.2 would ignore), ``suppressed_fraction``
-        (trust weight below 1e-3), ``mean_weight`` (of u), ``old_share`` and ``old_gradient_share``
-        (of the sum of u and of abs(u A)), ``log_ratio_abs_p95`` (95th percentile of abs(x)),
-        ``policy_age`` and ``policy_age_max``. NaN where a group is empty.
+        scalars: those of ``ratios``; ``ess`` and ``near_zero_fraction`` of new and of old data
+        apart (``_new``, ``_old``); ``old_share`` and ``old_gradient_share`` (of the sum of u and of
+        abs(u A)); ``policy_age`` and ``policy_age_max``. NaN where a group is empty.
     """
     chex.assert_rank(log_ratio, 2)
-    chex.assert_equal_shape([log_ratio, advantage, weight, trust_weight])
+    chex.assert_equal_shape([log_ratio, advantage, weight])
     chex.assert_shape(age, (log_ratio.shape[0], 1))
+    where = jnp.ones_like(log_ratio, bool) if where is None else where
     age = jnp.broadcast_to(age, log_ratio.shape)
-    new, old = age <= NEW_AGE, age >= OLD_AGE
+    moved = where & (advantage != 0)
+    new, old = moved & (age <= NEW_AGE), moved & (age >= OLD_AGE)
     near_zero = jnp.abs(weight) < NEAR_ZERO
-    ratio = jnp.exp(log_ratio)
-    clipped = ((ratio > 1 + CLIP_EPS) & (advantage > 0)) | (
-        (ratio < 1 - CLIP_EPS) & (advantage < 0)
-    )
     gradient = jnp.abs(weight * advantage)
-    return {
-        "ess": effective_sample_size(weight),
+    return ratios(log_ratio, advantage, weight, where) | {
         "ess_new": effective_sample_size(weight, new),
         "ess_old": effective_sample_size(weight, old),
-        "near_zero_fraction": jnp.mean(near_zero),
         "near_zero_fraction_new": jnp.mean(near_zero, where=new),
         "near_zero_fraction_old": jnp.mean(near_zero, where=old),
-        "clip_fraction": jnp.mean(clipped),
-        "suppressed_fraction": jnp.mean(trust_weight < NEAR_ZERO),
-        "mean_weight": jnp.mean(weight),
-        "old_share": jnp.sum(weight, where=old) / jnp.sum(weight),
-        "old_gradient_share": jnp.sum(gradient, where=old) / jnp.sum(gradient),
-        "log_ratio_abs_p95": jnp.percentile(jnp.abs(log_ratio), 95),
-        "policy_age": jnp.mean(age.astype(jnp.float32)),
-        "policy_age_max": jnp.max(age).astype(jnp.float32),
+        "old_share": jnp.sum(weight, where=old) / jnp.sum(weight, where=where),
+        "old_gradient_share": jnp.sum(gradient, where=old) / jnp.sum(gradient, where=where),
+        "policy_age": jnp.mean(age.astype(jnp.float32), where=where),
+        "policy_age_max": jnp.max(age, where=where, initial=0).astype(jnp.float32),
     }
 
 

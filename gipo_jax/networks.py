@@ -65,7 +65,7 @@ def make_head(config: Config, env: Environment) -> ActionHead:
                 config.action_head,
                 f"'auto' or 'tokens', because {env.name} has discrete actions",
             )
-        return _categorical(1, env.num_actions, lambda action: action[..., 0])
+        return categorical(1, env.num_actions)._replace(to_env=lambda action: action[..., 0])
 
     assert env.action_low is not None and env.action_high is not None
     low, high = env.action_low, env.action_high
@@ -86,10 +86,14 @@ def make_head(config: Config, env: Environment) -> ActionHead:
             f"'gaussian', because {env.name} has unbounded actions",
         )
     step = (high - low) / (config.num_bins - 1)
-    return _categorical(len(low), config.num_bins, lambda action: shaped(low + step * action))
+    return categorical(len(low), config.num_bins)._replace(
+        to_env=lambda action: shaped(low + step * action)
+    )
 
 
-def _categorical(num_tokens: int, bins: int, to_env: Callable[[Array], Array]) -> ActionHead:
+def categorical(num_tokens: int, bins: int) -> ActionHead:
+    """The head of ``num_tokens`` tokens with ``bins`` categories each; actions stay tokens."""
+
     def noise(key: Array, shape: tuple[int, ...]) -> Array:
         return jax.random.uniform(key, (*shape, num_tokens))
 
@@ -118,8 +122,8 @@ def _categorical(num_tokens: int, bins: int, to_env: Callable[[Array], Array]) -
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return ActionHead(
-        num_tokens, bins, True, noise, sample, mode, log_prob, entropy, to_env
-    )  # fmt: skip
+        num_tokens, bins, True, noise, sample, mode, log_prob, entropy, lambda action: action
+    )
 
 
 def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
@@ -143,8 +147,12 @@ def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
     )  # fmt: skip
 
 
+LARGE_IMAGE = 36
+"""Images from this height and width on go through strided convolutions."""
+
+
 class Torso(nn.Module):
-    """Hidden layers: for images a 3 x 3 convolution first, then dense layers."""
+    """Hidden layers: for images convolutions first, then dense layers."""
 
     hidden_sizes: tuple[int, ...]
     activation: str
@@ -155,19 +163,39 @@ class Torso(nn.Module):
     def __call__(self, x: Array) -> Array:
         activation = _ACTIVATIONS[self.activation]
         if self.conv:
-            # A dense layer over patches: a convolution whose kernels differ by run, as under vmap,
-            # is a grouped convolution, which XLA does slowly on CPU.
-            height, width = x.shape[-3] - 2, x.shape[-2] - 2
-            patches = jnp.concatenate(
-                [x[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)], -1
-            )
-            x = nn.relu(_dense(16, np.sqrt(2.0))(patches))
-            x = x.reshape(*x.shape[:-3], -1)
+            large = min(x.shape[-3:-1]) >= LARGE_IMAGE
+            x = _strided_convolutions(x) if large else _small_convolution(x)
         for size in self.hidden_sizes:
             x = activation(_dense(size, np.sqrt(2.0))(x))
             if self.layer_norm:
                 x = nn.LayerNorm()(x)
         return x
+
+
+def _small_convolution(x: Array) -> Array:
+    """One 3 x 3 convolution to 16 channels, as for MinAtar (arXiv:1903.03176), flattened."""
+    # A dense layer over patches: a convolution whose kernels differ by run, as under vmap, is a
+    # grouped convolution, which XLA does slowly on CPU.
+    height, width = x.shape[-3] - 2, x.shape[-2] - 2
+    patches = jnp.concatenate(
+        [x[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)], -1
+    )
+    x = nn.relu(_dense(16, np.sqrt(2.0))(patches))
+    return x.reshape(*x.shape[:-3], -1)
+
+
+def _strided_convolutions(x: Array) -> Array:
+    """The three convolutions of DQN on Atari (Mnih et al., Nature, 2015), flattened."""
+    for channels, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+        layer = nn.Conv(
+            channels,
+            (kernel, kernel),
+            (stride, stride),
+            padding="VALID",
+            kernel_init=cpu.orthogonal(np.sqrt(2.0)),
+        )
+        x = nn.relu(layer(x))
+    return x.reshape(*x.shape[:-3], -1)
 
 
 class PolicyOutput(nn.Module):

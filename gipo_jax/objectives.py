@@ -360,7 +360,7 @@ def awr(
 
 
 @declare(kind="batch", source="arXiv:1905.01756")
-def p3o_ess(log_ratio: Array, advantage: Array) -> Array:
+def p3o_ess(log_ratio: Array, advantage: Array, mask: Array | None = None) -> Array:
     """Weight and KL penalty set by the effective sample size (P3O, arXiv:1905.01756).
 
     Surrogate sg(min(r, c)) A log pi - (1 - c) KL(mu || pi) with c = ESS / n = (sum r)^2 / (n sum
@@ -368,8 +368,11 @@ def p3o_ess(log_ratio: Array, advantage: Array) -> Array:
     is (min(r, c) A + 1 - c) grad log pi: u = min(r, c) + (1 - c) / A, and a sample with A = 0 is
     still drawn towards mu.
     """
-    relative = jnp.exp(log_ratio - jnp.max(log_ratio))
-    c = stop_gradient(jnp.sum(relative) ** 2 / (relative.size * jnp.sum(relative**2)))
+    mask = jnp.ones_like(log_ratio, bool) if mask is None else mask
+    largest = jnp.max(log_ratio, where=mask, initial=-jnp.inf)
+    relative = jnp.where(mask, jnp.exp(log_ratio - largest), 0)
+    c = jnp.sum(relative) ** 2 / (jnp.sum(mask) * jnp.sum(relative**2))
+    c = stop_gradient(jnp.where(jnp.any(mask), c, 1.0))
     return (
         weighted_score(jnp.minimum(ratio(log_ratio), c), log_ratio, advantage) + (1 - c) * log_ratio
     )
@@ -386,6 +389,7 @@ def m2po(
     max_second_moment: ArrayLike = 0.04,
     min_eps_high: ArrayLike = 0.5,
     min_eps_low: ArrayLike = 0.3,
+    mask: Array | None = None,
 ) -> Array:
     """Clip set by a second moment: M2PO as its authors' code has it (arXiv:2510.01161).
 
@@ -398,7 +402,7 @@ def m2po(
     counts, where the same samples are clipped, but for that one. ``m2po_mask`` is the rule as
     published.
     """
-    square, counted = _squares_moving_away(log_ratio, advantage)
+    square, counted = _squares_moving_away(log_ratio, advantage, mask)
     square = jnp.sort(square)
     budget = max_second_moment * jnp.sum(counted)
     # The sum of all squares capped at each one in turn never falls, so those that fit come first.
@@ -414,7 +418,12 @@ def m2po(
 
 
 @declare(kind="batch", source="arXiv:2510.01161", positive=("max_second_moment",))
-def m2po_mask(log_ratio: Array, advantage: Array, max_second_moment: ArrayLike = 0.04) -> Array:
+def m2po_mask(
+    log_ratio: Array,
+    advantage: Array,
+    max_second_moment: ArrayLike = 0.04,
+    mask: Array | None = None,
+) -> Array:
     """Mask set by a second moment: M2PO as published (arXiv:2510.01161), surrogate M r A.
 
     Of the samples whose update leads away from mu (A > 0 with r > 1, or A < 0 with r < 1) the mask
@@ -425,18 +434,22 @@ def m2po_mask(log_ratio: Array, advantage: Array, max_second_moment: ArrayLike =
 
     Unverified: the rule and its full denominator are taken from descriptions of the final paper.
     """
-    square, _ = _squares_moving_away(log_ratio, advantage)
+    square, _ = _squares_moving_away(log_ratio, advantage, mask)
     order = jnp.argsort(square)
-    fits = jnp.cumsum(square[order]) <= max_second_moment * square.size
+    size = square.size if mask is None else jnp.sum(mask)
+    fits = jnp.cumsum(square[order]) <= max_second_moment * size
     keep = jnp.zeros(square.shape, bool).at[order].set(fits).reshape(log_ratio.shape)
     return jnp.where(keep, ratio(log_ratio), 0) * advantage
 
 
-def _squares_moving_away(log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
-    """x^2, 0 for samples that do not move away, and which ones do; flat."""
+def _squares_moving_away(
+    log_ratio: Array, advantage: Array, mask: Array | None
+) -> tuple[Array, Array]:
+    """x^2, 0 for samples that do not move away or are padding, and which ones count; flat."""
     _check_shapes(log_ratio, advantage)
     log_ratio = stop_gradient(log_ratio)
-    counted = _moves_away(log_ratio, advantage).reshape(-1)
+    counted = _moves_away(log_ratio, advantage)
+    counted = (counted if mask is None else counted & mask).reshape(-1)
     # The bound keeps the sum of a batch finite.
     square = jnp.minimum(jnp.abs(log_ratio), 1e15).reshape(-1) ** 2
     return jnp.where(counted, square, 0.0), counted
@@ -456,6 +469,7 @@ def r2vpo(
     dual_rate: ArrayLike = 0.01,
     delta: ArrayLike = 0.04,
     max_log_ratio: ArrayLike = 3.0,
+    mask: Array | None = None,
 ) -> tuple[Array, Array]:
     """Ratio-variance constraint with a dual variable (R2VPO, arXiv:2601.03320).
 
@@ -475,6 +489,7 @@ def r2vpo(
         dual_rate: step size of lambda, >= 0.
         delta: bound on the batch mean of (r - 1)^2, > 0.
         max_log_ratio: bound on x, > 0.
+        mask: true for the samples that count, same shape; None for all.
 
     Returns:
         surrogate, same shape, and the next lambda.
@@ -482,7 +497,8 @@ def r2vpo(
     _check_shapes(log_ratio, advantage)
     r = ratio(log_ratio, max_log_ratio)
     excess = (r - 1) ** 2 - delta
-    step = dual_rate * jnp.mean(stop_gradient(excess))
+    mean = jnp.mean(excess) if mask is None else jnp.mean(excess, where=mask)
+    step = dual_rate * stop_gradient(mean)
     return r * advantage - state * excess, jnp.maximum(state + step, 0.0)
 
 
@@ -623,6 +639,159 @@ def _masked_score(far: Array, log_ratio: Array, advantage: Array, max_ratio: Arr
     return weighted_score(jnp.where(masked, 0.0, weight), log_ratio, advantage)
 
 
+# On answers of several tokens: with a ratio level of their own, or the place of a token.
+
+
+@declare(source="arXiv:2507.18071", positive=("eps_low", "eps_high"), ratio_level="sequence")
+def gspo(
+    log_ratio: Array, advantage: Array, eps_low: ArrayLike = 3e-4, eps_high: ArrayLike = 4e-4
+) -> Array:
+    """PPO's clip on the length-normalised ratio of an answer (GSPO, arXiv:2507.18071).
+
+    Surrogate min(s A, clip(s, 1 - eps_low, 1 + eps_high) A), s the ratio of level ``sequence``. The
+    paper averages over tokens, then answers: aggregation ``seq-mean-token-mean``. Verified from the
+    verl library, whose settings for GSPO the defaults are.
+    """
+    eps = jnp.where(advantage > 0, eps_high, eps_low)
+    return clipped_surrogate(ratio(log_ratio), advantage, 1.0, eps)
+
+
+@declare(source="arXiv:2601.22718", positive=("eps_low", "eps_high"), ratio_level="prefix_min")
+def minpro(
+    log_ratio: Array, advantage: Array, eps_low: ArrayLike = 0.2, eps_high: ArrayLike = 0.2
+) -> Array:
+    """Minimum prefix ratio with a detached clip (MinPRO, arXiv:2601.22718).
+
+    Surrogate sg(clip(r, 1 - eps_low, 1 + eps_high)) A log pi, r the ratio of level ``prefix_min``.
+    Effective weight u = clip(r, 1 - eps_low, 1 + eps_high): every token keeps a gradient.
+    Unverified: the formula is second-hand and the widths are those of a port.
+    """
+    low, high = 1 - jnp.asarray(eps_low), 1 + jnp.asarray(eps_high)
+    return weighted_score(jnp.clip(ratio(log_ratio), low, high), log_ratio, advantage)
+
+
+@declare(
+    kind="other-input",
+    source="arXiv:2605.07331",
+    positive=("clip_low", "clip_high", "clip_dual"),
+    ratio_level="prefix_product",
+)
+def ctpo(
+    log_ratio: Array,
+    advantage: Array,
+    position: Array,
+    clip_low: ArrayLike = 0.025,
+    clip_high: ArrayLike = 0.05,
+    clip_dual: ArrayLike = 0.05,
+    power: ArrayLike = 0.5,
+) -> Array:
+    """Dual clip on the ratio of the prefix, wider for later tokens (CTPO, arXiv:2605.07331).
+
+    Surrogate min(r A, e^clip(x, -low, high) A), and for A < 0 at least e^dual A, with the bounds
+    clip_low t^power, clip_high t^power and clip_dual t^power in nats at token t. Effective weight
+    u = r, and 0 where clipped. Verified from the authors' code (github.com/horizon-llm/CTPO), which
+    also clamps x of a token to 20 and the sum to 10.
+
+    Args:
+        log_ratio: x of level ``prefix_product``, ``[batch, tokens]``.
+        advantage: A, same shape.
+        position: t, same shape; 0 at padding.
+        clip_low: lower bound on x at the first token, > 0.
+        clip_high: upper bound likewise.
+        clip_dual: bound on x for A < 0 likewise.
+        power: growth of the bounds with t; 0.5 is that of the standard deviation of x.
+
+    Returns:
+        surrogate, same shape.
+    """
+    _check_shapes(log_ratio, advantage, position)
+    scale = jnp.maximum(position, 1).astype(log_ratio.dtype) ** power
+    up, down = advantage > 0, advantage < 0
+    low, high, dual = (bound * scale for bound in (clip_low, clip_high, clip_dual))
+    log_ratio = jnp.where(up & (log_ratio > high), high, log_ratio)
+    log_ratio = jnp.where(down & (log_ratio < -low), -low, log_ratio)
+    log_ratio = jnp.where(down & (log_ratio > dual), dual, log_ratio)
+    return ratio(log_ratio) * advantage
+
+
+@declare(
+    kind="other-input",
+    source="arXiv:2606.10968",
+    positive=("delta", "min_weight", "budget"),
+    discrete_only=True,
+)
+def cppo(
+    log_ratio: Array,
+    advantage: Array,
+    behavior_log_prob: Array,
+    position: Array,
+    delta: ArrayLike = 0.15,
+    min_weight: ArrayLike = 0.8,
+    budget: ArrayLike = 0.02,
+) -> Array:
+    """Divergence mask with a budget for each prefix (CPPO, arXiv:2606.10968).
+
+    Surrogate M r A, effective weight u = M r. With D_t = abs(pi - mu) of token t and the weight
+    w_t = 1 - (1 - min_weight) (t - 1) / (T - 1), a token is kept, M = 1, if A (r - 1) <= 0 or
+    w_t D_t <= min(delta, delta + b W - S), W the sum of w and S of w D over the tokens before it. b
+    is the 90th percentile of D in the answer, held in [budget, 2 budget]. Verified from code of the
+    authors' group (github.com/Tencent-Hunyuan/UniRL), which clamps x to 20; delta is the paper's
+    for dense models. The rule compares probabilities of tokens: ratio level ``token``.
+
+    Args:
+        log_ratio: x, ``[batch, tokens]``.
+        advantage: A, same shape.
+        behavior_log_prob: log mu, same shape.
+        position: t, same shape; 0 at padding.
+        delta: largest weighted divergence of a token, > 0.
+        min_weight: w of the last token, > 0.
+        budget: smallest b, > 0.
+
+    Returns:
+        surrogate, same shape.
+    """
+    _check_shapes(log_ratio, advantage, behavior_log_prob, position)
+    log_mu, log_pi = _log_probabilities(stop_gradient(log_ratio), behavior_log_prob)
+    counted = position > 0
+    divergence = jnp.where(counted, jnp.abs(jnp.exp(log_pi) - jnp.exp(log_mu)), 0)
+    length = jnp.max(position, axis=-1, keepdims=True)
+    place = (position - 1) / jnp.maximum(length - 1, 1)
+    weight = jnp.where(counted, 1 - (1 - jnp.asarray(min_weight)) * place, 0)
+    spent, allowed = (jnp.cumsum(x, axis=-1) - x for x in (weight * divergence, weight))
+    # An answer of nothing but padding has no percentile.
+    seen = jnp.where(counted | (length == 0), divergence, jnp.nan)
+    tail = jnp.nanquantile(seen, 0.9, axis=-1, keepdims=True)
+    tail = jnp.clip(tail, budget, 2 * jnp.asarray(budget))
+    threshold = jnp.minimum(delta, delta + tail * allowed - spent)
+    keep = ~_moves_away(log_ratio, advantage) | (weight * divergence <= threshold)
+    return jnp.where(keep, ratio(log_ratio), 0) * advantage
+
+
+@declare(source="arXiv:2503.14286", ratio_level="joint")
+def topr_joint(log_ratio: Array, advantage: Array) -> Array:
+    """TOPR on whole answers, its own form: ``topr`` with the ratio of level ``joint``.
+
+    Unverified against the authors' code.
+    """
+    return topr(log_ratio, advantage)
+
+
+@declare(source="arXiv:2602.10693", ratio_level="joint")
+def vespo_joint(
+    log_ratio: Array,
+    advantage: Array,
+    k_pos: ArrayLike = 2.0,
+    lambda_pos: ArrayLike = 3.0,
+    k_neg: ArrayLike = 3.0,
+    lambda_neg: ArrayLike = 2.0,
+) -> Array:
+    """VESPO on whole answers, its own form: ``vespo`` with the ratio of level ``joint``.
+
+    Unverified against the authors' code.
+    """
+    return vespo(log_ratio, advantage, k_pos, lambda_pos, k_neg, lambda_neg)
+
+
 REGISTRY: dict[str, Objective] = {
     function.__name__: function
     for function in (
@@ -651,21 +820,29 @@ REGISTRY: dict[str, Objective] = {
         dppo_kl,
     )
 }
+"""Objectives for every task, by name."""
+
+SEQUENCE: dict[str, Objective] = {
+    function.__name__: function for function in (gspo, minpro, ctpo, cppo, topr_joint, vespo_joint)
+}
+"""Objectives for tasks whose answers have several tokens, by name."""
+
+ALL: dict[str, Objective] = REGISTRY | SEQUENCE
 
 
 def spec(objective: str | Objective) -> Spec:
     """What an objective's signature says; see ``signatures.spec``.
 
     Args:
-        objective: a name in ``REGISTRY`` or a function.
+        objective: a name in ``ALL`` or a function.
 
     Raises:
         ConfigError: unknown name, or a signature that training could not call.
     """
     if isinstance(objective, str):
-        if objective not in REGISTRY:
-            raise ConfigError("objective", objective, f"one of {', '.join(REGISTRY)}")
-        objective = REGISTRY[objective]
+        if objective not in ALL:
+            raise ConfigError("objective", objective, f"one of {', '.join(ALL)}")
+        objective = ALL[objective]
     return signatures.spec(objective)
 
 

@@ -8,21 +8,19 @@ from typing import Any
 
 import jax
 
-import gipo_jax
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
+_PACKAGES = ("gipo_jax", "jax", "jaxlib", "flax", "optax", "gymnax", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """Versions of what computes, the devices, and this package's git revision if it has one."""
-    devices = jax.local_devices()
+    """Versions of what computes, devices and processes, and this package's git revision if any."""
+    devices = jax.devices()
     return {
-        "gipo_jax": gipo_jax.__version__,
         "revision": _revision(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "device": {"kind": devices[0].device_kind, "count": len(devices)},
+        "processes": jax.process_count(),
     }
 
 

@@ -24,6 +24,7 @@ from jax import Array
 from jax.lax import stop_gradient
 
 from gipo_jax.config import ConfigError
+from gipo_jax.signatures import Spec
 
 
 def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
@@ -61,6 +62,23 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
     # tokens and the scale of the gradient (a token's own at ratio 1) different from other levels.
     # The difference is exactly 0, so that the value is the level's to the last bit.
     return stop_gradient(values) + (log_ratio - stop_gradient(log_ratio))
+
+
+def choose(level: str | None, spec: Spec) -> str:
+    """The level that an objective takes: the one asked for, or its own for None.
+
+    Raises:
+        ConfigError: an unknown level, or one that the objective cannot have: ``prefix_min`` where
+            it reads probabilities.
+    """
+    valid = dict.fromkeys(LEVELS)
+    if "behavior_log_prob" in spec.inputs:
+        del valid["prefix_min"]
+    level = spec.ratio_level if level is None else level
+    if level not in valid:
+        reason = f", because {spec.name} reads probabilities" if level in LEVELS else ""
+        raise ConfigError("ratio_level", level, f"one of {', '.join(valid)}{reason}")
+    return level
 
 
 def _token(x: Array, mask: Array) -> Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gipo_jax.config import Config, ConfigError, HParams
+from gipo_jax.config import RATIO_LEVELS, Config, ConfigError, HParams
 
 Objective = Callable[..., Any]
 InitialState = Callable[[Mapping[str, ArrayLike]], Any]
@@ -26,6 +26,7 @@ InitialState = Callable[[Mapping[str, ArrayLike]], Any]
 INPUTS = {
     "behavior_log_prob": "log mu(a|s), same shape as log_ratio",
     "log_ratio_start": "log-ratio under the policy at the start of the update phase, same shape",
+    "position": "place of the token in its answer, from 1, and 0 at padding; same shape",
 }
 """What an objective may ask for by naming it in its signature, beside log_ratio and advantage."""
 
@@ -48,6 +49,7 @@ class Declaration(NamedTuple):
     positive: tuple[str, ...] = ()
     discrete_only: bool = False
     initial_state: InitialState | None = None
+    ratio_level: str = "token"
 
 
 class Spec(NamedTuple):
@@ -60,10 +62,12 @@ class Spec(NamedTuple):
         params: traced parameters and their defaults.
         inputs: names out of ``INPUTS`` that the function takes.
         takes_kernel: whether it takes the static setting ``kernel``.
+        takes_mask: whether it takes ``mask``, false at padding, and None where there is none.
         initial_state: for a stateful objective, parameters -> first state; else None.
         source: paper, as an arXiv number, or empty.
         positive: parameters that must be > 0.
         discrete_only: whether it reads probabilities, which a Gaussian head does not have.
+        ratio_level: the one of ``config.RATIO_LEVELS`` that it is meant for.
     """
 
     name: str
@@ -72,10 +76,12 @@ class Spec(NamedTuple):
     params: dict[str, float]
     inputs: tuple[str, ...]
     takes_kernel: bool
+    takes_mask: bool
     initial_state: InitialState | None
     source: str
     positive: tuple[str, ...]
     discrete_only: bool
+    ratio_level: str
 
 
 def declare(
@@ -85,6 +91,7 @@ def declare(
     positive: tuple[str, ...] = (),
     discrete_only: bool = False,
     initial_state: InitialState | None = None,
+    ratio_level: str = "token",
 ) -> Callable[[Objective], Objective]:
     """Attaches to an objective what its signature cannot say; a plain function needs none of it.
 
@@ -95,16 +102,20 @@ def declare(
         discrete_only: true if it reads ``behavior_log_prob`` as the log of a probability, not of a
             density; training then refuses a Gaussian head.
         initial_state: parameters -> first value of ``state``, an array or a pytree of arrays.
+        ratio_level: the ratio that the objective takes unless another is asked for, one of
+            ``config.RATIO_LEVELS``.
 
     Raises:
-        ConfigError: the kind has no such name.
+        ConfigError: the kind or the ratio level has no such name.
     """
     if kind not in KINDS:
         raise ConfigError("kind", kind, f"one of {', '.join(KINDS)}")
+    if ratio_level not in RATIO_LEVELS:
+        raise ConfigError("ratio_level", ratio_level, f"one of {', '.join(RATIO_LEVELS)}")
 
     def attach(function: Objective) -> Objective:
         function.declaration = Declaration(  # type: ignore[attr-defined]
-            kind, source, positive, discrete_only, initial_state
+            kind, source, positive, discrete_only, initial_state, ratio_level
         )
         return function
 
@@ -135,7 +146,7 @@ def spec(objective: Objective) -> Spec:
     for key, parameter in list(parameters.items())[2:]:
         if key in INPUTS:
             inputs.append(key)
-        elif key in ("kernel", "state"):
+        elif key in ("kernel", "mask", "state"):
             continue
         elif key in SETTINGS:
             valid = f"another name for this parameter, because {key} is a setting of every run"
@@ -159,10 +170,12 @@ def spec(objective: Objective) -> Spec:
         params=params,
         inputs=tuple(inputs),
         takes_kernel="kernel" in parameters,
+        takes_mask="mask" in parameters,
         initial_state=declared.initial_state,
         source=declared.source,
         positive=declared.positive,
         discrete_only=declared.discrete_only,
+        ratio_level=declared.ratio_level,
     )
 
 

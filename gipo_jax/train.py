@@ -39,6 +39,7 @@ from gipo_jax import rollout as rollouts
 from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes, stack
 from gipo_jax.losses import Batch, BoundObjective
 from gipo_jax.rollout import Transition
+from gipo_jax.sequences import tasks
 
 Metrics = dict[str, Array]
 
@@ -110,6 +111,7 @@ class Parts(NamedTuple):
     head: networks.ActionHead
     network: networks.Network
     objective: signatures.Spec
+    ratio_level: str
 
 
 # One iteration, from top to bottom.
@@ -136,7 +138,7 @@ def train_step(
     state = state._replace(replay=buffer.add(state.replay, rows, iteration))
     learner, metrics = learn(parts, state, hparams, iteration, key_learn)
 
-    state = _keep_finite(state, learner, iteration)
+    state = keep_finite(state, learner, iteration)
     if parts.config.normalize_obs:
         state = state._replace(normalizer=normalizer.update(state.normalizer, transition.obs))
     return state, metrics
@@ -201,8 +203,7 @@ def learn(
     def one_update(learner: Learner, count: Array) -> tuple[Learner, Metrics]:
         index = indices[count // config.reuse_per_batch]
         batch = gather(parts, state, learner.params, hparams, index, iteration)
-        # The authors' damping of reused batches.
-        policy_scale = 1 / jnp.sqrt(count % config.reuse_per_batch + 1.0)
+        policy_scale = reuse_scale(config, count)
 
         def policy_and_value() -> tuple[Learner, Metrics]:
             return update(parts, state, learner, batch, hparams, iteration, policy_scale)
@@ -223,15 +224,30 @@ def learn(
             for name, x in metrics.items()
         }
 
+    return once_filled(config, iteration, all_updates, state.learner)
+
+
+def once_filled(
+    config: Config,
+    iteration: int | Array,
+    all_updates: Callable[[Learner], tuple[Learner, Metrics]],
+    learner: Learner,
+) -> tuple[Learner, Metrics]:
+    """The updates, from the first iteration on that has a batch; before it zeros as metrics."""
     if first_update(config) == 0:
-        return all_updates(state.learner)
-    shapes = jax.eval_shape(all_updates, state.learner)[1]
+        return all_updates(learner)
+    shapes = jax.eval_shape(all_updates, learner)[1]
     return jax.lax.cond(
         jnp.asarray(iteration) >= first_update(config),
         all_updates,
         lambda learner: (learner, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)),
-        state.learner,
+        learner,
     )
+
+
+def reuse_scale(config: Config, count: Array) -> Array:
+    """Factor on the policy's loss in update ``count`` of an iteration: the authors' damping."""
+    return 1 / jnp.sqrt(count % config.reuse_per_batch + 1.0)
 
 
 def sample_indices(
@@ -320,7 +336,7 @@ def update(
             advantage,
             objective,
             hparams,
-            parts.config.ratio_level,
+            parts.ratio_level,
             policy_scale,
             probe,
         )
@@ -335,8 +351,8 @@ def update(
     schedule = learning_rate_factor(parts.config, hparams, iteration)
     policy_rate = hparams.learning_rate * ess**hparams.ess_lr_power * schedule
     value_rate = hparams.value_learning_rate * schedule
-    policy, policy_opt, policy_norm = _apply(learner, "policy", grads, hparams, policy_rate)
-    value, value_opt, value_norm = _apply(learner, "value", grads, hparams, value_rate)
+    policy, policy_opt, policy_norm = apply_gradient(learner, "policy", grads, hparams, policy_rate)
+    value, value_opt, value_norm = apply_gradient(learner, "value", grads, hparams, value_rate)
     learner = Learner(
         {"policy": policy, "value": value},
         {"policy": policy_opt, "value": value_opt},
@@ -364,7 +380,7 @@ def update_value(
 
     grads, value_loss = jax.grad(loss, has_aux=True)(learner.params["value"])
     rate = hparams.value_learning_rate * learning_rate_factor(parts.config, hparams, iteration)
-    value, opt_state, norm = _apply(learner, "value", {"value": grads}, hparams, rate)
+    value, opt_state, norm = apply_gradient(learner, "value", {"value": grads}, hparams, rate)
     learner = learner._replace(
         params=learner.params | {"value": value},
         opt_state=learner.opt_state | {"value": opt_state},
@@ -387,20 +403,17 @@ def bind_objective(
     parts: Parts, state: TrainState, learner: Learner, hparams: HParams, batch: Batch
 ) -> BoundObjective:
     """The objective with its parameters, and with the inputs and state that it asks for."""
-    spec, level = parts.objective, parts.config.ratio_level
+    spec, behavior = parts.objective, batch.behavior_log_prob
     given: dict[str, Any] = dict(hparams.objective_params)
     if spec.takes_kernel:
         given["kernel"] = parts.config.kernel
-    if "behavior_log_prob" in spec.inputs:
-        given["behavior_log_prob"] = ratio_levels.transform(batch.behavior_log_prob, level)
-    if "log_ratio_start" in spec.inputs:
-        outputs = parts.network.policy(state.learner.params, batch.obs)
-        log_prob = parts.head.log_prob(outputs, batch.action)
-        log_ratio = log_prob - batch.behavior_log_prob
-        given["log_ratio_start"] = ratio_levels.transform(log_ratio, level)
     if spec.initial_state is not None:
         given["state"] = learner.objective_state
-    return functools.partial(signatures.evaluate, spec, **given)
+    start = None
+    if "log_ratio_start" in spec.inputs:
+        outputs = parts.network.policy(state.learner.params, batch.obs)
+        start = parts.head.log_prob(outputs, batch.action) - behavior
+    return losses.bind(spec, parts.ratio_level, given, behavior, start)
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
@@ -449,7 +462,7 @@ def _clip_by_global_norm(max_norm: Any) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def _apply(
+def apply_gradient(
     learner: Learner, group: str, grads: Any, hparams: HParams, rate: Array
 ) -> tuple[Any, Any, Array]:
     """One optimizer step of a parameter group: its parameters, optimizer state, gradient norm."""
@@ -468,12 +481,12 @@ def _network_input(parts: Parts, moments: normalizer.Normalizer, obs: Array) -> 
 
 def _advantage(config: Config, batch: Batch) -> Array:
     """Advantages as the objective sees them, ``[batch, tokens]``."""
-    standard = config.normalize_advantage
+    standard = config.normalize_advantage is not False
     advantage = losses.standardize(batch.advantage) if standard else batch.advantage
     return jnp.broadcast_to(advantage[:, None], batch.behavior_log_prob.shape)
 
 
-def _keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
+def keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
     """Takes the new learner, unless it or an earlier one is not finite."""
     sums = [jnp.sum(x) for x in jax.tree.leaves((learner.params, learner.objective_state))]
     finite = jnp.all(jnp.isfinite(jnp.stack(sums)))
@@ -515,6 +528,18 @@ def start_keys(seed: Any) -> tuple[Array, Array, Array]:
     return key, key_params, key_envs
 
 
+def open_env(config: Config, seeds: Iterable[int], devices: int = 1) -> environments.Environment:
+    """The environment of some runs, with its simulators made; see ``environments.open_pools``.
+
+    Args:
+        config: static settings.
+        seeds: of the runs that will start in it, each as often as there are such runs.
+        devices: devices that share the runs evenly, in order.
+    """
+    keys = jnp.stack([start_keys(seed)[2] for seed in seeds])
+    return environments.open_pools(environments.make(config), keys, devices)
+
+
 def empty_replay(parts: Parts) -> Any:
     """Replay with nothing in it, arrays ``[blocks, rollout_length, num_envs, ...]``."""
     config, env, head = parts.config, parts.env, parts.head
@@ -544,23 +569,20 @@ def report(
     outputs, value = parts.network.policy_and_value(params, batch.obs)
     log_prob = parts.head.log_prob(outputs, batch.action)
     log_ratio = log_prob - batch.behavior_log_prob
-    log_ratio = ratio_levels.transform(log_ratio, config.ratio_level)
+    log_ratio = ratio_levels.transform(log_ratio, parts.ratio_level)
     advantage = _advantage(config, batch)
     objective = bind_objective(parts, state, state.learner, hparams, batch)
     weight = losses.objective_weight(objective, log_ratio, advantage)
-    metrics = diagnostics.utilization(
-        log_ratio,
-        advantage,
-        weight,
-        weight * jnp.exp(-jnp.maximum(log_ratio, -80.0)),
-        batch.age[:, None],
-    )
+    metrics = diagnostics.utilization(log_ratio, advantage, weight, batch.age[:, None])
     metrics["explained_variance"] = diagnostics.explained_variance(batch.value_target, value)
     if parts.env.reports_success:
         metrics["success_rate"] = state.solved / state.episodes
-    if config.eval_episodes:
+    episodes = config.eval_episodes
+    if episodes is None:
+        episodes = 0 if parts.env.host else 10
+    if episodes:
         metrics["eval_return"], metrics["eval_return_sampled"] = evaluate(
-            parts, params, state.normalizer, key_evaluate, config.eval_episodes
+            parts, params, state.normalizer, key_evaluate, episodes
         )
     return metrics
 
@@ -616,6 +638,8 @@ class Algorithm(NamedTuple):
         evaluate: ``params, normalizer, key, episodes -> greedy, sampled`` mean return.
         choose_action: ``params, normalizer, obs, key=None -> action``.
         first_update: first iteration that updates.
+        activations: about how many numbers an update keeps for each sample, to plan memory.
+        host: whether its environments are simulated outside JAX, and so cannot be vmapped.
     """
 
     config: Config
@@ -627,6 +651,8 @@ class Algorithm(NamedTuple):
     evaluate: Callable[..., tuple[Array, Array]]
     choose_action: Callable[..., Array]
     first_update: int
+    activations: int
+    host: bool = False
 
     def train_and_log(
         self, state: TrainState, hparams: HParams, start: int | Array, stop: int | Array
@@ -664,7 +690,9 @@ class Algorithm(NamedTuple):
         return state, metrics | self.report(state, hparams, last, key)
 
 
-def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]]:
+def make_train(
+    config: Config, env: environments.Environment | None = None
+) -> Callable[[HParams], tuple[TrainState, Metrics]]:
     """A whole run, start to end, as one pure function of its hyper-parameters.
 
     It works under ``jit``, ``vmap``, ``lax.map`` and ``shard_map``, alone and combined, with any
@@ -674,6 +702,7 @@ def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]
 
     Args:
         config: static settings.
+        env: from ``open_env``, where the environment is simulated outside JAX.
 
     Returns:
         function ``hparams -> state, metrics``: the final state, and metrics ``[logged points]`` by
@@ -687,10 +716,7 @@ def make_train(config: Config) -> Callable[[HParams], tuple[TrainState, Metrics]
     >>> metrics["entropy"].shape
     (2,)
     """
-    algorithm = make(config)
-    if algorithm.env.host:
-        valid = "an environment in pure JAX; a sweep trains in one that is simulated outside it"
-        raise ConfigError("env", config.env, valid)
+    algorithm = make(config, env)
     check_sizes(config, HParams(buffer_size=config.allocated_size))
     stops = log_boundaries(config)
     points = (jnp.array([0, *stops[:-1]]), jnp.array(stops))
@@ -712,12 +738,17 @@ def make(config: Config, env: environments.Environment | None = None) -> Algorit
 
     Args:
         config: the configuration.
-        env: its environment, where that is simulated outside JAX and its pools are open
-            (``environments.open_pools``); by default it is made here.
+        env: from ``open_env``, where the environment is simulated outside JAX and the program is
+            to run; by default it is made here.
 
     Raises:
         ConfigError: a setting is not usable; see the message.
     """
+    if tasks.is_task(config.env):
+        # The algorithm of token tasks is built from functions of this module.
+        from gipo_jax.sequences import train as of_sequences
+
+        return of_sequences.make(config)
     parts = make_parts(config, env)
     return Algorithm(
         config=config,
@@ -729,6 +760,8 @@ def make(config: Config, env: environments.Environment | None = None) -> Algorit
         evaluate=functools.partial(evaluate, parts),
         choose_action=functools.partial(choose_action, parts),
         first_update=first_update(config),
+        activations=6 * sum(config.hidden_sizes),
+        host=parts.env.host,
     )
 
 
@@ -739,6 +772,7 @@ def make_parts(config: Config, env: environments.Environment | None = None) -> P
         ConfigError: a setting is not usable; see the message.
     """
     check_fields(config)
+    check_unused(config, SEQUENCE_ONLY, "control tasks do not use it")
     env = environments.make(config) if env is None else env
     if env.host and config.eval_episodes:
         valid = f"0, because {env.name} is simulated outside JAX: its training episodes tell"
@@ -748,10 +782,15 @@ def make_parts(config: Config, env: environments.Environment | None = None) -> P
     if objective.discrete_only and not head.discrete:
         valid = f"'tokens', because {objective.name} reads probabilities of discrete actions"
         raise ConfigError("action_head", config.action_head, valid)
-    if config.ratio_level not in ("token", "joint"):
+    if "position" in objective.inputs:
+        valid = "one for actions, because the tokens of an action have no order"
+        raise ConfigError("objective", objective.name, valid)
+    level = ratio_levels.choose(config.ratio_level, objective)
+    if level not in ("token", "joint"):
         valid = "'token' or 'joint', because the tokens of an action have no order"
-        raise ConfigError("ratio_level", config.ratio_level, valid)
-    return Parts(config, env, head, networks.make(config, env.obs_shape, head), objective)
+        raise ConfigError("ratio_level", level, valid)
+    network = networks.make(config, env.obs_shape, head)
+    return Parts(config, env, head, network, objective, level)
 
 
 def make_hparams(
@@ -776,10 +815,35 @@ def make_hparams(
         raise ConfigError(name, own.get(name, overrides.get(name)), f"one of {', '.join(valid)}")
     hparams = HParams(**overrides, objective_params=own)
     check_fields(hparams)
+    if tasks.is_task(config.env):
+        from gipo_jax.sequences import train as of_sequences
+
+        of_sequences.check_hparams(config, hparams)
+    else:
+        check_unused(hparams, SEQUENCE_ONLY, "control tasks do not use it")
     hparams = complete(config, hparams)
     signatures.check_params(spec, hparams.objective_params)
     check_sizes(config, hparams)
     return hparams
+
+
+SEQUENCE_ONLY = (
+    "decoder_layers",
+    "decoder_width",
+    "decoder_heads",
+    "loss_agg_mode",
+    "temperature",
+    "imitation_updates",
+)
+"""Settings, static and traced, of token tasks alone."""
+
+
+def check_unused(settings: Config | HParams, names: Iterable[str], reason: str) -> None:
+    """Refuses settings that would do nothing. Raises ConfigError where one is not its default."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in names and value != field.default:
+            raise ConfigError(field.name, value, f"left at {field.default!r}: {reason}")
 
 
 def complete(config: Config, hparams: HParams) -> HParams:

@@ -56,11 +56,16 @@ from gipo_jax.sweep import plan, program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks"
+PEER_VENV = ROOT / ".venv-peer"
+PEER_PYTHON = PEER_VENV / "bin" / "python"
 WORKER_SECONDS = 600
 """Limit on one compilation or one repeat in a worker process."""
 
 Work = dict[str, Any]
 Row = dict[str, Any]
+
+ACCELERATOR_AIMS = {"env_steps_per_s": 20e6, "times_better_peer": 2.0}
+"""Aims of ``accelerator`` on one GPU with 1,024 runs."""
 
 PPO_WORK: Work = {
     "num_envs": 64,
@@ -174,7 +179,7 @@ class Training:
         self._next = stop
         begin = time.perf_counter()
         for part, hparams in enumerate(self._hparams):
-            state, _ = self._program.train_and_log(self._states[part], hparams, start, stop)
+            state, *_ = self._program.train_and_log(self._states[part], hparams, start, stop)
             self._states[part] = state
         jax.block_until_ready(self._states)
         return time.perf_counter() - begin
@@ -191,7 +196,7 @@ def training_rows(
         measured["updates_per_s"] = case.updates / statistics.median(times)
         measured["compile_s"] = case.compile_s
         config = case.algorithm.config
-        _, env, head, _, _ = train.make_parts(config)
+        _, env, head, *_ = train.make_parts(config)
         outputs = head.num_tokens * head.output_width
         flops = iteration_flops(config, math.prod(env.obs_shape), outputs)
         flops *= case.env_steps / config.block_size
@@ -307,17 +312,32 @@ def peer_worker(peer: str, work: Work) -> list[str]:
 
 def peer_python() -> Path:
     """Interpreter of the peers' environment, which is made where it is missing."""
-    venv = ROOT / ".venv-peer"
-    python, stamp = venv / "bin" / "python", venv / "complete"
     constraints = RESULTS / "peer-constraints.txt"
     wanted = constraints.read_text()
+    stamp = PEER_VENV / "complete"
     if not stamp.exists() or stamp.read_text() != wanted:
         print("installing the peers into .venv-peer", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--requirement"]
+        subprocess.run([sys.executable, "-m", "venv", str(PEER_VENV)], check=True)
+        install = [str(PEER_PYTHON), "-m", "pip", "install", "--quiet", "--requirement"]
         subprocess.run([*install, str(constraints)], check=True)
         stamp.write_text(wanted)
-    return python
+    return PEER_PYTHON
+
+
+def installed_peers() -> list[str]:
+    """Trainers of others that the peers' environment has; none where there is no environment.
+
+    For a GPU, add ``jax[cuda12]`` to it. PureJaxRL is not on PyPI: clone it next to it and name the
+    clone in PYTHONPATH.
+    """
+    modules = {"rejax": "rejax", "purejaxrl": "purejaxrl.ppo"}
+    return [
+        peer
+        for peer, module in modules.items()
+        if PEER_PYTHON.exists()
+        and subprocess.run([PEER_PYTHON, "-c", f"import {module}"], capture_output=True).returncode
+        == 0
+    ]
 
 
 def serve(what: str, work: Work) -> None:
@@ -347,8 +367,10 @@ def ppo_config(work: Work) -> Config:
 def ppo_worker(work: Work) -> tuple[Callable[[], float], Work]:
     config = ppo_config(work)
     block = config.block_size
-    training = Training(config, work["runs"], work["total_steps"] // block, block)
-    return training, {"compile_s": training.compile_s}
+    mode = work.get("mode", "auto")
+    training = Training(config, work["runs"], work["total_steps"] // block, block, mode)
+    memory = memory_of(training) if "mode" in work else {}
+    return training, {"compile_s": training.compile_s, **memory}
 
 
 def replay_worker(work: Work) -> tuple[Callable[[], float], Work]:
@@ -391,8 +413,14 @@ def replay_worker(work: Work) -> tuple[Callable[[], float], Work]:
 
 
 def memory_worker(work: Work) -> tuple[Callable[[], float], Work]:
-    """Peak memory of a group beyond what the process holds once it is compiled."""
+    """Peak memory of a group."""
     config = Config(env="CartPole-v1", num_envs=16, rollout_length=32, eval_episodes=0)
+    training = Training(config, work["runs"], 2, work["buffer_size"])
+    return training, memory_of(training)
+
+
+def memory_of(training: Training) -> Work:
+    """Peak memory of a first call beyond what the compiled process holds, and the sweep's plan."""
     on_cpu = jax.local_devices()[0].platform == "cpu"
 
     def held(field: str) -> int:
@@ -404,14 +432,13 @@ def memory_worker(work: Work) -> tuple[Callable[[], float], Work]:
         assert found is not None
         return int(found[1]) * 1024
 
-    training = Training(config, work["runs"], 2, work["buffer_size"])
     before = held("VmRSS")
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     training()
     memory = plan.measure(training.algorithm, train.make_hparams(training.algorithm.config))
     planned = plan.needed(memory, training.layout)
-    return training, {"planned": planned, "measured": held("VmHWM") - before}
+    return {"planned": planned, "measured": held("VmHWM") - before}
 
 
 def compile_worker(work: Work) -> tuple[Callable[[], float], Work]:
@@ -483,6 +510,38 @@ def bench_peer(context: Context) -> list[Row]:
         for by in measured[:2]:
             by["fraction_of_matmul"] = roofline_fraction(flops, by["seconds"], product)
         rows += measured
+    return rows
+
+
+def bench_accelerator(context: Context) -> list[Row]:
+    """PPO with 1 to 1,024 runs side by side in vector operations, beside the peers there are."""
+    rows = []
+    steps = PPO_WORK["total_steps"] // (32 if context.quick else 1)
+    peers = installed_peers()
+    for runs in (1, 4) if context.quick else (1, 16, 64, 256, 1024):
+        work = PPO_WORK | {"runs": runs, "total_steps": steps, "mode": "vmap"}
+        commands = [own_worker("ppo", work), *(peer_worker(peer, work) for peer in peers)]
+        # Several processes share the device: none may take all its memory beforehand.
+        with workers(commands, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}) as started:
+            about = [worker.about for worker in started]
+            seconds = in_turn(started, context.repeats)
+        for by, info, times in zip(("gipo_jax", *peers), about, seconds, strict=True):
+            case = {"runs": runs, "by": by}
+            measured = row("accelerator", case, "env-steps/s", runs * steps, times)
+            rows.append(measured | {"compile_s": info["compile_s"]})
+        ours = rows[-len(commands)]
+        block = work["num_envs"] * work["rollout_length"]
+        updates = runs * steps // block * work["epochs"] * work["minibatches"]
+        ours["updates_per_s"] = updates / statistics.median(seconds[0])
+        ours["planned"], ours["measured"] = about[0]["planned"], about[0]["measured"]
+        if runs == 1024:
+            ours["aim"] = ACCELERATOR_AIMS["env_steps_per_s"]
+        if peers:
+            better = min(seconds[1:], key=statistics.median)
+            ratios = [ours / theirs for ours, theirs in zip(seconds[0], better, strict=True)]
+            case = {"runs": runs, "by": "ratio to the better peer"}
+            ratio = row("accelerator", case, "times", 1.0, ratios)
+            rows.append(ratio | {"aim": ACCELERATOR_AIMS["times_better_peer"]})
     return rows
 
 

@@ -1,17 +1,20 @@
 #!/usr/bin/env python
 """Kills a sweep with SIGKILL at random moments, resumes it each time, and compares the results.
 
-python scripts/kill_test.py --kills 20 --out out/kill_test
+python scripts/kill_test.py --kills 20 --processes 2 --out out/kill_test
 
 Moments are drawn from all phases: start and compilation, steps, the writing of a checkpoint, of
-metrics, of final parameters. The sweep must end with the same tables, byte for byte, and
-the same parameters as one that was left alone.
+metrics, of final parameters. Of several processes one is killed, and the others must then end by
+themselves; what they say is in OUT. The sweep must end with the same tables, byte for byte, and
+the same parameters as one process gives that is left alone.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +27,7 @@ import numpy as np
 
 import gipo_jax
 from gipo_jax import runtime
-from gipo_jax.sweep import results
+from gipo_jax.sweep import cluster, results
 
 SETTINGS = (
     *("--objective", "gipo", "ppo_clip", "--sigma", "0.5", "1", "--buffer-size", "32", "64"),
@@ -41,11 +44,13 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("out/kill_test"))
+    parser.add_argument("--processes", type=int, default=1, help="(default: %(default)s)")
     options = parser.parse_args()
     runtime.set_cpu_defaults()
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
-    problems = check(options.out, options.kills, random.Random(options.seed), print)
+    chance = random.Random(options.seed)
+    problems = check(options.out, options.kills, chance, print, processes=options.processes)
     for problem in problems:
         print(problem)
     print("different" if problems else "the same as without kills")
@@ -58,6 +63,7 @@ def check(
     chance: random.Random,
     say: Callable[[str], None],
     settings: Sequence[str] = SETTINGS,
+    processes: int = 1,
 ) -> list[str]:
     """Runs the sweep alone and with kills.
 
@@ -67,13 +73,14 @@ def check(
         chance: source of the moments.
         say: called with a line on each kill.
         settings: of the sweep.
+        processes: of the sweep that is killed; that left alone has one.
 
     Returns:
         differences; empty where there are none.
     """
     alone, killed = out / "alone", out / "killed"
     started = time.monotonic()
-    finish(start(alone, settings))
+    finish(start(alone, settings, 1))
     say(f"left alone: {time.monotonic() - started:.1f} s")
     phases = list(PHASES)
     chance.shuffle(phases)
@@ -81,41 +88,63 @@ def check(
     while done < kills:
         phase = phases[done % len(phases)]
         resume = ["--resume"] if (killed / "config.json").exists() else list(settings)
-        process = start(killed, resume)
-        PHASES[phase](killed, process, chance)
-        if process.poll() is not None:
-            if process.returncode != 0:
-                raise SystemExit(f"the sweep failed: exit code {process.returncode}")
+        started_now = start(killed, resume, processes)
+        victim = chance.choice(started_now)
+        PHASES[phase](killed, victim, chance)
+        if victim.poll() is not None:
+            finish(started_now)
             # Finished before the moment came: begin again, so that every kill hits something.
             compared = differences(alone, killed)
             if compared:
                 return compared
             shutil.rmtree(killed)
             continue
-        process.kill()
-        process.wait()
+        victim.kill()
+        moment = time.monotonic()
+        for process in started_now:
+            # Those that had not met yet wait for each other first.
+            process.wait(timeout=cluster.START_SECONDS + 90)
         done += 1
-        say(f"kill {done}: {phase}; {state(killed)}")
-    finish(start(killed, ["--resume"] if (killed / "config.json").exists() else settings))
+        gone = f"; all gone after {time.monotonic() - moment:.0f} s" if processes > 1 else ""
+        say(f"kill {done}: {phase}; {state(killed)}{gone}")
+    resume = ["--resume"] if (killed / "config.json").exists() else list(settings)
+    finish(start(killed, resume, processes))
     return differences(alone, killed)
 
 
-def start(out: Path, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
-    """Starts the sweep with a checkpoint at every logged point."""
-    command = [sys.executable, "-m", "gipo_jax", "sweep", "--out", str(out), "--quiet"]
+def start(out: Path, arguments: Sequence[str], processes: int) -> list["subprocess.Popen[bytes]"]:
+    """Starts the processes of the sweep, with a checkpoint at every logged point."""
+    command = [sys.executable, "-m", "gipo_jax", "sweep", "--out", str(out), *arguments]
+    command += ["--quiet", "--no-figures", "--checkpoint-seconds", "0"]
     root = Path(__file__).resolve().parents[1]
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [*command, "--checkpoint-seconds", "0", *arguments],
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.DEVNULL,
-    )
+    environment = os.environ | {"PYTHONPATH": path}
+    if processes == 1:
+        return [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)]
+    command += ["--distributed", "--coordinator-address", f"127.0.0.1:{_free_port()}"]
+    command += ["--num-processes", str(processes), "--process-id"]
+    started = []
+    for index in range(processes):
+        with (out.parent / f"process-{index}.log").open("ab") as log:
+            started.append(
+                subprocess.Popen(
+                    [*command, str(index)], env=environment, stdout=log, stderr=subprocess.STDOUT
+                )
+            )
+    return started
 
 
-def finish(process: "subprocess.Popen[bytes]") -> None:
-    """Waits for a sweep to end well."""
-    if process.wait(timeout=600) != 0:
-        raise SystemExit(f"the sweep failed: exit code {process.returncode}")
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def finish(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """Waits for the processes of a sweep to end well."""
+    for process in processes:
+        if process.wait(timeout=600) != 0:
+            raise SystemExit(f"the sweep failed: exit code {process.returncode}")
 
 
 def state(directory: Path) -> str:

@@ -16,14 +16,14 @@ BATCH, TOKENS = 200, 2
 
 def batch(seed: int) -> dict[str, Any]:
     random = np.random.default_rng(seed)
-    log_ratio = random.normal(size=(BATCH, TOKENS), scale=0.8)
+    # Further out the weight below is so small that it may or may not count as zero.
+    log_ratio = np.clip(random.normal(size=(BATCH, TOKENS), scale=0.8), -2.5, 2.5)
     advantage = random.normal(size=(BATCH, TOKENS))
     trust_weight = np.exp(-(log_ratio**2) / 0.1)
     return {
         "log_ratio": log_ratio.astype(np.float32),
         "advantage": advantage.astype(np.float32),
         "weight": (trust_weight * np.exp(log_ratio)).astype(np.float32),
-        "trust_weight": trust_weight.astype(np.float32),
         "age": random.integers(0, 20, size=(BATCH, 1)).astype(np.int32),
     }
 
@@ -52,11 +52,14 @@ class UtilizationTest(chex.TestCase):
             "near_zero_fraction_new": np.mean(u[new] < 1e-3),
             "near_zero_fraction_old": np.mean(u[old] < 1e-3),
             "clip_fraction": dead.mean(),
-            "suppressed_fraction": np.mean(data["trust_weight"] < 1e-3),
+            "suppressed_fraction": np.mean(u / np.exp(x) < 1e-3),
+            "masked_fraction": 0,
             "mean_weight": u.mean(),
             "old_share": u[old].sum() / u.sum(),
             "old_gradient_share": np.abs(u * a)[old].sum() / np.abs(u * a).sum(),
             "log_ratio_abs_p95": np.percentile(np.abs(x), 95),
+            "log_ratio_p05": np.percentile(x, 5),
+            "log_ratio_p95": np.percentile(x, 95),
             "policy_age": age.mean(),
             "policy_age_max": age.max(),
         }
@@ -66,6 +69,22 @@ class UtilizationTest(chex.TestCase):
         for name, value in expected.items():
             np.testing.assert_allclose(result[name], value, rtol=1e-4, err_msg=name)
             assert result[name].shape == () and result[name].dtype == jnp.float32
+
+
+def test_samples_that_do_not_count_change_no_metric() -> None:
+    data = batch(3)
+    expected = diagnostics.utilization(**data)
+    wider = {name: np.pad(x, ((0, 0), (0, 3)), constant_values=7) for name, x in data.items()}
+    where = np.arange(TOKENS + 3) < np.full((BATCH, 1), TOKENS)
+    result = diagnostics.utilization(**wider | {"age": data["age"], "where": where})
+    for name, value in expected.items():
+        np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_masked_samples_are_those_with_an_advantage_and_no_weight() -> None:
+    weight, advantage = jnp.array([0.0, 0.0, 1.0, 2.0]), jnp.array([1.0, 0.0, -1.0, 1.0])
+    result = diagnostics.ratios(jnp.zeros(4), advantage, weight)
+    np.testing.assert_allclose(result["masked_fraction"], 1 / 3)
 
 
 def test_metrics_of_an_empty_age_group_are_nan() -> None:

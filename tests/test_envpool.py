@@ -1,5 +1,6 @@
 """EnvPool inside the compiled step, against EnvPool's own NumPy interface."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gipo_jax import environments, networks, rollout
+from gipo_jax import cli, environments, networks, rollout, sweep, train
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.environments import envpool_env
+from gipo_jax.sweep import checkpoint
 
 envpool = pytest.importorskip("envpool", reason=f"EnvPool is missing: {envpool_env.EXTRA}")
 
@@ -269,7 +271,7 @@ def test_successful_episodes_are_counted(toy: Any) -> None:
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
-from gipo_jax import environments, networks, rollout
+from gipo_jax import cli, environments, networks, rollout, sweep, train
 from gipo_jax.config import Config
 
 config = Config(env="Hopper-v4", num_envs=2)
@@ -401,3 +403,104 @@ def test_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_name_that_both_libraries_have_is_gymnaxs() -> None:
     assert "CartPole-v1" in (envpool_env.names() or [])
     assert not environments.make(Config(env="CartPole-v1")).host
+
+
+SMALL = Config(
+    env="Hopper-v4", num_envs=2, rollout_length=50, batch_size=50, total_steps=400, num_logs=2,
+    max_buffer_size=200,
+)  # fmt: skip
+
+
+def test_a_run_in_a_simulator_trains_inside_one_program() -> None:
+    env = train.open_env(SMALL, [3, 4])
+    runs, _ = train.grid(SMALL, seed=[3, 4], buffer_size=200)
+    _, both = jax.jit(lambda runs: jax.lax.map(train.make_train(SMALL, env), runs))(runs)
+    environments.close_pools(env)
+    assert np.all(both["episodes"] > 0) and "eval_return" not in both
+    env = train.open_env(SMALL, [4])
+    _, alone = jax.jit(train.make_train(SMALL, env))(train.select(runs, 1))
+    environments.close_pools(env)
+    for name, values in alone.items():
+        np.testing.assert_array_equal(values, both[name][1], err_msg=name)
+
+
+def test_evaluation_of_a_run_in_a_simulator_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^eval_episodes: 2 is not valid; expected 0, because"):
+        train.make(dataclasses.replace(SMALL, eval_episodes=2))
+
+
+def test_the_success_rate_of_meta_world_is_reported() -> None:
+    config = dataclasses.replace(
+        SMALL, env=BUTTON, num_envs=1, rollout_length=500, batch_size=500, total_steps=1000,
+        max_buffer_size=500, hidden_sizes=(4,),
+    )  # fmt: skip
+    env = train.open_env(config, [0])
+    hparams = train.make_hparams(config, buffer_size=500)
+    _, metrics = jax.jit(train.make_train(config, env))(hparams)
+    environments.close_pools(env)
+    assert np.array_equal(metrics["episodes"], [1, 1])
+    assert np.all((metrics["success_rate"] == 0) | (metrics["success_rate"] == 1))
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+class StopError(Exception):
+    """Raised right after a checkpoint, as a kill would come."""
+
+
+def swept() -> list[sweep.Run]:
+    return sweep.expand(
+        env="Hopper-v4", num_envs=2, rollout_length=30, batch_size=30, total_steps=300, num_logs=5,
+        buffer_size=120, hidden_sizes=(4,), seeds=2,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", ["loop", "map"])
+def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1, batch_mode=mode)
+    sweep.run(swept(), tmp_path / "whole", options)
+    save, left = checkpoint.save, [3]
+
+    def stop_after_three(*arguments: Any) -> Any:
+        path = save(*arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise StopError
+        return path
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", stop_after_three)
+        with pytest.raises(StopError):
+            sweep.run(swept(), tmp_path / "stopped", options)
+    sweep.run(swept(), tmp_path / "stopped", options, resume=True)
+    for table in ("runs.csv", "metrics.csv"):
+        whole, resumed = ((tmp_path / x / table).read_bytes() for x in ("whole", "stopped"))
+        assert whole == resumed, table
+    assert b"success_rate" not in whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--env", "MetaWorld/ButtonPres-v3"], ["env", "MetaWorld/ButtonPress-v3"]),
+        (["--env", BUTTON, "--batch-mode", "vmap"], ["batch_mode", "map or loop", BUTTON]),
+        (["--env", BUTTON, "--batch-mode", "map", "--map-lanes", "2"], ["map_lanes: 2", BUTTON]),
+        (["--env", BUTTON, "--eval-episodes", "3"], ["eval_episodes: 3", "0"]),
+        (["--env", BUTTON, "--protocol", "gipo-meta"], ["protocol", "gipo-metaworld"]),
+        (["--env", BUTTON, "--ratio-level", "prefix_min"], ["ratio_level", "no order"]),
+    ],
+)
+def test_a_simulator_sweep_that_cannot_run_ends_in_one_line_with_nothing_written(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    sizes = ["--total-steps", "640", "--buffer-size", "512"]
+    assert cli.main(["sweep", *arguments, *sizes, "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and not out.exists()
+    assert all(word in message for word in words), message

@@ -40,7 +40,7 @@ program.Program.compile = compile_then_watch
 sweep.run(runs, sys.argv[1], sweep.Options(devices=1, quiet=True, checkpoint_seconds=0))
 group = plan.group_runs(runs)[0]
 import jax
-planned = plan.slices(group, group.runs, "map", None, jax.local_devices()[:1], None).bytes
+planned = plan.slices(group, "map", None, jax.local_devices()[:1], None).bytes
 assert group.memory.replay > 0.9 * group.memory.state
 print((max(seen) - seen[0]) / planned)
 """

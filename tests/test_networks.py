@@ -265,6 +265,16 @@ def test_patches_are_a_convolution() -> None:
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+def test_large_images_go_through_strided_convolutions() -> None:
+    """84 x 84 x 4 frames become 7 x 7 x 64 features, as in DQN."""
+    torso = networks.Torso(hidden_sizes=(5,), activation="relu", layer_norm=False, conv=True)
+    frames = jax.random.uniform(jax.random.key(0), (2, 3, 84, 84, 4))
+    params = jax.eval_shape(torso.init, jax.random.key(1), frames)
+    found = sorted(x.shape for x in jax.tree.leaves(params) if len(x.shape) > 1)
+    assert found == [(3, 3, 64, 64), (4, 4, 32, 64), (8, 8, 4, 32), (7 * 7 * 64, 5)]
+    assert jax.eval_shape(torso.apply, params, frames).shape == (2, 3, 5)
+
+
 def test_a_gaussian_policy_starts_centred_with_a_spread_of_its_own() -> None:
     network, params = build((4,), env="Reacher-misc", action_head="gaussian")
     outputs = network.policy(params, jax.random.normal(jax.random.key(1), (50, 4)))

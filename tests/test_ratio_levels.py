@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gipo_jax import ratio_levels
+from gipo_jax import objectives, ratio_levels
 from gipo_jax.config import ConfigError
 
 
@@ -98,3 +98,15 @@ def test_the_table_of_the_module_names_every_level() -> None:
     assert ratio_levels.__doc__ is not None
     rows = [line.split("`")[2] for line in ratio_levels.__doc__.splitlines() if "| ``" in line]
     assert rows == list(ratio_levels.LEVELS)
+
+
+def test_without_a_level_an_objective_takes_its_own() -> None:
+    assert ratio_levels.choose(None, objectives.spec("gipo")) == "token"
+    assert ratio_levels.choose(None, objectives.spec("gspo")) == "sequence"
+    assert ratio_levels.choose("token", objectives.spec("gspo")) == "token"
+
+
+def test_a_minimum_over_a_prefix_is_refused_where_probabilities_are_read() -> None:
+    assert ratio_levels.choose("prefix_product", objectives.spec("dppo_tv")) == "prefix_product"
+    with pytest.raises(ConfigError, match="prefix_geometric, because dppo_tv reads probabilities"):
+        ratio_levels.choose("prefix_min", objectives.spec("dppo_tv"))

@@ -110,8 +110,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content if damage == "garbled" else content[: len(content) // 2])
     warned: list[str] = []
-    found = checkpoint.newest(stopped / "checkpoints", warned.append)
-    assert found is not None and found[0].name == "00000001"
+    assert checkpoint.newest(stopped / "checkpoints", warned.append) == 1
     assert len(warned) == 1 and "00000002 is damaged" in warned[0]
 
 
@@ -173,16 +172,17 @@ def test_only_the_last_two_checkpoints_are_kept(alone: Path) -> None:
 def test_a_failed_save_leaves_earlier_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = checkpoint.save(tmp_path, {"n": 1}, None)
+    first = checkpoint.save(tmp_path, 1, {"n": 1}, None)
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_arrays", full)
     with pytest.raises(checkpoint.CheckpointError, match="No space left on device") as caught:
-        checkpoint.save(tmp_path, {"n": 2}, [1])
+        checkpoint.save(tmp_path, 2, {"n": 2}, [1])
     assert "\n" not in str(caught.value)
-    assert checkpoint.newest(tmp_path, pytest.fail) == (first, {"n": 1})
+    assert checkpoint.newest(tmp_path, pytest.fail) == 1
+    assert checkpoint.read_progress(first) == {"n": 1}
 
 
 # In a program of its own, where a file may not grow beyond 100 KB: that fails as on a full disk.
@@ -193,21 +193,22 @@ from gipo_jax.sweep import checkpoint
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    checkpoint.save(pathlib.Path(sys.argv[1]), {}, [np.arange(100_000)])
+    checkpoint.save(pathlib.Path(sys.argv[1]), 2, {}, [np.arange(100_000)])
 except checkpoint.CheckpointError as error:
     print(error)
 """
 
 
 def test_arrays_that_find_no_room_are_one_line(tmp_path: Path) -> None:
-    first = checkpoint.save(tmp_path, {"n": 1}, None)
+    first = checkpoint.save(tmp_path, 1, {"n": 1}, None)
     command = [sys.executable, "-c", FULL, str(tmp_path)]
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=root)
     assert done.returncode == 0 and done.stderr == ""
     assert "cannot write a checkpoint" in done.stdout and "File too large" in done.stdout
     assert done.stdout.count("\n") == 1
-    assert checkpoint.newest(tmp_path, pytest.fail) == (first, {"n": 1})
+    assert checkpoint.newest(tmp_path, pytest.fail) == 1
+    assert checkpoint.read_progress(first) == {"n": 1}
 
 
 def test_three_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def begin(out: Path, *before: str) -> "subprocess.Popen[str]":
     root = Path(__file__).resolve().parents[1]
     command = [*before, sys.executable, "-m", "gipo_jax", "sweep", *arguments]
     return subprocess.Popen(
-        [*command, "--checkpoint-seconds", "0", "--out", str(out)],
+        [*command, "--checkpoint-seconds", "0", "--no-figures", "--out", str(out)],
         stderr=subprocess.PIPE,
         text=True,
         cwd=root,
@@ -245,10 +246,10 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert f"stopped by {number.name}, everything is saved" in error.splitlines()[-1]
     assert "gipo-jax sweep --resume --out" in error.splitlines()[-1]
     assert "Traceback" not in error
-    found = checkpoint.newest(out / "checkpoints", pytest.fail)
-    assert found is not None
+    newest = checkpoint.newest(out / "checkpoints", pytest.fail)
+    progress = checkpoint.read_progress(out / "checkpoints" / f"{newest:08d}")
     # Saved after the last row, not only at some earlier point.
-    assert found[1]["metrics_bytes"] == (out / "metrics.csv").stat().st_size
+    assert progress["metrics_bytes"] == (out / "metrics.csv").stat().st_size
 
 
 def test_a_full_disk_is_one_line_and_the_sweep_can_go_on(tmp_path: Path) -> None:

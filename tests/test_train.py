@@ -318,7 +318,7 @@ def test_update_follows_an_independently_written_loss(toy: Any, joint: bool) -> 
         ratio_level="joint" if joint else "token", max_buffer_size=4 * BLOCK,
         **(SMALL | {"batch_size": 4 * BLOCK}),
     )  # fmt: skip
-    algorithm, (_, _, _, network, _) = train.make(config), train.make_parts(config)
+    algorithm, network = train.make(config), train.make_parts(config).network
     hparams = train.make_hparams(
         config, buffer_size=4 * BLOCK, learning_rate=0.1, sigma=SIGMA, sigma_neg_ratio=NARROW,
         entropy_coef=ENTROPY, kl_coef=KL, value_coef=0.7,
@@ -530,7 +530,8 @@ def test_train_and_log_keeps_types_and_gives_scalar_metrics(
         "episode_return", "episodes", "eval_return", "eval_return_sampled", "ess", "ess_new",
         "ess_old", "near_zero_fraction", "near_zero_fraction_new", "near_zero_fraction_old",
         "clip_fraction", "suppressed_fraction", "mean_weight", "policy_age", "policy_age_max",
-        "log_ratio_abs_p95", "old_share", "old_gradient_share",
+        "log_ratio_abs_p95", "log_ratio_p05", "log_ratio_p95", "masked_fraction",
+        "old_share", "old_gradient_share",
         "kl", "entropy", "policy_loss", "value_loss",
         "grad_norm", "value_grad_norm", "explained_variance",
     }  # fmt: skip

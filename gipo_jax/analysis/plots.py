@@ -384,7 +384,8 @@ def _draw_returns(runs: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
         axis.set(title=env, ylabel="final return")
     for axis in axes.flat[len(envs) :]:
         axis.remove()
-    caption = f"Mean return over the last tenth of training; {_seeds(runs)}{INTERVAL_CAPTION}."
+    final = "Mean return in the last logged points (a tenth of training or more)"
+    caption = f"{final}; {_seeds(runs)}{INTERVAL_CAPTION}."
     finish(figure, caption, legend(looks.values()), columns=_legend_columns(figure))
     return figure, table
 

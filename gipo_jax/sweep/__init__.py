@@ -27,7 +27,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Importing the environments computes, and processes must find each other before that.
+    # Importing the environments computes, and a cluster must be joined before that.
     if name in _HOMES:
         import importlib
 

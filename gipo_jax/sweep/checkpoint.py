@@ -1,8 +1,9 @@
 """Checkpoints of a running sweep: all arrays and the progress, written whole or not at all.
 
 A checkpoint is a folder: arrays as Orbax stores them, and the progress in JSON. It gets its final
-name only when complete, and the last two are kept. Orbax reads flipped bits back without a word, so
-every file has a checksum of ours, by which a damaged checkpoint is found and passed over.
+name, a number, only when complete, and the last two are kept. All processes write their parts of
+the arrays, process 0 everything else. Orbax reads flipped bits back without a word, so every file
+has a checksum of ours, by which a damaged checkpoint is found and passed over.
 """
 
 import contextlib
@@ -20,9 +21,10 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from gipo_jax.sweep import cluster
 from gipo_jax.sweep.results import ResultsError, write_atomic
 
-FORMAT = 2
+FORMAT = 3
 """Version of what a checkpoint holds; another version is refused."""
 
 KEEP = 2
@@ -37,63 +39,57 @@ class CheckpointError(ResultsError):
     """A checkpoint cannot be written or used. The message is one line."""
 
 
-def save(directory: Path, progress: dict[str, Any], state: Any | None) -> Path:
-    """Writes a checkpoint next to earlier ones, of which the newest but one is dropped.
+def save(directory: Path, number: int, progress: dict[str, Any], state: Any | None) -> Path:
+    """Writes a checkpoint next to the newest one; all processes call it with the same arguments.
 
     Args:
         directory: folder of checkpoints.
-        progress: JSON-serialisable.
+        number: of this one, higher than that of the newest.
+        progress: JSON-serialisable; that of process 0 counts.
         state: pytree of arrays, or None.
 
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are as they were.
     """
+    path = directory / f"{number:08d}"
+    temporary = directory / f"{_TEMPORARY}{path.name}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(leftover)
-        present = _numbers(directory)
-        name = f"{max(present, default=0) + 1:08d}"
-        temporary = directory / f"{_TEMPORARY}{name}"
-        temporary.mkdir()
+        if cluster.is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            for leftover in directory.glob(f"{_TEMPORARY}*"):
+                shutil.rmtree(leftover)
+            temporary.mkdir()
         if state is not None:
             write_arrays(temporary / ARRAYS, state)
-        stored = {"format": FORMAT, "progress": progress}
-        write_atomic(temporary / _PROGRESS, json.dumps(stored))
-        write_atomic(temporary / _MANIFEST, json.dumps(_checksums(temporary)))
-        temporary.replace(directory / name)
-        _sync_folder(directory)
-        for number in present[: len(present) - KEEP + 1]:
-            shutil.rmtree(directory / f"{number:08d}")
+        if cluster.is_first():
+            stored = {"format": FORMAT, "progress": progress}
+            write_atomic(temporary / _PROGRESS, json.dumps(stored))
+            write_atomic(temporary / _MANIFEST, json.dumps(_checksums(temporary)))
+            # A damaged one that was passed over may have the name.
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.replace(path)
+            _sync_folder(directory)
+            for old in _numbers(directory)[:-KEEP]:
+                shutil.rmtree(directory / f"{old:08d}")
     except Exception as error:
         raise CheckpointError(
             f"cannot write a checkpoint to {directory}: {_line(error)}"
         ) from error
-    return directory / name
+    return path
 
 
-def newest(directory: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its progress; None when none was ever completed.
-
-    Args:
-        directory: folder of checkpoints.
-        warn: called with one line for each damaged checkpoint passed over.
+def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
+    """Number of the newest whole checkpoint, if any; ``warn`` gets a line for each damaged one.
 
     Raises:
-        CheckpointError: all are damaged, or it is of another version.
+        CheckpointError: all are damaged.
     """
     numbers = _numbers(directory)
     for number in reversed(numbers):
         path = directory / f"{number:08d}"
         problem = _damage(path)
         if problem is None:
-            stored = json.loads((path / _PROGRESS).read_text())
-            if stored["format"] != FORMAT:
-                raise CheckpointError(
-                    f"checkpoint {path} has format {stored['format']};"
-                    f" this version of gipo_jax reads format {FORMAT}"
-                )
-            return path, stored["progress"]
+            return number
         warn(f"checkpoint {path.name} is damaged ({problem}); going back to an earlier one")
     if numbers:
         raise CheckpointError(
@@ -102,15 +98,26 @@ def newest(directory: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str
     return None
 
 
+def read_progress(path: Path) -> dict[str, Any]:
+    """The progress in a whole checkpoint. Raises CheckpointError where it is of another version."""
+    stored = json.loads((path / _PROGRESS).read_text())
+    if stored["format"] != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {stored['format']};"
+            f" this version of gipo_jax reads format {FORMAT}"
+        )
+    return stored["progress"]
+
+
 def write_arrays(path: Path, tree: Any) -> None:
-    """Writes a pytree of arrays, keys included, to a new folder.
+    """Writes a pytree of arrays, keys included, to a new folder; all processes call it together.
 
     Raises:
         OSError: it could not be written.
     """
     try:
         with _orbax():
-            ocp.save(path.absolute(), {name: _plain(leaf) for name, leaf in _named(tree).items()})
+            ocp.save(path.absolute(), {n: _to_save(leaf) for n, leaf in _named(tree).items()})
     except ValueError as error:
         # What the file system said is at the end of a long text.
         code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -120,36 +127,56 @@ def write_arrays(path: Path, tree: Any) -> None:
 
 
 def read_arrays(path: Path, like: Any) -> Any:
-    """Reads what ``write_arrays`` wrote, on whatever devices the arrays were then.
+    """Reads what ``write_arrays`` wrote, however the arrays were spread over devices then.
+
+    The first axis of an array may differ from the stored one: a layout fills up with runs that are
+    not there. What is too much is left out. What is missing is zero, on devices only.
 
     Args:
         path: its folder.
         like: pytree of arrays or ``jax.ShapeDtypeStruct``: the structure, shapes and types to get.
+            Those with a sharding come to the devices, each of which reads only its own part; the
+            others become NumPy arrays.
 
     Returns:
-        pytree like ``like`` of NumPy arrays; keys are JAX key arrays.
+        pytree like ``like``; keys are JAX key arrays.
 
     Raises:
         CheckpointError: other shapes or names are stored, so another version wrote it.
     """
     wanted = _named(like)
+    plain = {name: _plain_shape(leaf) for name, leaf in wanted.items()}
     try:
         with _orbax():
-            stored = ocp.load(path.absolute(), dict.fromkeys(wanted, np.ndarray))
+            there = ocp.metadata(path.absolute()).metadata
+            for name, expected in plain.items():
+                if not _fits(there.get(name), expected):
+                    raise CheckpointError(
+                        f"checkpoint {path} does not fit: {name} should be"
+                        f" {expected.dtype}{list(expected.shape)};"
+                        " it was written with other settings or by another version of gipo_jax"
+                    )
+            stored = ocp.load(
+                path.absolute(),
+                {name: np.ndarray if x.sharding is None else x for name, x in plain.items()},
+            )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read {path}: {_line(error)}") from error
 
     def restore(name: str, leaf: Any) -> Any:
-        value, expected = stored[name], jax.eval_shape(_plain, leaf)
-        if value.shape != expected.shape or value.dtype != expected.dtype:
-            raise CheckpointError(
-                f"checkpoint {path} does not fit: {name} should be"
-                f" {expected.dtype}{list(expected.shape)};"
-                " it was written with other settings or by another version of gipo_jax"
-            )
-        return value if leaf.dtype == expected.dtype else jax.random.wrap_key_data(value)
+        value = stored[name]
+        if plain[name].sharding is None and value.ndim:
+            value = value[: plain[name].shape[0]]
+        return value if leaf.dtype == value.dtype else jax.random.wrap_key_data(value)
 
     return jax.tree.unflatten(jax.tree.structure(like), [restore(*x) for x in wanted.items()])
+
+
+def _fits(there: Any, expected: jax.ShapeDtypeStruct) -> bool:
+    if there is None or there.dtype != expected.dtype or len(there.shape) != len(expected.shape):
+        return False
+    enough = expected.sharding is not None or there.shape[:1] >= expected.shape[:1]
+    return enough and there.shape[1:] == expected.shape[1:]
 
 
 def stacked(tree: Any, count: int) -> Any:
@@ -167,9 +194,10 @@ def _orbax() -> Iterator[None]:
     context.memory.deepcopy_host_arrays = False
     context.memory.is_prioritized_key_fn = lambda name: False
     context.memory.transfer_concurrent_bytes = 1 << 28
-    # Arrays are read back as NumPy's and placed by whoever asked: no need to store where they were.
+    # Whoever reads says where arrays go: no need to store where they were.
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.array_metadata_store = None
+    context.array.loading.enable_padding_and_truncation = True
     log = logging.getLogger("absl")
     log.disabled = True
     try:
@@ -189,6 +217,20 @@ def _plain(leaf: Any) -> Any:
     """An array, or the words of a key."""
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf
+
+
+def _to_save(leaf: Any) -> Any:
+    plain = _plain(leaf)
+    # Of several processes, Orbax takes arrays of all or of NumPy.
+    on_host = jax.process_count() > 1 and getattr(plain, "is_fully_addressable", False)
+    return np.asarray(plain) if on_host else plain
+
+
+def _plain_shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What to read for an array; a sharding is kept where the caller asked for one."""
+    shape = jax.eval_shape(_plain, leaf)
+    wanted = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=wanted)
 
 
 def _numbers(directory: Path) -> list[int]:

@@ -2,19 +2,16 @@
 
 import dataclasses
 import difflib
-import hashlib
-import importlib.util
 import inspect
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gipo_jax import objectives, train
+from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
@@ -42,6 +39,7 @@ def expand(
     seeds: int = 1,
     seed_offset: int = 0,
     objective_args: Mapping[str, Any] | None = None,
+    protocol: str | None = None,
     **settings: Any,
 ) -> list[Run]:
     """All combinations of settings, each once.
@@ -50,6 +48,8 @@ def expand(
         seeds: number of seeds, >= 1: ``seed_offset .. seed_offset + seeds - 1``.
         seed_offset: first seed, >= 0.
         objective_args: parameters of objectives; each goes to the objectives that have it.
+        protocol: settings of a published experiment by one name, see ``protocols``; ``settings``
+            win over them.
         settings: fields of ``Config`` and ``HParams``, and parameters of objectives where no field
             has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple).
 
@@ -66,6 +66,8 @@ def expand(
         raise ConfigError("seed_offset", seed_offset, f"an integer in [0, {top}]")
     if "seed" in settings:
         raise ConfigError("seed", settings["seed"], "left out: give seeds and seed_offset")
+    if protocol is not None:
+        settings = protocols.settings(protocol) | settings
     static = {k: _values(k, v) for k, v in settings.items() if k in CONFIG_FIELDS}
     traced = {k: _values(k, v) for k, v in settings.items() if k in HPARAM_FIELDS}
     own = {k: v for k, v in settings.items() if k not in static and k not in traced}
@@ -177,50 +179,11 @@ def load_objective(reference: str) -> Callable[..., Any]:
     Raises:
         ConfigError: no such file or function, or running the file fails.
     """
-    path, _, name = reference.rpartition(":")
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but there is no file {path}")
-    module_name = f"gipo_jax_user_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    if module_name not in sys.modules:
-        loading = importlib.util.spec_from_file_location(module_name, file)
-        if loading is None or loading.loader is None:
-            raise ConfigError("objective", reference, "FILE.py:FUNCTION with a Python file")
-        module = importlib.util.module_from_spec(loading)
-        sys.modules[module_name] = module
-        try:
-            loading.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
-            raise ConfigError("objective", reference, located(error, file)) from error
-    function = getattr(sys.modules[module_name], name, None)
+    function = user_files.load("objective", reference, "FUNCTION")
     if not callable(function):
-        raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but {path} has no {name}()")
+        name = reference.rpartition(":")[2]
+        raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but {name} is no function")
     return function
-
-
-def located(error: BaseException, file: Path) -> str:
-    """Where in a user's file an error arose, and what it says, in one line."""
-    place = f"{file}"
-    if isinstance(error, SyntaxError):
-        place += f":{error.lineno}"
-    trace = error.__traceback__
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == file:
-            place = f"{file}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name}"
-        trace = trace.tb_next
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"code that runs; {place}: {type(error).__name__}: {text}"
-
-
-def passed_through(error: BaseException, file: Path) -> bool:
-    """Whether code of a file was running when an error arose."""
-    trace = error.__traceback__
-    while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == file:
-            return True
-        trace = trace.tb_next
-    return False
 
 
 def source_file(function: Any) -> Path | None:
@@ -245,7 +208,7 @@ def _check_used(own: Mapping[str, Any], static: Mapping[str, Sequence[Any]]) -> 
     parameters = {name for spec in specs for name in spec.params}
     for name, values in own.items():
         if name not in parameters:
-            everywhere = {p for o in objectives.REGISTRY for p in objectives.spec(o).params}
+            everywhere = {p for o in objectives.ALL for p in objectives.spec(o).params}
             names = ", ".join(spec.name for spec in specs)
             known = sorted({*CONFIG_FIELDS, *HPARAM_FIELDS, *parameters})
             near = difflib.get_close_matches(name, known, n=1)
@@ -274,6 +237,8 @@ def _name(
     parts = [env_name(config.env), objectives.spec(config.objective).name]
     if config.kernel != _CONFIG_DEFAULTS.kernel:
         parts.append(config.kernel)
+    if config.ratio_level is not None:
+        parts.append(config.ratio_level)
     parts += [f"{key}={value}" for key, value in ({**numbers, **parameters}).items()]
     return " ".join([*parts, f"seed={seed}"])
 
@@ -299,12 +264,25 @@ def _numbers(stored: Any) -> Any:
 
 
 def _encode_env(env: Any) -> Any:
-    return env if isinstance(env, str) else {"object": env_name(env)}
+    if not isinstance(env, str):
+        return {"object": env_name(env)}
+    if not user_files.is_reference(env):
+        return env
+    file = Path(env.rpartition(":")[0]).expanduser().resolve()
+    return {"task": env, "file": str(file), "sha256": user_files.digest(file)}
 
 
 def _decode_env(stored: Any, given: Any) -> Any:
     if isinstance(stored, str):
         return stored
+    if "task" in stored:
+        file = Path(stored["file"])
+        if file.is_file() and user_files.digest(file) != stored["sha256"]:
+            valid = "the file as it was when the sweep began; it has changed since"
+            raise ConfigError("env", stored["task"], valid)
+        # By the path that the sweep was given, if it still leads there.
+        here = Path(stored["task"].rpartition(":")[0]).expanduser().resolve() == file
+        return stored["task"] if here else f"{file}:{stored['task'].rpartition(':')[2]}"
     if given is None or env_name(given) != stored["object"]:
         raise ConfigError("env", given, f"the environment object {stored['object']} of this sweep")
     return given
@@ -314,12 +292,12 @@ def _encode_objective(objective: Any) -> Any:
     if isinstance(objective, str):
         return objective
     name = objectives.spec(objective).name
-    if objectives.REGISTRY.get(name) is objective:
+    if objectives.ALL.get(name) is objective:
         return name
     file = source_file(objective)
     if file is None:
         return {"function": name}
-    return {"function": name, "file": str(file), "sha256": _digest(file)}
+    return {"function": name, "file": str(file), "sha256": user_files.digest(file)}
 
 
 def _decode_objective(stored: Any, given: Any) -> Any:
@@ -330,11 +308,10 @@ def _decode_objective(stored: Any, given: Any) -> Any:
         return given
     if "file" not in stored:
         raise ConfigError("objective", given, f"the function {name} of this sweep")
-    if Path(stored["file"]).is_file() and _digest(Path(stored["file"])) != stored["sha256"]:
+    if (
+        Path(stored["file"]).is_file()
+        and user_files.digest(Path(stored["file"])) != stored["sha256"]
+    ):
         valid = "the file as it was when the sweep began; it has changed since"
         raise ConfigError("objective", f"{stored['file']}:{name}", valid)
     return load_objective(f"{stored['file']}:{name}")
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,54 +1,50 @@
 """SIGTERM and Ctrl-C as a wish to stop at the next good moment."""
 
+import contextlib
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any, Self
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
 
 EXIT_CODES = {"SIGTERM": 75, "SIGINT": 130}
 """Exit code after each signal. 75 is EX_TEMPFAIL: try again later."""
 
 
 class Interrupted(RuntimeError):  # noqa: N818 - the name says what happened, not a fault
-    """A sweep stopped on request after saving. The message is one line and says how to go on.
+    """A sweep stopped and can go on. The message is one line and says how.
 
     Attributes:
         exit_code: what a command should exit with.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = EXIT_CODES.get(reason, 1)
+        self.exit_code = exit_code
 
 
 class Interrupts:
-    """While entered, takes SIGTERM and the first SIGINT down instead of dying of them.
+    """Attributes: ``received``, the number of the signal that came, or 0."""
 
-    Attributes:
-        received: name of the signal that came, or None.
-    """
+    received = 0
 
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Self:
-        # Only the main thread may set handlers; elsewhere the host program keeps its own.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._take)
-        return self
+@contextlib.contextmanager
+def noticed() -> Iterator[Interrupts]:
+    """While entered, SIGTERM and the first SIGINT are noted; a second Ctrl-C means now."""
+    interrupts = Interrupts()
+    previous: dict[int, Any] = {}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.received = number
+        signal.signal(number, previous[number])
 
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        # A second Ctrl-C means now.
-        signal.signal(number, self._previous[signal.Signals(number)])
+    # Only the main thread may set handlers; elsewhere the host program keeps its own.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, note)
+    try:
+        yield interrupts
+    finally:
+        for taken, handler in previous.items():
+            signal.signal(taken, handler)

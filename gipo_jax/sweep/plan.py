@@ -9,14 +9,19 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gipo_jax import train
+from gipo_jax import environments, train
 from gipo_jax.config import ConfigError, HParams
 from gipo_jax.sweep import program
 from gipo_jax.sweep.grid import Run, env_name
+from gipo_jax.sweep.options import Options
 from gipo_jax.sweep.program import Layout
 
 USABLE = 0.9
 """Part of the memory that a plan may take: the rest is for the program itself."""
+
+
+SIMULATOR_BYTES = 20 * 2**20
+"""What an environment outside JAX takes, measured on Meta-World."""
 
 
 class Memory(NamedTuple):
@@ -59,6 +64,24 @@ class Group(NamedTuple):
     hparams: tuple[HParams, ...]
     memory: Memory
 
+    def settings(self, run: int) -> HParams:
+        """Settings of a run by its index in the sweep."""
+        return self.hparams[self.runs.index(run)]
+
+
+class Part(NamedTuple):
+    """Runs that go through the program together.
+
+    Attributes:
+        runs: their indices in the sweep.
+        point: logged points already made.
+        state: their stored states; None at the start.
+    """
+
+    runs: tuple[int, ...]
+    point: int
+    state: Any | None
+
 
 class Slices(NamedTuple):
     """How a group goes through the devices: parts of it, one after the other.
@@ -95,6 +118,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         name = f"{env_name(config.env)} {algorithm.objective.name}"
         if config.kernel != "gaussian":
             name += f" {config.kernel}"
+        if config.ratio_level is not None:
+            name += f" {config.ratio_level}"
         memory = measure(algorithm, hparams[0])
         groups.append(Group(name, algorithm, tuple(indices), tuple(hparams), memory))
     return groups
@@ -112,9 +137,12 @@ def measure(algorithm: train.Algorithm, hparams: HParams) -> Memory:
     params, optimizer = size(state.learner.params), size(state.learner.opt_state)
     replay = size(state.replay)
     row = replay / max(config.max_buffer_size or 1, 1)
-    activations = 4 * sum(config.hidden_sizes) * config.batch_size * 6
+    activations = 4 * algorithm.activations * config.batch_size
     work = row * (2 * config.block_size + 4 * config.batch_size) + activations + 2 * params
-    return Memory(params, optimizer, replay, size(state) - params - optimizer - replay, int(work))
+    other = size(state) - params - optimizer - replay
+    if algorithm.host:
+        other += config.num_envs * SIMULATOR_BYTES
+    return Memory(params, optimizer, replay, other, int(work))
 
 
 def size(tree: Any) -> int:
@@ -129,10 +157,7 @@ def size(tree: Any) -> int:
 
 
 def needed(memory: Memory, layout: Layout) -> int:
-    """Bytes that a layout takes on all its devices together.
-
-    A device holds the state of every run, and works on a copy of one block where it has several.
-    """
+    """Bytes on all devices: all states, and a copy of one block where there are several."""
     at_work = len(layout.devices) * layout.lanes
     copies = at_work if layout.blocks > 1 else 0
     return layout.width * memory.state + copies * memory.state + at_work * memory.work
@@ -140,25 +165,19 @@ def needed(memory: Memory, layout: Layout) -> int:
 
 def slices(
     group: Group,
-    runs: Sequence[int],
     mode: str,
     lanes: int | None,
     devices: Sequence[jax.Device],
     limit: int | None,
 ) -> Slices:
-    """Cuts runs of a group into the fewest parts that fit in memory.
+    """Cuts a group into the fewest parts that fit in memory, ``limit`` bytes on all devices.
 
-    Args:
-        group: the group.
-        runs: the runs of it to lay out, as indices in the sweep.
-        mode: batch mode, see ``program.layout``.
-        lanes: see ``program.layout``.
-        devices: those to use.
-        limit: bytes there are on all devices together; None if unknown.
+    For ``mode`` and ``lanes`` see ``program.layout``.
 
     Raises:
         ConfigError: not even one run fits; the message says what would.
     """
+    runs = group.runs
     parts = -(-len(runs) // len(devices)) if mode == "loop" else 1
     while True:
         width = -(-len(runs) // parts)
@@ -170,6 +189,63 @@ def slices(
         if width == 1:
             raise ConfigError("memory_limit", show(limit), _options(group, total, layout, limit))
         parts = -(-len(runs) // (width - 1))
+
+
+def remaining(
+    group: Group, slices: Slices, finished: Sequence[int], started: Sequence[Part]
+) -> list[Part]:
+    """What is left to train of a group: the started parts, cut where they must be, then others."""
+    width = slices.layout.width
+    mine = [part for part in started if part.runs[0] in group.runs]
+    parts = []
+    for part in mine:
+        if len(part.runs) <= width:
+            parts.append(part)
+            continue
+        # The layout has become narrower since.
+        for i in range(0, len(part.runs), width):
+            cut = slice(i, i + width)
+            state = jax.tree.map(lambda x, cut=cut: x[cut], part.state)
+            parts.append(Part(part.runs[cut], part.point, state))
+    taken = {*finished, *(run for part in mine for run in part.runs)}
+    fresh = [tuple(run for run in runs if run not in taken) for runs in slices.parts]
+    return parts + [Part(runs, 0, None) for runs in fresh if runs]
+
+
+def batch_mode(options: Options, algorithm: train.Algorithm, platform: str) -> str:
+    """The batch mode of a group: ``vmap``, ``map`` or ``loop``.
+
+    Simulators outside JAX (``algorithm.host``) step one run after the other.
+
+    Raises:
+        ConfigError: the options do not go with each other or with the algorithm.
+    """
+    mode, on_host = options.batch_mode, algorithm.host
+    if mode == "auto":
+        # To resume, simulators replay what they did: only the runs in training with loop.
+        mode = "loop" if on_host else "map" if platform == "cpu" else "vmap"
+    because = f"because {env_name(algorithm.config.env)} is simulated outside JAX"
+    if on_host and jax.process_count() > 1:
+        raise ConfigError("distributed", True, f"one process, {because}")
+    if on_host and mode == "vmap":
+        raise ConfigError("batch_mode", mode, f"map or loop, {because}")
+    if options.map_lanes is not None and mode != "map":
+        raise ConfigError("map_lanes", options.map_lanes, "left out, or batch mode map")
+    if on_host and (options.map_lanes or 1) > 1:
+        raise ConfigError("map_lanes", options.map_lanes, f"1, {because}")
+    return mode
+
+
+def choose_devices(options: Options) -> list[jax.Device]:
+    """As many devices of each process. Raises ConfigError where it has fewer than asked for."""
+    count = options.devices
+    if count is None:
+        return jax.devices()
+    if count > jax.local_device_count():
+        valid = f"at most {jax.local_device_count()}, the devices of this process"
+        raise ConfigError("devices", count, valid)
+    processes = range(jax.process_count())
+    return [d for process in processes for d in jax.local_devices(process)[:count]]
 
 
 def _options(group: Group, total: int, layout: Layout, limit: int) -> str:
@@ -189,7 +265,7 @@ def _options(group: Group, total: int, layout: Layout, limit: int) -> str:
 
 
 def memory_limit(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that all devices have together; None where they do not say."""
+    """Bytes that devices of this process have together; None where they do not say."""
     if devices[0].platform == "cpu":
         return _host_memory()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
@@ -262,4 +338,7 @@ def lines(group: Group, slices: Slices) -> list[str]:
     if len(slices.parts) > 1 and slices.layout.width > len(slices.layout.devices):
         width = len(slices.parts[0])
         text.append(f"  more than fits at once: {len(slices.parts)} slices of up to {width} runs")
+    gap = environments.resume_gap(group.algorithm.env) if group.algorithm.host else None
+    if gap is not None:
+        text.append(f"  --resume will go on with new episodes: {gap}")
     return text

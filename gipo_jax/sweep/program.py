@@ -1,5 +1,6 @@
 """The compiled program of a group of runs: which runs share a vector lane, a loop, a device."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gipo_jax import config
+from gipo_jax import config, environments, rollout
 from gipo_jax.config import HParams
 from gipo_jax.train import Algorithm, Metrics, TrainState
 
@@ -49,18 +51,20 @@ def layout(mode: str, lanes: int | None, devices: Sequence[jax.Device], runs: in
         mode: ``vmap``, runs side by side in vector operations; ``map``, one block of ``lanes`` runs
             after the other inside the program; ``loop``, one run a device at a time.
         lanes: runs a block in mode ``map``, 1 by default.
-        devices: those to use; no more of them than there are blocks.
+        devices: those to use; of one process's no more than there are blocks, of several processes'
+            all, as each must take part.
         runs: number of runs, >= 1. Where they do not fill the layout, it has room for more.
     """
+    least = len(devices) if len({device.process_index for device in devices}) > 1 else 1
     if mode == "loop":
-        return Layout(tuple(devices[:runs]), 1, 1)
+        return Layout(tuple(devices[: max(runs, least)]), 1, 1)
     if mode == "vmap":
         on_cpu = devices[0].platform == "cpu"
         width = CPU_LANES if on_cpu else -(-runs // len(devices))
     else:
         width = lanes or 1
     blocks = -(-runs // width)
-    used = min(len(devices), blocks)
+    used = max(min(len(devices), blocks), least)
     return Layout(tuple(devices[:used]), -(-blocks // used), width)
 
 
@@ -72,20 +76,24 @@ def stack(hparams: Sequence[HParams], width: int) -> HParams:
 class Program:
     """``init`` and ``train_and_log`` of an algorithm for a batch of runs, compiled on request.
 
+    It runs on a mesh of the devices of all processes. Each trains runs of its own, without
+    communication.
+
     Attributes:
         layout: how the runs are laid out.
+        init_function: ``hparams -> state``, arrays ``[width, ...]``, and shapes of its argument.
+        train_and_log_function: ``state, hparams, start, stop -> state, metrics``, likewise.
+        state: shapes, types and places of the state.
         metrics: names of the metrics of a logged point.
+        new_episodes: simulators outside JAX that could not go on where they were.
     """
 
-    def __init__(self, algorithm: Algorithm, layout: Layout, example: HParams) -> None:
-        """Traces the program: errors in an objective or environment come up here.
+    new_episodes = 0
 
-        Args:
-            algorithm: of the group.
-            layout: of its runs.
-            example: settings of any of them.
-        """
+    def __init__(self, algorithm: Algorithm, layout: Layout, example: HParams) -> None:
+        """Traces the program for settings such as ``example``; errors in an objective come here."""
         self.layout = layout
+        self._simulated = algorithm.env if algorithm.host else None
         mesh = Mesh(np.asarray(layout.devices), ("runs",), axis_types=(AxisType.Auto,))
         self._sharding = NamedSharding(mesh, P("runs"))
         share = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
@@ -101,6 +109,12 @@ class Program:
 
             return _blocks(layout, one, state, hparams)
 
+        def fill(restored: TrainState, first: TrainState, present: Array) -> TrainState:
+            def choose(x: Array, y: Array) -> Array:
+                return jnp.where(present.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+
+            return jax.tree.map(choose, restored, first)
+
         runs = P("runs")
         hparams = self._abstract(stack([example], layout.width))
         step = jax.ShapeDtypeStruct((), jnp.int32)
@@ -108,59 +122,103 @@ class Program:
         train_and_log_shared = share(
             train_and_log, in_specs=(runs, runs, P(), P()), out_specs=(runs, runs)
         )
-        self._init_traced = jax.jit(init_shared).trace(hparams)
+        self.init_function = jax.jit(init_shared), (hparams,)
+        self._init_traced = self.init_function[0].trace(hparams)
         self.state = self._abstract(self._init_traced.out_info)
-        self._train_and_log_traced = jax.jit(train_and_log_shared, donate_argnums=0).trace(
-            self.state, hparams, step, step
+        self.train_and_log_function = (
+            jax.jit(train_and_log_shared, donate_argnums=0),
+            (self.state, hparams, step, step),
+        )
+        self._train_and_log_traced = self.train_and_log_function[0].trace(
+            *self.train_and_log_function[1]
         )
         self.metrics = list(self._train_and_log_traced.out_info[1])
-        self._copy = jax.jit(lambda state: state, out_shardings=self._sharding)
+        # What came from a file may lie in memory that is not JAX's to reuse; the first states do.
+        fill_shared = share(fill, in_specs=(runs, runs, runs), out_specs=runs)
+        self._fill = jax.jit(fill_shared, donate_argnums=1)
+        self._copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
         self._init: Any = None
         self._train_and_log: Any = None
 
     def compile(self) -> None:
         """Compiles both functions, once."""
-        self._init = self._init_traced.lower().compile()
-        self._train_and_log = self._train_and_log_traced.lower().compile()
+        simulated = self._simulated
+        with environments.uncached(simulated) if simulated else contextlib.nullcontext():
+            self._init = self._init_traced.lower().compile()
+            self._train_and_log = self._train_and_log_traced.lower().compile()
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._train_and_log is not None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether environments are simulated outside JAX."""
+        return self._simulated is not None
 
     def place(self, hparams: Sequence[HParams]) -> HParams:
         """Settings of at most ``layout.width`` runs on the devices."""
-        return jax.device_put(stack(hparams, self.layout.width), self._sharding)
+        return self._place(stack(hparams, self.layout.width))
 
     def init(self, hparams: HParams) -> TrainState:
         """First states, arrays ``[width, ...]``."""
         return self._init(hparams)
 
-    def restore(self, state: TrainState) -> TrainState:
-        """Stored states of some runs, arrays ``[runs, ...]``, on the devices and filled up."""
-        padding = self.layout.width - state.diverged_at.shape[0]
+    def on_host(self, runs: int) -> TrainState:
+        """Shapes and types of the states of a number of runs as NumPy arrays."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((runs, *x.shape[1:]), x.dtype), self.state
+        )
 
-        def fill(x: Any) -> Any:
-            return x if not padding else _concatenate(x, padding)
+    def start(self, hparams: HParams, stored: Any, runs: int) -> TrainState:
+        """The states to go on from, for settings from ``place``: stored ones, or first ones.
 
-        # The copy owns its memory: a buffer that came from the host must not be donated.
-        return self._copy(jax.device_put(jax.tree.map(fill, state), self._sharding))
+        ``stored`` are arrays ``[width, ...]`` on the devices, of which ``runs`` count, or NumPy
+        arrays ``[runs, ...]``, or None.
+        """
+        if stored is None:
+            return self.init(hparams)
+        if not isinstance(stored.diverged_at, jax.Array):
+            last = np.minimum(np.arange(self.layout.width), runs - 1)
+            stored = jax.tree.map(lambda x: x[last], stored)
+            if self._simulated is not None:
+                # First states would use up the simulators that these go on with.
+                envs, self.new_episodes = rollout.restore(self._simulated, stored.envs)
+                return self._copy(self._place(stored._replace(envs=envs)))
+            stored = self._place(stored)
+        first = self.init(hparams)
+        return self._fill(stored, first, self._place(np.arange(self.layout.width) < runs))
 
     def train_and_log(
         self, state: TrainState, hparams: HParams, start: int, stop: int
-    ) -> tuple[TrainState, dict[str, np.ndarray]]:
+    ) -> tuple[TrainState, dict[str, np.ndarray], np.ndarray]:
         """Iterations ``start .. stop - 1`` of all runs; ``state`` is used up.
 
         Returns:
-            state, and metrics ``[width]`` by name, on the host.
+            state; on every host, metrics ``[width]`` by name and ``diverged_at`` ``[width]``.
         """
         state, metrics = self._train_and_log(state, hparams, np.int32(start), np.int32(stop))
-        return state, jax.device_get(metrics)
+        seen = (metrics, state.diverged_at)
+        return state, *(
+            jax.device_get(seen)
+            if jax.process_count() == 1
+            else multihost_utils.process_allgather(seen, tiled=True)
+        )
+
+    def _place(self, tree: Any) -> Any:
+        """Host arrays ``[width, ...]``, the same in every process, on the devices."""
+
+        def place(x: Any) -> Array:
+            if isinstance(x, jax.Array):
+                return jax.random.wrap_key_data(place(np.asarray(jax.random.key_data(x))))
+            return jax.make_array_from_callback(x.shape, self._sharding, lambda index: x[index])
+
+        return jax.tree.map(place, tree)
 
     def _abstract(self, tree: Any) -> Any:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding), tree
         )
-
-
-def _concatenate(x: Any, padding: int) -> Any:
-    xp = jnp if isinstance(x, jax.Array) else np
-    return xp.concatenate([x, xp.repeat(x[-1:], padding, axis=0)])
 
 
 def _blocks(layout: Layout, function: Callable[..., Any], *arguments: Any) -> Any:

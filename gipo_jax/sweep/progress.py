@@ -13,7 +13,7 @@ LINE_SECONDS = 5.0
 
 
 class Reporter:
-    """Shows runs x steps done, environment steps a second, time left, and median returns."""
+    """Shows runs x steps done, environment steps a second, time left, median returns."""
 
     def __init__(self, total: int, done: int, show: bool = True, stream: TextIO | None = None):
         """Starts.
@@ -50,14 +50,17 @@ class Reporter:
         """One line that is never kept back."""
         self._console.print(f"warning: {text}", markup=False)
 
-    def advance(self, steps: int, seconds: float, what: str, medians: Mapping[str, float]) -> None:
+    def advance(
+        self, steps: int, seconds: float, what: str, env: str, medians: Mapping[str, float]
+    ) -> None:
         """Takes note of progress.
 
         Args:
             steps: environment steps, of all runs together, since the last call.
             seconds: time they took.
             what: where the sweep is.
-            medians: current median return by objective.
+            env: environment of the returns: those of several have no common median.
+            medians: current median return on it by objective.
         """
         self._done += steps
         self._timed += steps
@@ -65,7 +68,8 @@ class Reporter:
         rate = self._timed / max(self._seconds, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         returns = ", ".join(f"{name} {value:.1f}" for name, value in medians.items())
-        text = f"{rate:,.0f} env-steps/s, {duration(left)} left; median return: {returns or '-'}"
+        text = f"{rate:,.0f} env-steps/s, {duration(left)} left"
+        text += f"; median return on {env}: {returns or '-'}"
         if self._live is not None:
             self._live.update(self._task, completed=self._done, description=what, text=text)
         elif time.monotonic() - self._last_line >= LINE_SECONDS or self._done >= self._total:

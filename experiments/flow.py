@@ -1,0 +1,332 @@
+"""Flow samplers: three ways to bound the ratio of a denoising step."""
+
+import dataclasses
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from experiments.store import Store
+from gipo_jax import train as core
+from gipo_jax.analysis import plots, stats
+from gipo_jax.analysis.plots import Look
+from gipo_jax.config import Config, HParams, stack
+from gipo_jax.flow import sampler, tasks, train
+
+QUESTION = "What do clip, GRPO-Guard and GIPO do to a flow's reward and diversity?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An objective with its parameters on a ratio level, and how it is drawn."""
+
+    objective: str
+    level: str
+    parameters: dict[str, float]
+    look: Look
+
+
+METHODS = {
+    "ppo_clip": Method("ppo_clip", "token", {}, plots.look("ppo_clip")),
+    "guard_0.05": Method(
+        "ppo_clip",
+        "ratio_norm",
+        {"clip_eps": 0.05},
+        Look("#009E73", "^", "-.", "GRPO-Guard ε=0.05"),
+    ),
+    "guard_0.2": Method(
+        "ppo_clip", "ratio_norm", {"clip_eps": 0.2}, Look("#8C6D1F", "v", "-.", "GRPO-Guard ε=0.2")
+    ),
+    "gipo_0.2": Method("gipo", "token", {"sigma": 0.2}, plots.look("gipo", 0.2)),
+    "gipo_1": Method("gipo", "token", {"sigma": 1.0}, plots.look("gipo", 1.0)),
+    "no_clip": Method("no_clip", "token", {}, plots.look("no_clip")),
+}
+CHAINS = 64
+"""Chains an iteration and a batch."""
+
+REGIMES: dict[str, dict[str, Any]] = {
+    "fresh": {"buffer_size": CHAINS, "min_age": 0},
+    "stale": {"buffer_size": 32 * CHAINS, "min_age": 16},
+}
+SEEDS = {"quick": range(2), "committed": range(10), "full": range(20)}
+ITERATIONS = {"quick": 20, "committed": 60, "full": 120}
+SAMPLES = 512
+RATIO_CHAINS = 4096
+SNAPSHOTS = 1 / 3, 3 / 5
+"""Parts of training after which the old and the new flow of the ratio figure are taken."""
+
+CURVES = ["eval_return_sampled", "modes_covered", "pairwise_distance", "ess", "log_ratio_abs_p95"]
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def configure(method: Method, iterations: int) -> Config:
+    """Static settings of a method."""
+    return Config(
+        env="flow/ring",
+        objective=method.objective,
+        ratio_level=method.level,
+        activation="silu",
+        schedule="constant",
+        num_envs=CHAINS,
+        rollout_length=1,
+        batch_size=CHAINS,
+        updates_per_iteration=8,
+        total_steps=CHAINS * iterations,
+        max_buffer_size=32 * CHAINS,
+        num_logs=10,
+        eval_episodes=SAMPLES,
+    )
+
+
+def settings(method: Method, config: Config, regime: str, seed: int) -> HParams:
+    """Traced settings of a run."""
+    return core.make_hparams(
+        config,
+        objective_params=method.parameters,
+        seed=seed,
+        learning_rate=5e-4,
+        **REGIMES[regime],
+    )
+
+
+def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
+    """Trains all methods; methods of one objective and level share a program, as do regimes."""
+    if part[0] > 1:
+        return
+    seeds, iterations = SEEDS[preset], ITERATIONS[preset]
+    programs: dict[Config, list[tuple[str, str, int]]] = {}
+    for name, method in METHODS.items():
+        lanes = programs.setdefault(configure(method, iterations), [])
+        lanes += [(name, regime, seed) for regime in REGIMES for seed in seeds]
+    flows = _pretrain(seeds)
+    runs: list[dict[str, Any]] = []
+    curves: list[pd.DataFrame] = []
+    points: list[pd.DataFrame] = []
+    for config, lanes in programs.items():
+        print(f"  {len(lanes)} runs of {config.objective} on {config.ratio_level}", flush=True)
+        hparams = [settings(METHODS[n], config, r, s) for n, r, s in lanes]
+        start = jax.tree.map(
+            operator.itemgetter(np.array([s - seeds.start for *_, s in lanes])), flows
+        )
+        done = _train(config, hparams, start)
+        before, after, metrics, diverged = done
+        for lane, (name, regime, seed) in enumerate(lanes):
+            keys: dict[str, Any] = {"regime": regime, "method": name, "seed": seed}
+            first = _describe(before[lane])
+            last = _describe(after[lane])
+            curve = pd.DataFrame({column: metrics[column][lane] for column in CURVES})
+            curve = pd.concat([pd.DataFrame([first]), curve], ignore_index=True)
+            stops = [0, *core.log_boundaries(config)]
+            curves.append(curve.assign(**keys, samples=CHAINS * np.array(stops)))
+            scores = {f"{key}_before": value for key, value in first.items()}
+            area = float(metrics["eval_return_sampled"][lane].mean())
+            runs.append(keys | scores | last | {"area": area, "diverged": diverged[lane]})
+            if seed == seeds[0]:
+                points += [
+                    _points(after[lane], regime, name),
+                    *([_points(before[lane], regime, "before")] if name == "ppo_clip" else []),
+                ]
+    store.write("flow_runs", pd.DataFrame(runs), 6)
+    store.write("flow_curves", pd.concat(curves, ignore_index=True), 4)
+    store.write("flow_points", pd.concat(points, ignore_index=True), 4)
+    store.write("flow_ratios", _ratios(iterations, seeds, flows), 5)
+
+
+def _pretrain(seeds: range) -> Any:
+    """Parameters of the flow that runs of each seed begin with, whatever their method."""
+    parts = train.make_parts(configure(METHODS["ppo_clip"], 1))
+    return jax.jit(jax.vmap(lambda seed: train.pretrain(parts, seed)))(jnp.array(seeds))
+
+
+def _train(config: Config, hparams: list[HParams], flows: Any) -> tuple[np.ndarray, ...]:
+    """End points before and after training, ``[runs, samples, 2]``, metrics and divergence."""
+    parts, algorithm = train.make_parts(config), train.make(config)
+    stops = core.log_boundaries(config)
+    bounds = (jnp.array([0, *stops[:-1]]), jnp.array(stops))
+
+    def one(hparams: HParams, flow: Any) -> Any:
+        key = jax.random.fold_in(jax.random.key(1), hparams.seed)
+        key_before, key_after = jax.random.split(key)
+        start = train.init_from(parts, hparams, flow)
+        state, metrics = jax.lax.scan(
+            lambda state, bounds: algorithm.train_and_log(state, hparams, *bounds), start, bounds
+        )
+        _, before = train.draw(parts, start.learner.params, key_before, SAMPLES)
+        _, after = train.draw(parts, state.learner.params, key_after, SAMPLES)
+        return before, after, metrics, state.diverged_at
+
+    result: tuple[np.ndarray, ...] = jax.device_get(jax.jit(jax.vmap(one))(stack(hparams), flows))
+    return result
+
+
+def _describe(points: np.ndarray) -> dict[str, float]:
+    task = tasks.ring()
+    return {
+        "eval_return_sampled": float(tasks.reward(task, points).mean()),
+        "modes_covered": float(tasks.modes_covered(task, points)),
+        "pairwise_distance": float(tasks.pairwise_distance(points)),
+    }
+
+
+def _points(points: np.ndarray, regime: str, method: str) -> pd.DataFrame:
+    columns = {"regime": regime, "method": method, "x": points[:, 0], "y": points[:, 1]}
+    return pd.DataFrame(columns)
+
+
+def _ratios(iterations: int, seeds: range, flows: Any) -> pd.DataFrame:
+    """Log-ratios by step of old chains under a newer flow, plain and corrected, for every seed."""
+    method = METHODS["no_clip"]
+    config = configure(method, iterations)
+    algorithm, parts = train.make(config), train.make_parts(config)
+    guard = train.make_parts(dataclasses.replace(config, ratio_level=train.RATIO_NORM))
+    old_at, new_at = (round(part * iterations) for part in SNAPSHOTS)
+
+    def one(hparams: HParams, flow: Any) -> tuple[jax.Array, jax.Array]:
+        state = train.init_from(parts, hparams, flow)
+        state, _ = algorithm.train_and_log(state, hparams, 0, old_at)
+        old = train.flow_of(parts, state.learner.params)
+        key = jax.random.fold_in(jax.random.key(2), hparams.seed)
+        key_noise, key_steps = jax.random.split(key)
+        noise = jax.random.normal(key_noise, (RATIO_CHAINS, 2))
+        chain = sampler.sample(old, parts.task, key_steps, noise)
+        rows = train.ReplayRow(chain.points, chain.mean, chain.log_prob, jnp.zeros(RATIO_CHAINS))
+        state, _ = algorithm.train_and_log(state, hparams, old_at, new_at)
+        params = state.learner.params
+        return (
+            train.compare(parts, params, rows).log_ratio,
+            train.compare(guard, params, rows).log_ratio,
+        )
+
+    hparams = stack([settings(method, config, "stale", seed) for seed in seeds])
+    measured = jax.jit(jax.vmap(one))(hparams, flows)
+    rows = []
+    for level, values in zip(("token", "ratio_norm"), measured, strict=True):
+        for seed, by_step in zip(seeds, np.asarray(values, float), strict=True):
+            for step, x in enumerate(by_step.T, start=1):
+                quantiles = zip(QUANTILES, np.quantile(x, QUANTILES), strict=True)
+                rows.append(
+                    {"level": level, "seed": seed, "step": step, "mean": x.mean()}
+                    | {"error": x.std() / np.sqrt(len(x)), "std": x.std()}
+                    | {f"q{100 * q:02.0f}": value for q, value in quantiles}
+                    | {"above": np.mean(x > np.log(1.2)), "below": np.mean(x < np.log(0.8))}
+                )
+    return pd.DataFrame(rows)
+
+
+def draw(store: Store) -> None:
+    """Learning curves with diversity, samples before and after, ratios by step."""
+    runs = store.read("flow_runs", ["regime", "method", "seed", *CURVES[:3], "area"])
+    _draw_learning(store, store.read("flow_curves", ["regime", "method", "samples", *CURVES[:3]]))
+    store.numbers("flow_scores", _scores(runs))
+    _draw_points(store, store.read("flow_points", ["regime", "method", "x", "y"]))
+    _draw_ratios(store, store.read("flow_ratios", ["level", "seed", "step", "mean", "error"]))
+
+
+def _scores(runs: pd.DataFrame) -> pd.DataFrame:
+    """Scores by regime and method, the rise of the reward, and differences to PPO-Clip."""
+    runs = runs.assign(rise=runs.eval_return_sampled - runs.eval_return_sampled_before)
+    rows = []
+    for (regime, method), group in runs.groupby(["regime", "method"], sort=False):
+        group = group.sort_values("seed")
+        clip = runs[(runs.regime == regime) & (runs.method == "ppo_clip")].sort_values("seed")
+        for score in ("eval_return_sampled", "area", "rise", "modes_covered", "pairwise_distance"):
+            values = group[score].to_numpy(float)
+            difference = stats.bootstrap(values - clip[score].to_numpy(float), stats.mean)
+            rows.append(
+                {"regime": regime, "method": method, "score": score}
+                | stats.bootstrap(values, stats.mean)._asdict()
+                | {f"minus_ppo_{key}": x for key, x in difference._asdict().items()}
+            )
+    return pd.DataFrame(rows)
+
+
+def _draw_learning(store: Store, curves: pd.DataFrame) -> None:
+    figure, axes = plots.panels(len(REGIMES), 3, sharex=True, sharey="col")
+    labels = ("reward", "modes covered, of 4", "pairwise distance")
+    numbers = []
+    for row, regime in zip(axes, REGIMES, strict=True):
+        for axis, column, label in zip(row, CURVES[:3], labels, strict=True):
+            table = plots.summarize(curves[curves.regime == regime], ["method", "samples"], column)
+            for name, method in METHODS.items():
+                line = table[table.method == name]
+                plots.band(axis, line.samples, line, method.look)
+            axis.set(title=f"{label}, {regime}", ylim=(0, None))
+            numbers.append(table.assign(regime=regime, score=column))
+    for axis in axes[-1]:
+        axis.set_xlabel("samples drawn")
+    looks = plots.legend([method.look for method in METHODS.values()])
+    count = curves.seed.nunique()
+    caption = f"Shading: 95 % bootstrap interval of the mean over {count} seeds."
+    plots.finish(figure, caption, looks, columns=3)
+    store.save(figure, "flow_learning", pd.concat(numbers, ignore_index=True))
+
+
+def _draw_points(store: Store, points: pd.DataFrame) -> None:
+    names = ["before", *METHODS]
+    figure, axes = plots.panels(
+        len(REGIMES), len(names), width=11, height=1.5, sharex=True, sharey=True
+    )
+    rewarded = tasks.ring().centers[tasks.ring().rewarded]
+    for row, regime in zip(axes, REGIMES, strict=True):
+        for axis, name in zip(row, names, strict=True):
+            own = points[(points.regime == regime) & (points.method == name)]
+            axis.scatter(*rewarded.T, s=260, color="#F0E442", alpha=0.6, linewidths=0)
+            color = METHODS[name].look.color if name in METHODS else "0.3"
+            axis.scatter(own.x, own.y, s=1.5, color=color, linewidths=0)
+            title = METHODS[name].look.label if name in METHODS else "before"
+            axis.set(title=title if regime == "fresh" else "", aspect="equal")
+            axis.set(xlim=(-3, 3), ylim=(-3, 3))
+        row[0].set_ylabel(regime)
+    caption = (
+        f"{SAMPLES} samples of the SDE, first seed, after pre-training and after training."
+        " Yellow: rewarded modes."
+    )
+    plots.finish(figure, caption)
+    store.save(figure, "flow_samples", points.groupby(["regime", "method"]).mean().reset_index())
+
+
+_LEVELS = {
+    "token": ("log-ratio x of a step", "#D55E00"),
+    "ratio_norm": ("GRPO-Guard: (x + b) s", "#009E73"),
+}
+
+
+def _draw_ratios(store: Store, ratios: pd.DataFrame) -> None:
+    figure, axes = plots.panels(1, 4, width=10, height=2.3)
+    pooled = ratios.groupby(["level", "step"]).mean().reset_index().drop(columns="seed")
+    spread = ratios.groupby(["level", "step"])["error"].agg(
+        lambda e: np.sqrt((e**2).sum()) / len(e)
+    )
+    pooled["error"] = spread.to_numpy()
+    for axis, (level, (label, color)) in zip(axes[0], _LEVELS.items(), strict=False):
+        table = pooled[pooled.level == level]
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        axis.vlines(table.step, table.q05, table.q95, color=color, linewidth=1)
+        axis.vlines(table.step, table.q25, table.q75, color=color, linewidth=5, alpha=0.6)
+        axis.plot(table.step, table.q50, "o", color="white", markeredgecolor=color, markersize=4)
+        axis.set(title=label, xlabel="step, noise to sample")
+    for level, (_, color) in _LEVELS.items():
+        table = pooled[pooled.level == level]
+        name = "x" if level == "token" else "(x + b) s"
+        # In units of its own spread, since the two differ by a factor of ten.
+        relative, error = table["mean"] / table["std"], table["error"] / table["std"]
+        axes[0][2].errorbar(
+            table.step, relative, 2 * error, color=color, marker="o", markersize=3, label=name
+        )
+    axes[0][2].axhline(0, color="0.6", linewidth=0.8)
+    axes[0][2].set(title="mean / standard deviation", xlabel="step, noise to sample")
+    axes[0][2].legend()
+    table = pooled[pooled.level == "token"]
+    axes[0][3].plot(table.step, table.above, "^-", color="#0072B2", label="r > 1.2")
+    axes[0][3].plot(table.step, table.below, "v--", color="#D55E00", label="r < 0.8")
+    axes[0][3].set(title="share outside PPO's clip", xlabel="step, noise to sample")
+    axes[0][3].legend()
+    caption = (
+        f"Chains of an old flow under a newer one. Bars: 5-95 % and 25-75 %, mean over"
+        f" {ratios.seed.nunique()} seeds. Third panel: bars of 2 standard errors."
+    )
+    plots.finish(figure, caption)
+    store.save(figure, "flow_ratios", pooled)

@@ -1,0 +1,6 @@
+"""Flow-matching policies on 2-D densities, trained by policy gradients on their denoising steps.
+
+- ``tasks``: densities, rewards on the end point, and how diverse a set of points is.
+- ``sampler``: the flow, its pre-training, and the SDE sampler whose every step is a Gaussian.
+- ``train``: the training program, with the functions of ``gipo_jax.train.Algorithm``.
+"""

@@ -1,0 +1,152 @@
+"""Densities in the plane that a flow learns, each with a reward on the end point.
+
+The reward is high at some modes of the density and low at the others, so that a policy can raise it
+and keep several modes. A policy that collapses to one of them gets the same reward, which is why
+diversity is measured beside it (``modes_covered``, ``pairwise_distance``).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from gipo_jax.config import ConfigError
+
+PREFIX = "flow/"
+"""What the names of these tasks begin with, where a configuration names them."""
+
+
+class Task(NamedTuple):
+    """A density, a reward on its points, and the sampler's settings.
+
+    Attributes:
+        name: as a configuration has it, such as ``flow/ring``.
+        sample: ``key, n -> points [n, 2]`` of the density.
+        centers: points that stand for the modes of the density, ``[modes, 2]``.
+        rewarded: which of them are rewarded, bool ``[modes]``.
+        width: distance, in the plane's units, at which the reward of a mode has fallen to e^-1/2.
+        steps: denoising steps.
+        noise_level: ``a`` of the sampler's noise, sigma_t = a sqrt(t / (1 - t)); Flow-GRPO's is
+            0.7.
+        shift: of the times of the steps, 1 for equal steps; larger ones take most steps near the
+            noise (3 in Stable Diffusion 3).
+        pretrain_steps: updates of flow matching that a run begins with.
+        pretrain_batch: points in such an update.
+        pretrain_rate: Adam's learning rate in the first of them; it decays to 0 along a cosine.
+    """
+
+    name: str
+    sample: Callable[[Array, int], Array]
+    centers: np.ndarray
+    rewarded: np.ndarray
+    width: float
+    steps: int = 10
+    noise_level: float = 0.7
+    shift: float = 1.0
+    pretrain_steps: int = 800
+    pretrain_batch: int = 512
+    pretrain_rate: float = 2e-2
+
+    @property
+    def host(self) -> bool:
+        """Whether it is simulated outside JAX: never."""
+        return False
+
+
+def make(name: str) -> Task:
+    """The task of a name.
+
+    Raises:
+        ConfigError: no such task.
+    """
+    if name not in TASKS:
+        raise ConfigError("env", name, f"one of {', '.join(TASKS)}")
+    return TASKS[name]()
+
+
+def ring() -> Task:
+    """Eight Gaussians on a circle of radius 2, standard deviation 0.15; the upper four pay."""
+    angles = 2 * np.pi * (np.arange(8) + 0.5) / 8
+    centers = 2.0 * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+
+    def sample(key: Array, n: int) -> Array:
+        key_mode, key_noise = jax.random.split(key)
+        mode = jax.random.randint(key_mode, (n,), 0, len(centers))
+        return jnp.asarray(centers)[mode] + 0.15 * jax.random.normal(key_noise, (n, 2))
+
+    return Task(f"{PREFIX}ring", sample, centers, centers[:, 1] > 0, width=0.4)
+
+
+def moons() -> Task:
+    """Two half circles of radius 1.5 that reach into each other, noise 0.1; the upper one pays."""
+
+    def arcs(lower: Array | np.ndarray, angle: Array | np.ndarray) -> tuple[Array, Array]:
+        x = 1.5 * jnp.cos(angle) + jnp.where(lower, 0.75, -0.75)
+        y = jnp.where(lower, 0.375 - 1.5 * jnp.sin(angle), 1.5 * jnp.sin(angle) - 0.375)
+        return x, y
+
+    def sample(key: Array, n: int) -> Array:
+        key_moon, key_angle, key_noise = jax.random.split(key, 3)
+        lower = jax.random.bernoulli(key_moon, shape=(n,))
+        points = arcs(lower, jax.random.uniform(key_angle, (n,), maxval=np.pi))
+        return jnp.stack(points, axis=-1) + 0.1 * jax.random.normal(key_noise, (n, 2))
+
+    lower = np.repeat([False, True], 4)
+    centers = np.stack(arcs(lower, np.tile((np.arange(4) + 0.5) * np.pi / 4, 2)), axis=-1)
+    return Task(f"{PREFIX}moons", sample, centers, ~lower, width=0.4)
+
+
+TASKS: dict[str, Callable[[], Task]] = {f"{PREFIX}ring": ring, f"{PREFIX}moons": moons}
+"""Tasks by name."""
+
+
+def reward(task: Task, points: Array | np.ndarray) -> Array:
+    """Reward of end points, in (0, 1]: exp(-d^2 / (2 width^2)), d the distance to the nearest mode
+    that is rewarded.
+
+    Args:
+        task: the task.
+        points: ``[..., 2]``.
+
+    Returns:
+        ``[...]``.
+    """
+    squares = _squared_distances(points, task.centers[task.rewarded])
+    return jnp.exp(-jnp.min(squares, axis=-1) / (2 * task.width**2))
+
+
+def modes_covered(task: Task, points: Array | np.ndarray) -> Array:
+    """How many rewarded modes a set of points covers.
+
+    A mode is covered if at least a quarter of its equal share of the points, 1 / (4 x rewarded
+    modes), lies within two widths of it and nearest to it.
+
+    Args:
+        task: the task.
+        points: ``[n, 2]``.
+
+    Returns:
+        scalar, 0 to the number of rewarded modes.
+    """
+    centers = task.centers[task.rewarded]
+    squares = _squared_distances(points, centers)
+    near = jnp.min(squares, axis=-1) <= (2 * task.width) ** 2
+    nearest = jax.nn.one_hot(jnp.argmin(squares, axis=-1), len(centers)) * near[:, None]
+    share = jnp.mean(nearest, axis=0)
+    return jnp.sum(share >= 1 / (4 * len(centers)), dtype=jnp.float32)
+
+
+def pairwise_distance(points: Array | np.ndarray) -> Array:
+    """Mean distance of two different points of a set ``[n, 2]``, n >= 2."""
+    squares = _squared_distances(points, points)
+    n = len(points)
+    return jnp.sum(jnp.sqrt(squares)) / (n * (n - 1))
+
+
+def _squared_distances(points: Array | np.ndarray, centers: Array | np.ndarray) -> Array:
+    """``[..., 2]`` and ``[m, 2]`` -> ``[..., m]``."""
+    offset = jnp.asarray(points)[..., None, :] - jnp.asarray(centers, jnp.float32)
+    return jnp.sum(offset**2, axis=-1)

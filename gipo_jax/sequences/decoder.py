@@ -1,0 +1,218 @@
+"""A small causal transformer as a policy over answers (flax), sampled with a key-value cache.
+
+A prompt has a fixed length, and the answer follows it. Where the task has an end token, an answer
+ends with its first one; the tokens after it are padding, which ``answer_mask`` leaves out.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from gipo_jax import cpu, networks
+from gipo_jax.config import ConfigError
+
+Params = Any
+Cache = tuple[tuple[Array, Array], ...]
+"""Keys and values of each layer, ``[batch, heads, time, width / heads]`` each."""
+
+
+class Decoder(NamedTuple):
+    """A policy over answers as pure functions.
+
+    Prompts are int32 ``[batch, prompt_length]``, answers ``[batch, answer_length]``.
+
+    Attributes:
+        init: ``key -> params``.
+        logits: ``params, tokens [batch, time] -> [batch, time, vocab]``, of the token after each
+            one, with time <= prompt_length + answer_length.
+        sample: ``params, prompt, key, temperature=1.0 -> answer, log_prob``; both
+            ``[batch, answer_length]``, the log-probabilities those of the sampled distribution and
+            0 at padding.
+        greedy: ``params, prompt -> answer`` of the most likely token at each step.
+        score: ``params, prompt, answer, temperature=1.0 -> log_prob, entropy`` of each token of
+            the answer, ``[batch, answer_length]``, in nats; anything at padding.
+        mask: ``answer -> bool``, same shape; false at padding.
+    """
+
+    init: Callable[[Array], Params]
+    logits: Callable[[Params, Array], Array]
+    sample: Callable[..., tuple[Array, Array]]
+    greedy: Callable[[Params, Array], Array]
+    score: Callable[..., tuple[Array, Array]]
+    mask: Callable[[Array], Array]
+
+
+def make(
+    vocab: int,
+    prompt_length: int,
+    answer_length: int,
+    end: int | None = None,
+    *,
+    layers: int = 3,
+    width: int = 64,
+    heads: int = 4,
+    feed_forward: int = 128,
+) -> Decoder:
+    """Builds a decoder; the default size has about 0.1 million parameters.
+
+    Args:
+        vocab: number of tokens, >= 2.
+        prompt_length: tokens of a prompt, >= 1.
+        answer_length: most tokens of an answer, the end token included, >= 1.
+        end: token that ends an answer, in [0, vocab); None where all have ``answer_length`` tokens.
+        layers: number of layers, >= 1.
+        width: width of the residual stream, a multiple of ``heads``.
+        heads: attention heads, >= 1.
+        feed_forward: width of the hidden layer of the feed-forward part, >= 1.
+
+    Raises:
+        ConfigError: a width that the heads do not divide.
+    """
+    if width % heads:
+        raise ConfigError("width", width, f"a multiple of heads {heads}")
+    network = Transformer(vocab, prompt_length + answer_length, layers, width, heads, feed_forward)
+    head = networks.categorical(answer_length, vocab)
+
+    def apply(params: Params, *arguments: Any) -> Any:
+        # Recent GPUs multiply float32 in 10 bits by default: a ratio of policies would then differ
+        # from 1 on the data of the very same policy.
+        with jax.default_matmul_precision("highest"):
+            return network.apply(params, *arguments)
+
+    def init(key: Array) -> Params:
+        return network.init(key, jnp.zeros((1, 1), jnp.int32))
+
+    def logits(params: Params, tokens: Array) -> Array:
+        return apply(params, tokens)[0]
+
+    def generate(
+        params: Params,
+        prompt: Array,
+        choose: Callable[[Array, Any], Array],
+        noise: Any,
+        temperature: ArrayLike,
+    ) -> tuple[Array, Array]:
+        """Answers whose tokens ``choose(logits [batch, vocab], noise)`` picks one by one."""
+        time = prompt_length + answer_length - 1
+        shape = (prompt.shape[0], heads, time, width // heads)
+        cache: Cache = ((jnp.zeros(shape), jnp.zeros(shape)),) * layers
+        if prompt_length > 1:
+            cache = apply(params, prompt[:, :-1], cache, 0)[1]
+
+        def step(carry: Any, inputs: Any) -> Any:
+            token, ended, cache = carry
+            position, noise = inputs
+            outputs, cache = apply(params, token[:, None], cache, position)
+            outputs = outputs[:, 0] / temperature
+            token = choose(outputs, noise)
+            log_prob = head.log_prob(outputs, token)
+            if end is not None:
+                token, log_prob = jnp.where(ended, end, token), jnp.where(ended, 0.0, log_prob)
+                ended = ended | (token == end)
+            return (token, ended, cache), (token, log_prob)
+
+        first = (prompt[:, -1], jnp.zeros(prompt.shape[0], bool), cache)
+        positions = prompt_length - 1 + jnp.arange(answer_length)
+        answer, log_prob = jax.lax.scan(step, first, (positions, noise))[1]
+        return answer.T, log_prob.T
+
+    def sample(
+        params: Params, prompt: Array, key: Array, temperature: ArrayLike = 1.0
+    ) -> tuple[Array, Array]:
+        noise = head.noise(key, (prompt.shape[0],)).T
+        return generate(params, prompt, head.sample, noise, temperature)
+
+    def greedy(params: Params, prompt: Array) -> Array:
+        return generate(params, prompt, lambda outputs, _: head.mode(outputs), None, 1.0)[0]
+
+    def score(
+        params: Params, prompt: Array, answer: Array, temperature: ArrayLike = 1.0
+    ) -> tuple[Array, Array]:
+        tokens = jnp.concatenate([prompt, answer[:, :-1]], axis=1)
+        outputs = logits(params, tokens)[:, prompt_length - 1 :] / temperature
+        return head.log_prob(outputs, answer), head.entropy(outputs)
+
+    return Decoder(init, logits, sample, greedy, score, lambda answer: answer_mask(answer, end))
+
+
+def answer_mask(answer: Array, end: int | None) -> Array:
+    """True for the tokens of an answer up to its first end token, that one included.
+
+    Args:
+        answer: ``[..., answer_length]``.
+        end: the end token; None where every token counts.
+    """
+    if end is None:
+        return jnp.ones_like(answer, bool)
+    is_end = answer == end
+    return jnp.cumsum(is_end, axis=-1) - is_end == 0
+
+
+class Transformer(nn.Module):
+    """Causal transformer with learnt positions; LayerNorm comes before each part."""
+
+    vocab: int
+    max_length: int
+    layers: int
+    width: int
+    heads: int
+    feed_forward: int
+
+    @nn.compact
+    def __call__(
+        self, tokens: Array, cache: Cache | None = None, start: int | Array = 0
+    ) -> tuple[Array, Cache]:
+        """Logits ``[batch, time, vocab]`` of tokens ``[batch, time]``, and keys and values.
+
+        With a cache, the tokens stand at positions ``start, start + 1, ...`` after those that the
+        cache holds, and their keys and values are written into it.
+        """
+        positions = self.param("positions", _INIT, (self.max_length, self.width))
+        x = nn.Embed(self.vocab, self.width, embedding_init=_INIT)(tokens)
+        x = x + jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1])
+        written = []
+        for layer in range(self.layers):
+            mixed, entry = Attention(self.heads)(
+                nn.LayerNorm()(x), None if cache is None else cache[layer], start
+            )
+            x = x + mixed
+            hidden = nn.gelu(_dense(self.feed_forward)(nn.LayerNorm()(x)))
+            x = x + _dense(self.width)(hidden)
+            written.append(entry)
+        return _dense(self.vocab)(nn.LayerNorm()(x)), tuple(written)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with several heads."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(
+        self, x: Array, cache: tuple[Array, Array] | None, start: int | Array
+    ) -> tuple[Array, tuple[Array, Array]]:
+        batch, time, width = x.shape
+        size = width // self.heads
+        projected = _dense(3 * width)(x).reshape(batch, time, 3, self.heads, size)
+        query, key, value = jnp.moveaxis(projected, (2, 3), (0, 2))
+        if cache is not None:
+            key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, start, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, start, axis=2)
+        visible = jnp.arange(key.shape[2]) <= start + jnp.arange(time)[:, None]
+        scores = jnp.einsum("bhqd,bhkd->bhqk", query, key) / jnp.sqrt(size)
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
+        mixed = jnp.moveaxis(mixed, 1, 2).reshape(batch, time, width)
+        return _dense(width)(mixed), (key, value)
+
+
+_INIT = nn.initializers.normal(0.02)
+
+
+def _dense(size: int) -> nn.Dense:
+    return nn.Dense(size, dot_general=cpu.dot_general(size))

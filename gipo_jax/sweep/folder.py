@@ -1,0 +1,278 @@
+"""The folder of a sweep, written: tables, final parameters, checkpoints.
+
+All processes hold the same ``Folder`` and call it alike. Arrays are written by all together, the
+rest by process 0.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+
+from gipo_jax import provenance
+from gipo_jax.config import ConfigError
+from gipo_jax.sweep import checkpoint, cluster, grid, results
+from gipo_jax.sweep.grid import Run
+from gipo_jax.sweep.plan import Group, Part
+from gipo_jax.sweep.results import ResultsError, write_atomic
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint says of a sweep, beside the arrays.
+
+    Attributes:
+        number: of the newest checkpoint, 0 where there is none.
+        finished: indices of the runs that are through.
+        diverged: iteration in which runs diverged, by index.
+        started: parts in the middle of training.
+        metrics_bytes: size of metrics.csv; None for a new file.
+    """
+
+    number: int = 0
+    finished: list[int] = dataclasses.field(default_factory=list)
+    diverged: dict[int, int] = dataclasses.field(default_factory=dict)
+    started: list[Part] = dataclasses.field(default_factory=list)
+    metrics_bytes: int | None = None
+
+
+class Folder:
+    """The folder of a sweep.
+
+    Attributes:
+        progress: how far the sweep is.
+        checkpoints: folder of its checkpoints.
+        encoded: the runs as JSON.
+        settings: every setting of each run by name.
+        latest: newest training return of each run since ``open``, where there is one.
+    """
+
+    def __init__(self, directory: Path, runs: Sequence[Run], resume: bool) -> None:
+        """Checks that the folder can take the sweep, or holds it already; touches nothing.
+
+        Raises:
+            ConfigError: it holds another sweep, holds none to resume, or cannot be written to.
+            ResultsError: it is of another version.
+        """
+        results.check_directory(directory, resume)
+        self.directory, self.progress = directory, Progress()
+        self.latest: dict[int, float] = {}
+        self.encoded = json.loads(json.dumps(grid.encode(runs)))
+        self._runs, self._resume = runs, resume
+        self.settings = [grid.described(run) for run in runs]
+        self.checkpoints = directory / results.CHECKPOINTS
+        self._file: IO[bytes] | None = None
+        self._changed = False
+        if resume:
+            found = grid.difference(results.read_config(directory)["groups"], self.encoded)
+            if found is not None:
+                name, before, now = found
+                raise ConfigError(name, now, f"{before!r}, as in the sweep that {directory} holds")
+
+    def load(self, number: int) -> None:
+        """Takes over the progress of a checkpoint, 0 for none, but not yet states of its parts."""
+        if number:
+            stored = checkpoint.read_progress(self.checkpoints / f"{number:08d}")
+            started = stored["started"]
+            self.progress = Progress(
+                number,
+                stored["finished"],
+                {int(run): iteration for run, iteration in stored["diverged"].items()},
+                [Part(tuple(part["runs"]), part["point"], None) for part in started],
+                stored["metrics_bytes"],
+            )
+
+    def load_states(self, like: list[Any]) -> None:
+        """Reads the states of the started parts, for ``like`` see ``checkpoint.read_arrays``."""
+        if like:
+            path = self.checkpoints / f"{self.progress.number:08d}" / checkpoint.ARRAYS
+            pairs = zip(self.progress.started, checkpoint.read_arrays(path, like), strict=True)
+            self.progress.started = [part._replace(state=state) for part, state in pairs]
+
+    def open(self, metrics: Sequence[str], options: Mapping[str, Any]) -> None:
+        """Begins to write tables with these metrics; options are for the record."""
+        self._saved_at = time.monotonic()
+        if not cluster.is_first():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._columns = list(dict.fromkeys(["run", "iteration", "env_steps", *metrics]))
+        here: dict[str, Any] = {
+            "command": shlex.join(sys.argv),
+            "provenance": provenance.describe(),
+            "options": options,
+        }
+        if not self._resume:
+            config = {"format": results.FORMAT, **here, "resumed": [], "metrics": self._columns}
+            config |= {"groups": self.encoded}
+        else:
+            config = results.read_config(self.directory)
+            self._columns = config["metrics"]
+            # Where versions or devices changed, numbers may have too.
+            if here["provenance"] != [config, *config["resumed"]][-1]["provenance"]:
+                config["resumed"].append(here)
+        write_atomic(self.directory / results.CONFIG, json.dumps(config, indent=1) + "\n")
+        self._open_metrics(self.directory / results.METRICS, self.progress.metrics_bytes)
+        self._write_runs()
+
+    def _open_metrics(self, path: Path, size: int | None) -> None:
+        """Opens metrics.csv to append to its first ``size`` bytes; None begins it anew."""
+        if size is None:
+            write_atomic(path, ",".join(self._columns) + "\n")
+        elif path.stat().st_size < size:
+            raise ResultsError(f"{path} is shorter than its checkpoint says; it was changed")
+        else:
+            os.truncate(path, size)
+        self._file = path.open("ab")
+
+    def add(
+        self, group: Group, runs: Sequence[int], iteration: int, metrics: Mapping[str, np.ndarray]
+    ) -> list[dict[str, Any]]:
+        """Writes a logged point of some runs, metrics ``[width]`` by name; returns the rows."""
+        at = {"iteration": iteration, "env_steps": iteration * group.algorithm.config.block_size}
+        rows = [
+            {"run": run} | at | {name: values[lane] for name, values in metrics.items()}
+            for lane, run in enumerate(runs)
+        ]
+        self._changed = True
+        self.latest |= {row["run"]: float(row.get("episode_return", math.nan)) for row in rows}
+        if self._file is not None:
+            self._file.write(_csv(self._columns, rows).encode())
+            self._file.flush()
+        return rows
+
+    def add_diverged(self, runs: Sequence[int], diverged_at: np.ndarray) -> list[int]:
+        """Takes note of runs that diverged, iteration ``[width]`` or -1; returns the new ones."""
+        found = dict(zip(runs, diverged_at.tolist(), strict=False))
+        new = [run for run in runs if found[run] >= 0 and run not in self.progress.diverged]
+        self.progress.diverged |= {run: found[run] for run in new}
+        return new
+
+    def take_up(self, part: Part) -> Part:
+        """A part goes into training: checkpoints no longer hold it as one that waits."""
+        self.progress.started = [p for p in self.progress.started if p is not part]
+        return part
+
+    def finish(self, runs: Sequence[int], state: Any) -> None:
+        """Writes the final parameters of runs."""
+        folder = self.directory / results.PARAMS
+        temporary = folder / f"{runs[0]:06d}.tmp"
+        if cluster.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        kept = {"params": state.learner.params, "normalizer": state.normalizer}
+        checkpoint.write_arrays(temporary / checkpoint.ARRAYS, kept)
+        if cluster.is_first():
+            (temporary / "runs.json").write_text(json.dumps(list(runs)))
+            shutil.rmtree(temporary.with_suffix(""), ignore_errors=True)
+            temporary.replace(temporary.with_suffix(""))
+        self.progress.finished += runs
+
+    def seconds_unsaved(self) -> float:
+        """Time since the last checkpoint; -1 where there is nothing new to save."""
+        return time.monotonic() - self._saved_at if self._changed else -1.0
+
+    def save(self, training: Part | None = None) -> None:
+        """Makes a checkpoint of everything, with the state of the part that is in training."""
+        progress = self.progress
+        parts = ([training] if training is not None else []) + progress.started
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            progress.metrics_bytes = self._file.tell()
+        progress.number += 1
+        stored = {
+            "finished": progress.finished,
+            "diverged": progress.diverged,
+            "metrics_bytes": progress.metrics_bytes,
+            "started": [{"runs": part.runs, "point": part.point} for part in parts],
+        }
+        states = [part.state for part in parts]
+        checkpoint.save(self.checkpoints, progress.number, stored, states or None)
+        self._saved_at, self._changed = time.monotonic(), False
+        if self._file is not None:
+            self._write_runs()
+
+    def close(self) -> None:
+        """Saves, and sorts metrics.csv by run, in whatever order runs were trained."""
+        self.save()
+        if self._file is not None:
+            self._file.close()
+            path = self.directory / results.METRICS
+            header, *rows = path.read_text().splitlines(keepends=True)
+            rows.sort(key=lambda row: [int(cell) for cell in row.split(",", 2)[:2]])
+            write_atomic(path, header + "".join(rows))
+
+    def _write_runs(self) -> None:
+        finished, diverged = set(self.progress.finished), self.progress.diverged
+        iterations = [run.config.num_iterations for run in self._runs]
+        rows = []
+        for run, summary in enumerate(_summaries(self.directory / results.METRICS, iterations)):
+            status = "running" if summary["env_steps"] else "waiting"
+            row = self.settings[run] | summary
+            row |= {"run": run, "status": "done" if run in finished else status}
+            if run in diverged:
+                step = diverged[run] * self._runs[run].config.block_size
+                row |= {"status": "diverged", "diverged_step": step}
+            rows.append(row)
+        columns = _run_columns(self.settings)
+        text = ",".join(columns) + "\n" + _csv(columns, rows)
+        write_atomic(self.directory / results.RUNS, text)
+
+
+def _cell(value: Any) -> str:
+    """A cell: float32 in the shortest form that reads back as the same float32; NaN is empty."""
+    if value is None:
+        return ""
+    if isinstance(value, float | np.floating):
+        return "" if math.isnan(value) else str(np.float32(value))
+    return str(value)
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Lines of a CSV table; columns that a row lacks stay empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
+    return text.getvalue()
+
+
+def _run_columns(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns of runs.csv: those always there, then other settings that differ between runs."""
+    names = dict.fromkeys(name for run in settings for name in run)
+    varying = [n for n in names if len({run[n] for run in settings if n in run}) > 1]
+    first = ("run", "env", "objective", "sigma", "sigma_neg_ratio", "buffer_size", "seed")
+    last = ("status", "diverged_step", "env_steps", "final_return", "eval_return")
+    return [*first, *(name for name in varying if name not in first), *last]
+
+
+def _summaries(metrics: Path, iterations: Sequence[int]) -> list[dict[Any, Any]]:
+    """``env_steps``, ``final_return`` and ``eval_return`` of every run so far.
+
+    ``final_return`` is the mean training return of the episodes that ended in the last logged
+    points, as many as cover at least a tenth of training; NaN when none ended there.
+    ``eval_return`` is that of the last point. ``iterations`` are those of each run in all.
+    """
+    floats = ["episode_return", "episodes", "eval_return"]
+    wanted = ["run", "iteration", "env_steps", *floats]
+    table = pd.read_csv(metrics, usecols=lambda name: name in wanted).reindex(columns=wanted)
+    table[floats] = table[floats].astype(np.float32).astype(float)
+    late = 10 * table["iteration"] > 9 * np.asarray(iterations)[table["run"]]
+    ended = table[late & (table["episodes"] > 0)]
+    sums = (ended["episode_return"] * ended["episodes"]).groupby(ended["run"]).sum()
+    last = table.groupby("run").tail(1).set_index("run")[["env_steps", "eval_return"]]
+    last["final_return"] = sums / ended.groupby("run")["episodes"].sum()
+    last = last.reindex(range(len(iterations)))
+    last["env_steps"] = last["env_steps"].fillna(0).astype(int)
+    return last.to_dict("records")

@@ -1,0 +1,379 @@
+"""The loss for other trainers against formulas written in float64 NumPy, token by token."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gipo_jax import losses, objectives, ratio_levels
+from gipo_jax.config import LOSS_AGG_MODES, ConfigError
+from gipo_jax.losses import policy_loss
+
+BATCH, TOKENS = 6, 5
+
+
+@pytest.fixture
+def data() -> dict[str, Any]:
+    """Answers of 1 to 5 tokens, one of them empty, with log-ratios on both sides of every bound."""
+    generator = np.random.default_rng(0)
+    old = np.log(generator.uniform(0.05, 0.9, size=(BATCH, TOKENS)))
+    log_prob = old + generator.normal(scale=0.6, size=(BATCH, TOKENS))
+    lengths = np.array([5, 3, 1, 5, 0, 4])
+    return {
+        "log_prob": np.minimum(log_prob, -0.01).astype(np.float32),
+        "old_log_prob": old.astype(np.float32),
+        "advantages": np.array([1.2, -0.7, 0.4, -1.5, 2.0, 0.9], np.float32),
+        "response_mask": np.arange(TOKENS) < lengths[:, None],
+    }
+
+
+def coefficients(mask: Any, mode: str, max_tokens: float | None = None) -> Any:
+    """What each token's surrogate is multiplied with in the loss, up to the sign."""
+    lengths = mask.sum(axis=1, keepdims=True)
+    answers = np.sum(lengths > 0)
+    each = {
+        "token-mean": 1 / mask.sum(),
+        "seq-mean-token-sum": 1 / answers,
+        "seq-mean-token-mean": 1 / (answers * np.maximum(lengths, 1)),
+        "seq-mean-token-sum-norm": 1 / (answers * (max_tokens or lengths.max())),
+    }[mode]
+    return np.where(mask, each, 0.0)
+
+
+# Effective weight u and surrogate of one token from x (of the level), advantage and place t.
+Rule = Callable[[float, float, int], tuple[float, float | None]]
+
+
+def ppo(x: float, a: float, t: int, low: float = 0.2, high: float = 0.2) -> tuple[float, float]:
+    r = np.exp(x)
+    clipped = np.clip(r, 1 - low, 1 + high)
+    return (r if r * a <= clipped * a else 0.0), min(r * a, clipped * a)
+
+
+def dual_clip(x: float, a: float, t: int) -> tuple[float, float]:
+    u, surrogate = ppo(x, a, t)
+    return (0.0, 3 * a) if a < 0 and surrogate < 3 * a else (u, surrogate)
+
+
+def sapo(x: float, a: float, t: int) -> tuple[float, float]:
+    tau = 1.0 if a > 0 else 1.05
+    gate = 1 / (1 + np.exp(-tau * (np.exp(x) - 1)))
+    return 4 * gate * (1 - gate) * np.exp(x), 4 / tau * gate * a
+
+
+def ctpo(x: float, a: float, t: int) -> tuple[float, float]:
+    r, root = np.exp(x), np.sqrt(t)
+    surrogate = min(r * a, np.exp(np.clip(x, -0.025 * root, 0.05 * root)) * a)
+    if a < 0:
+        surrogate = max(surrogate, np.exp(0.05 * root) * a)
+    return (r if surrogate == r * a else 0.0), surrogate
+
+
+def cispo(x: float, a: float, t: int) -> tuple[float, None]:
+    return min(np.exp(x), 1.2), None
+
+
+def tis(x: float, a: float, t: int) -> tuple[float, None]:
+    return min(np.exp(x), 2.0), None
+
+
+def minpro(x: float, a: float, t: int) -> tuple[float, None]:
+    return float(np.clip(np.exp(x), 0.8, 1.2)), None
+
+
+def gipo(x: float, a: float, t: int) -> tuple[float, float]:
+    u = np.exp(-(x**2) / (2 * 0.5**2)) * np.exp(x)
+    return u, u * a
+
+
+gspo = functools.partial(ppo, low=3e-4, high=4e-4)
+
+CASES: dict[str, tuple[dict[str, Any], str, Rule]] = {
+    "PPO": ({"objective": "ppo_clip"}, "token", ppo),
+    "dual clip": ({"objective": "dual_clip"}, "token", dual_clip),
+    "GSPO": ({"objective": "gspo"}, "sequence", gspo),
+    "CISPO": ({"objective": "cispo"}, "token", cispo),
+    "SAPO": ({"objective": "sapo"}, "token", sapo),
+    "TIS": ({"objective": "tis"}, "token", tis),
+    "CTPO": ({"objective": "ctpo"}, "prefix_product", ctpo),
+    "MinPRO": ({"objective": "minpro"}, "prefix_min", minpro),
+    "PPO at prefix_min": (
+        {"objective": "ppo_clip", "ratio_level": "prefix_min"},
+        "prefix_min",
+        ppo,
+    ),
+    "GIPO of answers": (
+        {"objective": "gipo", "ratio_level": "joint", "sigma": 0.5},
+        "joint",
+        gipo,
+    ),
+}
+
+
+def level_ratio(x: Any, level: str, t: int) -> float:
+    """Log-ratio of the level for the token at place t, from 1, of an answer's log-ratios."""
+    before = x[:t]
+    return {
+        "token": lambda: x[t - 1],
+        "joint": lambda: x.sum(),
+        "sequence": lambda: x.mean(),
+        "prefix_product": before.sum,
+        "prefix_geometric": before.mean,
+        "prefix_min": lambda: x[t - 1] + (before[:-1].min() if t > 1 else 0.0),
+    }[level]()
+
+
+def evaluated(
+    data: dict[str, Any], modes: Sequence[str] = LOSS_AGG_MODES, **given: Any
+) -> dict[str, Any]:
+    """For each aggregation ``(loss, metrics), gradient`` of a call, compiled together."""
+
+    def call(arrays: dict[str, Any], mode: str) -> Any:
+        def loss(log_prob: jax.Array) -> Any:
+            arguments: dict[str, Any] = arrays | {"log_prob": log_prob} | given
+            return policy_loss(**arguments, loss_agg_mode=mode)
+
+        return jax.value_and_grad(loss, has_aux=True)(arrays["log_prob"])
+
+    arrays = {name: jnp.array(x) for name, x in data.items()}
+    return jax.jit(lambda arrays: {mode: call(arrays, mode) for mode in modes})(arrays)
+
+
+def once(data: dict[str, Any], mode: str = "token-mean", **given: Any) -> Any:
+    """``(loss, metrics), gradient`` of a call."""
+    return evaluated(data, [mode], **given)[mode]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_equal_numpy(case: str, data: dict[str, Any]) -> None:
+    given, level, rule = CASES[case]
+    x = data["log_prob"].astype(np.float64) - data["old_log_prob"]
+    mask, advantage = data["response_mask"], data["advantages"].astype(np.float64)
+    weight, surrogate = np.zeros(x.shape), np.zeros(x.shape)
+    for row in range(BATCH):
+        answer = x[row][mask[row]]
+        for t in range(1, len(answer) + 1):
+            u, value = rule(level_ratio(answer, level, t), advantage[row], t)
+            weight[row, t - 1] = u
+            surrogate[row, t - 1] = np.nan if value is None else value
+
+    results = evaluated(data, **given)
+    for mode, ((loss, metrics), gradient) in results.items():
+        scale = coefficients(mask, mode)
+        expected = -scale * weight * advantage[:, None]
+        assert np.any(expected != 0)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6, err_msg=mode)
+        if not np.any(np.isnan(surrogate[mask])):
+            total = -np.sum((scale * surrogate)[mask])
+            np.testing.assert_allclose(loss, total, rtol=1e-5, atol=1e-6, err_msg=mode)
+        assert metrics["policy_loss"] == loss
+    counted = weight[mask]
+    size = counted.sum() ** 2 / (counted.size * np.sum(counted**2))
+    np.testing.assert_allclose(metrics["ess"], size, rtol=1e-5)
+    np.testing.assert_allclose(metrics["masked_fraction"], np.mean(counted == 0), rtol=1e-5)
+
+
+def test_every_clip_is_reached_in_the_cases_above(data: dict[str, Any]) -> None:
+    x = (data["log_prob"] - data["old_log_prob"])[data["response_mask"]]
+    a = np.broadcast_to(data["advantages"][:, None], (BATCH, TOKENS))[data["response_mask"]]
+    clipped = [ppo(x_, a_, 1)[0] == 0 for x_, a_ in zip(x, a, strict=True)]
+    assert 3 <= sum(clipped) <= len(clipped) - 3
+
+
+def test_cppo_equals_its_rule_token_by_token() -> None:
+    generator = np.random.default_rng(1)
+    mu = generator.uniform(0.1, 0.9, size=(8, 7))
+    pi = np.clip(mu + generator.normal(scale=0.12, size=mu.shape), 0.02, 0.98)
+    advantage, lengths = generator.normal(size=8), generator.integers(1, 8, size=8)
+    kept = np.zeros(mu.shape)
+    for row, length in enumerate(lengths):
+        divergence = np.abs(pi - mu)[row, :length]
+        budget = np.clip(np.percentile(divergence, 90), 0.02, 0.04)
+        spent = allowed = 0.0
+        for t in range(length):
+            weight = 1 - 0.2 * t / max(length - 1, 1)
+            away = advantage[row] * (pi[row, t] / mu[row, t] - 1) > 0
+            limit = min(0.15, 0.15 + budget * allowed - spent)
+            kept[row, t] = not away or weight * divergence[t] <= limit
+            spent, allowed = spent + weight * divergence[t], allowed + weight
+    mask = np.arange(7) < lengths[:, None]
+    # The budget of the prefix decides somewhere, not the threshold of the token alone.
+    away = mask & (advantage[:, None] * (pi - mu) > 0)
+    assert np.any(away & (kept == 0) & (np.abs(pi - mu) < 0.15)) and np.any(away & (kept == 1))
+
+    gradient = jax.grad(lambda x: policy_loss(x, *rest, objective="cppo")[0])
+    rest = [jnp.array(x, jnp.float32) for x in (np.log(mu), advantage, mask)]
+    expected = -kept * pi / mu * advantage[:, None] / mask.sum()
+    np.testing.assert_allclose(
+        gradient(jnp.array(np.log(pi), jnp.float32)), expected, rtol=1e-4, atol=1e-6
+    )
+
+
+EXTRA: dict[str, dict[str, Any]] = {
+    name: {"log_ratio_start": jnp.full((BATCH, TOKENS), 0.1)}
+    for name in objectives.ALL
+    if "log_ratio_start" in objectives.spec(name).inputs
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *((name, "token-mean") for name in objectives.ALL),
+        *(("gipo", mode) for mode in LOSS_AGG_MODES[1:]),
+    ],
+)
+def test_padding_of_any_length_and_content_changes_nothing(
+    name: str, mode: str, data: dict[str, Any]
+) -> None:
+    def wider(x: Any) -> Any:
+        """Nine more tokens, and other values where there was padding already."""
+        x = np.asarray(x)
+        padded = np.pad(x, ((0, 0), (0, 9)))
+        if x.dtype == bool:
+            return padded
+        mask = np.pad(data["response_mask"], ((0, 0), (0, 9)))
+        return np.where(mask, padded, np.nan)
+
+    extra: dict[str, Any] = EXTRA.get(name, {})
+    padded = {n: x if x.ndim == 1 else wider(x) for n, x in data.items()}
+    extra_padded: dict[str, Any] = {n: jnp.array(wider(x)) for n, x in extra.items()}
+    (loss, metrics), gradient = once(data, mode, objective=name, **extra)
+    (loss_padded, metrics_padded), gradient_padded = once(
+        padded, mode, objective=name, **extra_padded
+    )
+    np.testing.assert_allclose(loss_padded, loss, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(gradient_padded[:, :TOKENS], gradient, rtol=1e-6, atol=1e-7)
+    assert not gradient_padded[:, TOKENS:].any()
+    assert metrics_padded.keys() == metrics.keys()
+    for key, value in metrics.items():
+        np.testing.assert_allclose(metrics_padded[key], value, rtol=2e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("level", ratio_levels.LEVELS)
+def test_at_ratio_one_the_gradient_is_that_of_reinforce(level: str, data: dict[str, Any]) -> None:
+    same = data | {"old_log_prob": data["log_prob"]}
+    scale = coefficients(data["response_mask"], "token-mean")
+    for objective in ("gipo", "sapo", "tis"):
+        (_, metrics), gradient = once(same, objective=objective, ratio_level=level)
+        np.testing.assert_allclose(gradient, -scale * data["advantages"][:, None], rtol=1e-6)
+        assert metrics["kl"] == 0 and metrics["log_ratio_p95"] == 0
+
+
+def test_advantages_of_tokens_and_of_answers_give_the_same_loss(data: dict[str, Any]) -> None:
+    tokens = np.broadcast_to(data["advantages"][:, None], (BATCH, TOKENS))
+    for x, y in zip(
+        jax.tree.leaves(once(data)),
+        jax.tree.leaves(once(data | {"advantages": tokens})),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_without_a_mask_every_token_counts(data: dict[str, Any]) -> None:
+    full = data | {"response_mask": np.ones((BATCH, TOKENS))}
+    none = {name: x for name, x in data.items() if name != "response_mask"}
+    assert once(full)[0][0] == once(none)[0][0]
+
+
+def test_a_fixed_length_divides_the_sum_of_tokens(data: dict[str, Any]) -> None:
+    summed = once(data, "seq-mean-token-sum")[0][0]
+    normed = once(data, "seq-mean-token-sum-norm", max_tokens=20)[0][0]
+    np.testing.assert_allclose(normed, summed / 20, rtol=1e-6)
+
+
+def test_gradients_flow_to_the_trained_policy_alone(data: dict[str, Any]) -> None:
+    arrays: dict[str, Any] = {name: jnp.array(x) for name, x in data.items()}
+    for name in ("old_log_prob", "advantages"):
+
+        def loss(x: jax.Array, name: str = name) -> jax.Array:
+            return policy_loss(**arrays | {name: x})[0]
+
+        assert not jax.grad(loss)(arrays[name]).any()
+
+
+def test_parameters_may_be_traced_and_vmapped(data: dict[str, Any]) -> None:
+    arrays: dict[str, Any] = {name: jnp.array(x) for name, x in data.items()}
+    sigmas = jnp.array([0.3, 1.0])
+    together = jax.jit(jax.vmap(lambda s: policy_loss(**arrays, sigma=s)[0]))(sigmas)
+    apart = [policy_loss(**arrays, sigma=float(sigma))[0] for sigma in sigmas]
+    np.testing.assert_allclose(together, apart, rtol=1e-6)
+
+
+def test_half_precision_is_computed_in_float32(data: dict[str, Any]) -> None:
+    half: dict[str, Any] = {
+        name: jnp.array(x, jnp.bfloat16 if name != "response_mask" else bool)
+        for name, x in data.items()
+    }
+    loss, metrics = policy_loss(**half)
+    exact: dict[str, Any] = {name: x.astype(jnp.float32) for name, x in half.items()}
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, policy_loss(**exact)[0], rtol=1e-6)
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_an_objective_with_a_state_returns_the_next_one(data: dict[str, Any]) -> None:
+    first = once(data, objective="r2vpo")[0][1]["state"]
+    x = (data["log_prob"] - data["old_log_prob"])[data["response_mask"]]
+    expected = 0.04 + 0.01 * (np.mean((np.exp(x) - 1) ** 2) - 0.04)
+    np.testing.assert_allclose(first, expected, rtol=1e-5)
+    second = once(data, objective="r2vpo", state=first)[0][1]["state"]
+    assert second > first
+
+
+def test_a_function_of_the_user_takes_the_mask(data: dict[str, Any]) -> None:
+    @objectives.declare(kind="batch")
+    def centered(log_ratio: Any, advantage: Any, mask: Any = None) -> Any:
+        return (advantage - jnp.mean(advantage, where=mask)) * jnp.exp(log_ratio)
+
+    (_, metrics), gradient = once(data, objective=centered)
+    mask, a = data["response_mask"], np.broadcast_to(data["advantages"][:, None], (BATCH, TOKENS))
+    ratio = np.exp(data["log_prob"] - data["old_log_prob"])
+    expected = np.where(mask, -(a - a[mask].mean()) * ratio / mask.sum(), 0)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert np.isfinite(metrics["ess"])
+
+
+def test_no_tokens_at_all_give_a_loss_of_zero(data: dict[str, Any]) -> None:
+    empty = data | {"response_mask": np.zeros((BATCH, TOKENS), bool)}
+    for name in ("gipo", "p3o_ess", "m2po", "m2po_mask", "cppo"):
+        for (loss, _), gradient in evaluated(empty, objective=name).values():
+            assert loss == 0 and not gradient.any()
+
+
+@objectives.declare(kind="batch")
+def without_mask(log_ratio: Any, advantage: Any) -> Any:
+    return log_ratio * advantage / jnp.mean(advantage)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("response_mask", {"response_mask": jnp.ones((BATCH, TOKENS + 1))}),
+        ("response_mask", {"response_mask": jnp.ones(BATCH)}),
+        ("old_log_prob", {"old_log_prob": jnp.zeros((BATCH, 1))}),
+        ("log_prob", {"log_prob": jnp.zeros(BATCH)}),
+        ("advantages", {"advantages": jnp.zeros((BATCH, 1))}),
+        ("loss_agg_mode", {"loss_agg_mode": "mean"}),
+        ("max_tokens", {"max_tokens": 4}),
+        ("max_tokens", {"max_tokens": 0, "loss_agg_mode": "seq-mean-token-sum-norm"}),
+        ("ratio_level", {"ratio_level": "word"}),
+        ("ratio_level", {"ratio_level": "prefix_min", "objective": "dppo_tv"}),
+        ("objective", {"objective": "gopi"}),
+        ("objective", {"objective": without_mask}),
+        ("sigma", {"sigma": -1.0}),
+        ("parameter of gipo", {"tau": 1.0}),
+        ("parameter of ppo_clip", {"objective": "ppo_clip", "kernel": "gaussian"}),
+        ("kernel", {"kernel": "box"}),
+        ("log_ratio_start", {"objective": "geppo"}),
+    ],
+)
+def test_bad_input_is_refused_by_name(
+    field: str, change: dict[str, Any], data: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        losses.policy_loss(**{name: jnp.array(x) for name, x in data.items()} | change)
