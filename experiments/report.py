@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+import experiments
 from experiments import training, tuned_sizes
 from experiments.store import DataError, Store
 from gipo_jax.analysis import plots
@@ -126,6 +127,17 @@ def write(out: Path, path: Path) -> None:
             lines += [f"**{which}: {section.verdict}.**", ""]
         lines += [section.text, ""]
         for name in section.figures:
+            lines += figure(name)
+    lines += ["## Further studies", "", "Beyond the claims; each has its part of the plan.", ""]
+    entries = manifest["figures"].items()
+    left = {
+        Path(name).stem: str(entry["experiment"])
+        for name, entry in entries
+        if name.endswith(".png") and Path(name).stem not in shown
+    }
+    for experiment in dict.fromkeys(left.values()):
+        lines += [f"**{experiment}**: {experiments.REGISTRY[experiment].QUESTION}", ""]
+        for name in (name for name, owner in left.items() if owner == experiment):
             lines += figure(name)
     path.write_text("\n".join(lines).rstrip() + "\n")
 
