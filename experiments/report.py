@@ -128,7 +128,7 @@ def write(out: Path, path: Path) -> None:
         lines += [section.text, ""]
         for name in section.figures:
             lines += figure(name)
-    lines += ["## Further studies", "", "Beyond the claims; each has its part of the plan.", ""]
+    lines += ["## Further studies", "", "Beyond the claims of the paper.", ""]
     entries = manifest["figures"].items()
     left = {
         Path(name).stem: str(entry["experiment"])
