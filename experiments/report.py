@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+import experiments
 from experiments import training, tuned_sizes
 from experiments.store import DataError, Store
 from gipo_jax.analysis import plots
@@ -127,6 +128,17 @@ def write(out: Path, path: Path) -> None:
         lines += [section.text, ""]
         for name in section.figures:
             lines += figure(name)
+    lines += ["## Further studies", "", "Beyond the claims of the paper.", ""]
+    entries = manifest["figures"].items()
+    left = {
+        Path(name).stem: str(entry["experiment"])
+        for name, entry in entries
+        if name.endswith(".png") and Path(name).stem not in shown
+    }
+    for experiment in dict.fromkeys(left.values()):
+        lines += [f"**{experiment}**: {experiments.REGISTRY[experiment].QUESTION}", ""]
+        for name in (name for name, owner in left.items() if owner == experiment):
+            lines += figure(name)
     path.write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -187,8 +199,9 @@ class Protocol2:
             "it at 1 and 128: a method whose best rate moves with the replay size is then judged "
             "at a bad rate. Protocol 2 tunes it at each size, among four rates on five seeds that "
             "are never reported; judges the methods twice, with the paper's widths and with widths "
-            "tuned on the same budget; drops Pendulum, which nothing learnt in the gentle regime, "
-            "and MinAtar, which was cut short; and corrects for its 16 comparisons (Holm)."
+            "tuned on the same budget; drops Pendulum, which nothing learnt in the gentle regime; "
+            "leaves MinAtar, which had been cut short, to the full scale; and corrects "
+            "for its 16 comparisons (Holm)."
         )
         if not self.finished:
             return text

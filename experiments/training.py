@@ -131,9 +131,8 @@ CURVES = (
     "old_share",
     "log_ratio_abs_p95",
     "policy_age",
-    "success_rate",
 )
-"""Columns of metrics.csv kept in thinned curves."""
+"""Columns of metrics.csv kept in thinned curves; ``success_rate`` too, where a task has one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +238,7 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
             frame["run"] += offset
         offset += len(runs)
         tables.append(runs.drop(columns=["eval_return", "which"], errors="ignore"))
-        present = [name for name in CURVES if name in metrics]
+        present = [name for name in (*CURVES, "success_rate") if name in metrics]
         curves.append(metrics[["run", "env_steps", *present]])
     if not tables:
         return None

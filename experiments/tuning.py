@@ -38,7 +38,7 @@ class Study:
         program: what its methods share.
         methods: compared methods by label.
         cells: data to learn from.
-        learning_rates: tried for every method, unit and cell.
+        learning_rates: tried for every method, unit and cell; a single one is not tuned.
         tuning_seeds: seeds for that, none of them reported.
         seeds: seeds that are reported.
     """
@@ -96,14 +96,18 @@ def tuning_sweep(study: Study, unit: Unit) -> Sweep:
 
 def reported_sweep(store: Store, study: Study, unit: Unit) -> Sweep | None:
     """Every method and cell at its best rate, on the reported seeds; None while that is unknown."""
-    tuned = training.collect(store, [tuning_sweep(study, unit)])
-    if tuned is None:
-        return None
-    best = best_rates(tuned[0])
-    chosen = zip(best["method"], best["age"], best["min_age"], best["learning_rate"], strict=True)
-    rates = {
-        (label, Cell(int(age), int(min_age))): [float(rate)] for label, age, min_age, rate in chosen
-    }
+    only = list(study.learning_rates)
+    rates = {(label, cell): only for label in study.methods for cell in study.cells}
+    if len(only) > 1:
+        tuned = training.collect(store, [tuning_sweep(study, unit)])
+        if tuned is None:
+            return None
+        best = best_rates(tuned[0])
+        keys = zip(best["method"], best["age"], best["min_age"], strict=True)
+        rates = {
+            (label, Cell(int(age), int(min_age))): [float(rate)]
+            for (label, age, min_age), rate in zip(keys, best["learning_rate"], strict=True)
+        }
     return make_sweep(study, unit, "report", study.seeds, rates)
 
 
@@ -122,7 +126,8 @@ def best_rates(tuning: pd.DataFrame) -> pd.DataFrame:
 
 def train(store: Store, study: Study, unit: Unit) -> None:
     """Tunes and reports a unit, unless that is done."""
-    training.store_sweeps(store, [tuning_sweep(study, unit)], "loop")
+    if len(study.learning_rates) > 1:
+        training.store_sweeps(store, [tuning_sweep(study, unit)], "loop")
     reported = reported_sweep(store, study, unit)
     assert reported is not None, "store_sweeps returns when all runs are through"
     training.store_sweeps(store, [reported], "loop")
@@ -134,7 +139,8 @@ def gather(
     """What the finished units gave.
 
     Returns:
-        tuning runs, reported runs and their curves; None while no unit is finished.
+        tuning runs, none where nothing was tuned, reported runs and their curves; None while no
+        unit is finished.
     """
     finished = []
     for unit in units:
@@ -143,9 +149,10 @@ def gather(
             finished.append((tuning_sweep(study, unit), reported))
     tuned = training.collect(store, [tuning for tuning, _ in finished])
     found = training.collect(store, [reported for _, reported in finished])
-    if tuned is None or found is None:
+    if found is None:
         return None
-    return tuned[0][TUNING_COLUMNS], *found
+    none = pd.DataFrame(columns=TUNING_COLUMNS)
+    return (none if tuned is None else tuned[0][TUNING_COLUMNS]), *found
 
 
 def progress(study_units: list[Unit], runs: pd.DataFrame) -> pd.DataFrame:

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -35,9 +37,18 @@ from experiments import (  # noqa: E402
 )
 from experiments.store import sha256  # noqa: E402
 from gipo_jax import objectives  # noqa: E402
+from gipo_jax.analysis import plots  # noqa: E402
 from scripts import reproduce  # noqa: E402
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    """Compiling takes most of the time here, and what is compiled runs for moments."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
@@ -494,7 +505,16 @@ def test_dominated_by_hand() -> None:
 RESULTS = ROOT / "results"
 
 
-def test_committed_data_give_the_committed_numbers(tmp_path: Path) -> None:
+def test_committed_data_give_the_committed_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save_nothing(figure: Any, stem: Path) -> list[Path]:
+        stem.parent.mkdir(exist_ok=True)
+        stem.with_suffix(".png").touch()
+        return [stem.with_suffix(".png")]
+
+    # Rendering takes most of the time, and other tests do it.
+    monkeypatch.setattr(plots, "save", save_nothing)
     for part in ("data", "manifest.json"):
         source = RESULTS / part
         copy = shutil.copytree if source.is_dir() else shutil.copy
