@@ -316,15 +316,19 @@ def report(
     advantage = _step_advantage(parts, rows)
     objective = bind_objective(parts, state, state.learner, hparams, rows)
     weight = losses.objective_weight(objective, log_ratio, advantage)
-    trust_weight = weight * jnp.exp(-jnp.maximum(log_ratio, -80.0))
-    metrics = diagnostics.utilization(log_ratio, advantage, weight, trust_weight, age[:, None])
-    if config.eval_episodes:
-        ends, sampled = draw(parts, params, key_evaluate, config.eval_episodes)
+    metrics = diagnostics.utilization(log_ratio, advantage, weight, age[:, None])
+    points = EVALUATED if config.eval_episodes is None else config.eval_episodes
+    if points:
+        ends, sampled = draw(parts, params, key_evaluate, points)
         metrics["eval_return"] = jnp.mean(tasks.reward(parts.task, ends))
         metrics["eval_return_sampled"] = jnp.mean(tasks.reward(parts.task, sampled))
         metrics["modes_covered"] = tasks.modes_covered(parts.task, sampled)
         metrics["pairwise_distance"] = tasks.pairwise_distance(sampled)
     return metrics
+
+
+EVALUATED = 128
+"""End points that an evaluation draws unless the configuration says how many."""
 
 
 def draw(parts: Parts, params: Any, key: Array, n: int) -> tuple[Array, Array]:
