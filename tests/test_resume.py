@@ -90,7 +90,9 @@ def test_a_resumed_sweep_ends_with_the_same_bytes(alone: Path, stopped: Path) ->
     assert same(alone, stopped)
 
 
-def test_a_sweep_resumed_in_another_batch_mode_has_the_same_tables(alone: Path, stopped: Path) -> None:
+def test_a_sweep_resumed_in_another_batch_mode_has_the_same_tables(
+    alone: Path, stopped: Path
+) -> None:
     options = sweep.Options(quiet=True, checkpoint_seconds=0, batch_mode="loop", devices=1)
     sweep.run(runs(), stopped, options, resume=True)
     for name in kill_test.COMPARED:

@@ -322,7 +322,9 @@ def test_a_group_cut_into_slices_gives_the_same_bits(
         assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
 
 
-def test_a_run_that_does_not_fit_in_memory_is_refused_with_a_buffer_size_that_fits(grid_of_six: list[sweep.Run]) -> None:
+def test_a_run_that_does_not_fit_in_memory_is_refused_with_a_buffer_size_that_fits(
+    grid_of_six: list[sweep.Run],
+) -> None:
     group = plan.group_runs(grid_of_six)[0]
     limit = group.memory.state - group.memory.replay + group.memory.work + group.memory.replay // 2
     with pytest.raises(ConfigError, match="buffer_size up to 32 would fit"):
