@@ -72,7 +72,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
         ("--num-processes 2", ("--num-processes", "--distributed")),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, names: tuple[str, ...]
 ) -> None:
     out = tmp_path / "out"
@@ -82,7 +82,7 @@ def test_a_mistake_is_one_line(
     assert not out.exists()
 
 
-def test_without_a_folder_there_is_no_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_without_out_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--out" in fails(capsys, "sweep")
 
 
@@ -109,7 +109,7 @@ def test_a_folder_with_nothing_to_resume_is_refused(
     assert "holds a sweep" in fails(capsys, "sweep", "--resume", "--out", str(tmp_path))
 
 
-def test_nothing_can_be_drawn_where_there_is_no_sweep(
+def test_plotting_a_folder_without_a_sweep_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert "a folder that holds a sweep" in fails(capsys, "plot", str(tmp_path))

@@ -63,7 +63,7 @@ def test_a_loaded_policy_acts(trained: Path) -> None:
     assert not np.array_equal(first, second)
 
 
-def test_what_cannot_be_loaded_is_named(trained: Path, tmp_path: Path) -> None:
+def test_loading_a_run_that_is_not_there_is_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^run: 2 "):
         gipo_jax.load(trained, run=2)
     with pytest.raises(results.ResultsError, match="holds no sweep"):
@@ -89,7 +89,7 @@ def hang(event: threading.Event) -> None:
     event.wait()
 
 
-def test_a_callback_that_hangs_holds_up_nothing() -> None:
+def test_a_log_callback_that_hangs_holds_up_nothing() -> None:
     never = threading.Event()
     warned: list[str] = []
     dispatcher = logs.Dispatcher([lambda rows: hang(never)], warned.append)

@@ -90,7 +90,9 @@ def test_a_resumed_sweep_ends_with_the_same_bytes(alone: Path, stopped: Path) ->
     assert same(alone, stopped)
 
 
-def test_another_layout_resumes(alone: Path, stopped: Path) -> None:
+def test_a_sweep_resumed_in_another_batch_mode_has_the_same_tables(
+    alone: Path, stopped: Path
+) -> None:
     options = sweep.Options(quiet=True, checkpoint_seconds=0, batch_mode="loop", devices=1)
     sweep.run(runs(), stopped, options, resume=True)
     for name in kill_test.COMPARED:
@@ -114,7 +116,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert len(warned) == 1 and "00000002 is damaged" in warned[0]
 
 
-def test_falling_back_ends_with_the_same_bytes(
+def test_a_sweep_resumed_from_the_checkpoint_before_a_damaged_one_ends_the_same(
     alone: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (stopped / "checkpoints/00000002/arrays/state/manifest.ocdbt").write_bytes(b"")
@@ -123,7 +125,7 @@ def test_falling_back_ends_with_the_same_bytes(
     assert same(alone, stopped)
 
 
-def test_no_good_checkpoint_is_an_error_and_nothing_is_touched(stopped: Path) -> None:
+def test_a_sweep_of_which_every_checkpoint_is_damaged_is_refused_untouched(stopped: Path) -> None:
     for path in stopped.glob("checkpoints/*/manifest.json"):
         path.write_text("{")
     metrics = (stopped / "metrics.csv").read_bytes()
@@ -132,7 +134,7 @@ def test_no_good_checkpoint_is_an_error_and_nothing_is_touched(stopped: Path) ->
     assert (stopped / "metrics.csv").read_bytes() == metrics
 
 
-def test_other_settings_do_not_resume(stopped: Path) -> None:
+def test_resuming_with_other_settings_is_refused(stopped: Path) -> None:
     others = [
         dataclasses.replace(r, hparams=dataclasses.replace(r.hparams, gamma=0.5)) for r in runs()
     ]
@@ -199,7 +201,7 @@ except checkpoint.CheckpointError as error:
 """
 
 
-def test_arrays_that_find_no_room_are_one_line(tmp_path: Path) -> None:
+def test_a_checkpoint_that_finds_no_room_fails_with_one_line(tmp_path: Path) -> None:
     first = checkpoint.save(tmp_path, 1, {"n": 1}, None)
     command = [sys.executable, "-c", FULL, str(tmp_path)]
     root = Path(__file__).resolve().parents[1]
@@ -211,7 +213,7 @@ def test_arrays_that_find_no_room_are_one_line(tmp_path: Path) -> None:
     assert checkpoint.read_progress(first) == {"n": 1}
 
 
-def test_three_kills_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
+def test_a_sweep_killed_three_times_ends_like_one_left_alone(tmp_path: Path) -> None:
     settings = [word for word in kill_test.SETTINGS if word != "ppo_clip"]
     assert kill_test.check(tmp_path, 3, random.Random(0), print, settings) == []
 

@@ -87,7 +87,7 @@ def test_a_value_given_twice_makes_one_run() -> None:
         ({"total_steps": 97}, "total_steps"),
     ],
 )
-def test_what_is_not_usable_is_named(settings: dict[str, Any], field: str) -> None:
+def test_expand_names_the_setting_that_is_not_usable(settings: dict[str, Any], field: str) -> None:
     with pytest.raises(ConfigError, match=f"^{field}: ") as caught:
         sweep.expand(**SMALL | settings)
     assert "\n" not in str(caught.value)
@@ -98,7 +98,7 @@ def test_a_misspelt_setting_gets_a_suggestion() -> None:
         sweep.expand(**SMALL, learning_rat=0.1)
 
 
-def test_runs_survive_json() -> None:
+def test_runs_written_as_json_are_read_back_equal() -> None:
     runs = sweep.expand(**SMALL, objective=["gipo", "ppo_clip"], sigma=[0.5, 1.0], seeds=2)
     text = json.dumps(grid.encode(runs), allow_nan=False)
     assert grid.decode(json.loads(text)) == runs
@@ -229,7 +229,7 @@ def test_loop_is_the_same_bits_as_map(
         assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
 
 
-def test_seeds_differ(tmp_path: Path) -> None:
+def test_runs_with_different_seeds_get_different_losses(tmp_path: Path) -> None:
     sweep.run(sweep.expand(**SMALL, seeds=6), tmp_path, QUIET)
     values = [tuple(rows(tmp_path, run).value_loss) for run in range(6)]
     assert len(set(values)) == 6
@@ -309,7 +309,7 @@ def test_another_sweep_is_not_overwritten(grid_of_six: list[sweep.Run], swept: P
     assert before == {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
 
 
-def test_a_slice_at_a_time_gives_the_same_bits(
+def test_a_group_cut_into_slices_gives_the_same_bits(
     grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
 ) -> None:
     group = plan.group_runs(grid_of_six)[0]
@@ -322,14 +322,16 @@ def test_a_slice_at_a_time_gives_the_same_bits(
         assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
 
 
-def test_what_does_not_fit_is_refused_with_what_would(grid_of_six: list[sweep.Run]) -> None:
+def test_a_run_that_does_not_fit_in_memory_is_refused_with_a_buffer_size_that_fits(
+    grid_of_six: list[sweep.Run],
+) -> None:
     group = plan.group_runs(grid_of_six)[0]
     limit = group.memory.state - group.memory.replay + group.memory.work + group.memory.replay // 2
     with pytest.raises(ConfigError, match="buffer_size up to 32 would fit"):
         plan.slices(group, "map", None, jax.devices()[:1], int(limit / plan.USABLE) + 1)
 
 
-def test_nothing_is_written_where_a_setting_is_wrong(
+def test_a_sweep_with_a_wrong_option_writes_nothing(
     grid_of_six: list[sweep.Run], tmp_path: Path
 ) -> None:
     for options in (

@@ -7,6 +7,7 @@ running sweep, and every caption names its interval.
 
 import contextlib
 import dataclasses
+import textwrap
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -142,7 +143,10 @@ def finish(
             columnspacing=1.2,
             handlelength=2.2,
         )
-    figure.supxlabel(caption, fontsize=7.5, color="0.35")
+    # About 17 characters of this size fit in an inch.
+    width = int(17 * figure.get_figwidth())
+    wrapped = "\n".join(textwrap.fill(line, width) for line in caption.splitlines())
+    figure.supxlabel(wrapped, fontsize=7.5, color="0.35")
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
