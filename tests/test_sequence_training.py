@@ -1,0 +1,331 @@
+"""The algorithm of token tasks: groups, replay, lag, evaluation, and what it refuses."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gipo_jax
+from gipo_jax import buffer, cli, losses, objectives, train
+from gipo_jax.config import Config, ConfigError
+from gipo_jax.sequences import tasks
+from gipo_jax.sequences import train as of_sequences
+
+PROMPTS, GROUP = 3, 4
+BLOCK = PROMPTS * GROUP
+SMALL = Config(
+    env=tasks.reverse(length=4),
+    num_envs=PROMPTS,
+    rollout_length=GROUP,
+    batch_size=BLOCK,
+    total_steps=6 * BLOCK,
+    num_logs=6,
+    max_buffer_size=4 * BLOCK,
+    eval_episodes=5,
+    decoder_layers=1,
+    decoder_width=8,
+    decoder_heads=2,
+)
+STALENESS = (
+    {"buffer_size": BLOCK, "min_age": 0},
+    {"buffer_size": 4 * BLOCK, "min_age": 0},
+    {"buffer_size": 4 * BLOCK, "min_age": 3},
+    {"buffer_size": 3 * BLOCK, "min_age": 2, "learning_rate": 1e-3},
+)
+
+
+def settings(config: Config, **given: Any) -> Any:
+    """Traced settings, with the largest buffer that the configuration allocates."""
+    return train.make_hparams(config, **{"buffer_size": config.max_buffer_size} | given)
+
+
+def hparams_of(config: Config, rows: Any = STALENESS) -> Any:
+    return train.stack([train.make_hparams(config, **row) for row in rows])
+
+
+@pytest.fixture(scope="module")
+def runs() -> Any:
+    """State and metrics of four runs of different staleness in one program."""
+    program = jax.jit(lambda h: jax.lax.map(train.make_train(SMALL), h))
+    return program(hparams_of(SMALL))
+
+
+def test_the_age_of_data_follows_from_buffer_size_and_lag(runs: Any) -> None:
+    age, oldest = runs[1]["policy_age"], runs[1]["policy_age_max"]
+    np.testing.assert_array_equal(age[0], np.zeros(6))
+    np.testing.assert_array_equal(oldest[1], [0, 1, 2, 3, 3, 3])
+    # A lag draws the oldest block until one is as old as that.
+    np.testing.assert_array_equal(age[2], [0, 1, 2, 3, 3, 3])
+    np.testing.assert_array_equal(oldest[2], age[2])
+    np.testing.assert_array_equal(age[3], [0, 1, 2, 2, 2, 2])
+
+
+def test_lag_zero_of_a_large_buffer_equals_the_on_policy_run_bit_for_bit(runs: Any) -> None:
+    alone = dataclasses.replace(SMALL, max_buffer_size=BLOCK)
+    program = jax.jit(lambda h: jax.lax.map(train.make_train(alone), h))
+    state, metrics = program(hparams_of(alone, STALENESS[:1]))
+    for one, several in zip(
+        jax.tree.leaves((state.learner, metrics)),
+        jax.tree.leaves((runs[0].learner, runs[1])),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one[0], several[0])
+
+
+def test_on_policy_data_has_ratio_one(runs: Any) -> None:
+    metrics = runs[1]
+    assert np.all(metrics["kl"][0] < 1e-6) and np.any(metrics["kl"][2] > 1e-6)
+
+
+def test_metrics_of_training_are_complete_and_finite(runs: Any) -> None:
+    state, metrics = runs
+    assert np.all(state.diverged_at == -1)
+    for name in ("eval_return", "eval_return_sampled", "success_rate", "episode_return"):
+        assert np.all((metrics[name] >= 0) & (metrics[name] <= 1))
+    assert np.all(metrics["episodes"] == BLOCK)
+    assert np.all(metrics["answer_length"] == 4)
+    for name in ("entropy", "grad_norm", "policy_loss", "ess", "log_ratio_p05"):
+        assert np.all(np.isfinite(metrics[name]))
+
+
+def test_replay_holds_the_answers_with_their_advantage_within_the_group() -> None:
+    parts = of_sequences.make_parts(SMALL)
+    hparams = settings(SMALL)
+    state = jax.jit(lambda: of_sequences.init(parts, hparams))()
+    after, answers = jax.jit(lambda s: of_sequences.act(parts, s, hparams, jax.random.key(1)))(
+        state
+    )
+    assert answers.prompt.shape == (GROUP, PROMPTS, 4)
+    np.testing.assert_array_equal(answers.prompt[0], answers.prompt[-1])
+    reward = np.mean(answers.answer == answers.prompt[:, :, ::-1], axis=-1)
+    assert len(np.unique(reward)) > 1
+    np.testing.assert_allclose(answers.advantage, reward - reward.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(after.return_sum, reward.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(after.solved, np.sum(reward == 1))
+
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), answers)
+    log_prob, _ = of_sequences.score(parts, state.learner.params, flat, hparams)
+    np.testing.assert_allclose(flat.behavior_log_prob, log_prob, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", [tasks.reverse(length=4), tasks.reverse_mixed(1, 3)])
+def test_an_update_follows_the_gradient_of_the_public_loss(task: Any) -> None:
+    config = dataclasses.replace(
+        SMALL, env=task, objective="sapo", ratio_level="prefix_product", normalize_advantage=True
+    )
+    parts = of_sequences.make_parts(config)
+    hparams = settings(config, entropy_coef=0.0, max_grad_norm=1e6)
+    state = jax.jit(lambda: of_sequences.init(parts, hparams))()
+
+    def norms(state: Any) -> Any:
+        state, answers = of_sequences.act(parts, state, hparams, jax.random.key(1))
+        batch, _ = buffer.take_rows(buffer.add(state.replay, answers, 0), jnp.arange(BLOCK), 0)
+        moved = jax.tree.map(lambda x: x + 0.1, state.learner.params)
+        learner = state.learner._replace(params=moved)
+        _, metrics = of_sequences.update(parts, state, learner, batch, hparams, 0, jnp.float32(1.0))
+
+        def loss(params: Any) -> Any:
+            log_prob, _ = of_sequences.score(parts, params, batch, hparams)
+            advantage = (batch.advantage - batch.advantage.mean()) / batch.advantage.std()
+            return losses.policy_loss(
+                log_prob,
+                batch.behavior_log_prob,
+                advantage,
+                parts.decoder.mask(batch.answer),
+                objective="sapo",
+                ratio_level="prefix_product",
+            )[0]
+
+        value, grads = jax.value_and_grad(loss)(moved)
+        squares = sum(jnp.sum(g**2) for g in jax.tree.leaves(grads))
+        return metrics["grad_norm"], jnp.sqrt(squares), metrics["policy_loss"], value
+
+    norm, expected, loss, value = jax.jit(norms)(state)
+    assert norm > 1e-3
+    np.testing.assert_allclose(norm, expected, rtol=1e-4)
+    np.testing.assert_allclose(loss, value, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", objectives.ALL)
+def test_every_objective_trains_on_padded_answers(name: str) -> None:
+    config = dataclasses.replace(SMALL, env=tasks.reverse_mixed(1, 3), objective=name)
+    algorithm, hparams = train.make(config), settings(config)
+    state = jax.eval_shape(algorithm.init, hparams)
+    after, metrics = jax.eval_shape(algorithm.train_step, state, hparams, 0)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, after)]
+    assert shapes[0] == shapes[1]
+    assert {"policy_loss", "entropy", "kl", "grad_norm"} == metrics.keys()
+
+
+def test_imitation_learns_the_task_before_training() -> None:
+    config = dataclasses.replace(SMALL, batch_size=64, sampling="uniform", decoder_width=16)
+    algorithm = train.make(config)
+
+    @jax.jit
+    def greedy(hparams: Any) -> Any:
+        params = algorithm.init(hparams).learner.params
+        return algorithm.evaluate(params, (), jax.random.key(0), 200)[0]
+
+    exact = [
+        greedy(settings(config, imitation_updates=updates, learning_rate=3e-3))
+        for updates in (0, 400)
+    ]
+    assert exact[0] < 0.3 and exact[1] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("objective", ["gipo", "ppo_clip"])
+def test_reversing_four_tokens_is_learned_from_rewards_alone(objective: str) -> None:
+    config = dataclasses.replace(
+        SMALL,
+        objective=objective,
+        num_envs=8,
+        rollout_length=8,
+        batch_size=64,
+        max_buffer_size=64,
+        total_steps=64 * 300,
+        num_logs=1,
+        eval_episodes=200,
+        decoder_layers=2,
+        decoder_width=32,
+    )
+    rows = [
+        {"buffer_size": 64, "learning_rate": 1e-3, "entropy_coef": 0.01, "seed": i}
+        for i in range(3)
+    ]
+    program = jax.jit(lambda h: jax.lax.map(train.make_train(config), h))
+    _, metrics = program(hparams_of(config, rows))
+    assert np.all(metrics["eval_return"] > 0.95)
+
+
+def test_a_policy_answers_prompts_of_any_leading_shape() -> None:
+    algorithm = train.make(SMALL)
+    params = jax.jit(algorithm.init)(settings(SMALL)).learner.params
+    prompt = jnp.zeros((2, 3, 4), jnp.int32)
+    assert algorithm.choose_action(params, (), prompt).shape == (2, 3, 4)
+    one = algorithm.choose_action(params, (), prompt[0, 0], jax.random.key(0))
+    assert one.shape == (4,)
+
+
+@objectives.declare(kind="batch")
+def without_mask(log_ratio: Any, advantage: Any) -> Any:
+    return log_ratio * advantage / jnp.mean(advantage)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("env", {"env": "tokens/sort"}),
+        ("env", {"env": "missing.py:TASK"}),
+        ("rollout_length", {"rollout_length": 1, "batch_size": 3}),
+        ("ratio_level", {"ratio_level": "word"}),
+        ("ratio_level", {"ratio_level": "prefix_min", "objective": "dppo_kl"}),
+        ("objective", {"objective": without_mask, "env": "tokens/add"}),
+        ("loss_agg_mode", {"loss_agg_mode": "mean"}),
+        ("hidden_sizes", {"hidden_sizes": (32,)}),
+        ("advantage_mode", {"advantage_mode": "vtrace"}),
+        ("width", {"decoder_width": 9}),
+        ("min_age", {"min_age": 4}),
+        ("gamma", {"gamma": 0.9}),
+        ("value_learning_rate", {"value_learning_rate": 1e-5}),
+        ("temperature", {"temperature": 0.0}),
+        ("imitation_updates", {"imitation_updates": 2, "env": "without demonstrations"}),
+        # What only token tasks have, on a control task.
+        ("decoder_width", {"env": "CartPole-v1", "decoder_width": 32}),
+        ("loss_agg_mode", {"env": "CartPole-v1", "loss_agg_mode": "seq-mean-token-sum"}),
+        ("ratio_level", {"env": "CartPole-v1", "ratio_level": "sequence"}),
+        ("ratio_level", {"env": "CartPole-v1", "objective": "gspo"}),
+        ("objective", {"env": "CartPole-v1", "objective": "ctpo", "ratio_level": "joint"}),
+        ("temperature", {"env": "CartPole-v1", "temperature": 0.5}),
+    ],
+)
+def test_settings_that_do_not_fit_the_task_are_refused(field: str, change: dict[str, Any]) -> None:
+    if change.get("env") == "without demonstrations":
+        change = change | {"env": tasks.reverse(4)._replace(demonstration=None)}
+    if change.get("env") == "CartPole-v1":
+        change = {"decoder_layers": 3, "decoder_width": 64, "decoder_heads": 4} | change
+    static = {name: x for name, x in change.items() if hasattr(SMALL, name)}
+    traced = {name: x for name, x in change.items() if name not in static}
+    config = dataclasses.replace(SMALL, **static)
+
+    def everything() -> None:
+        train.make(config)
+        settings(config, **traced)
+
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        everything()
+
+
+MY_TASKS = """
+import jax
+import jax.numpy as jnp
+from gipo_jax.sequences import tasks
+
+def prompt(key):
+    return jax.random.randint(key, (3,), 0, 2)
+
+def reward(prompt, answer):
+    return jnp.mean(answer == jnp.sort(prompt))
+
+SORT = tasks.Task(prompt, reward, vocab=2, prompt_length=3, answer_length=3)
+NUMBER = 3
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_sweep_over_a_task_of_the_user_is_trained_resumed_plotted_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_tasks.py").write_text(MY_TASKS)
+    arguments = (
+        "sweep --env my_tasks.py:SORT --objective gipo gspo --ratio-level joint --num-envs 2"
+        " --rollout-length 4 --batch-size 8 --buffer-size 8 16 --min-age 0 --total-steps 64"
+        " --num-logs 2 --eval-episodes 4 --decoder-layers 1 --decoder-width 8 --decoder-heads 2"
+        " --out out --quiet"
+    )
+    assert cli.main(arguments.split()) == 0
+    runs = Path("out/runs.csv").read_text()
+    assert runs.count("my_tasks.py:SORT") == 4 and runs.count("done") == 4
+    assert list(Path("out/figures").glob("*.png"))
+    agent = gipo_jax.load("out", run=3)
+    assert agent.policy(jnp.zeros(3, jnp.int32)).shape == (3,)
+    greedy, sampled = agent.evaluate(jax.random.key(0), 8)
+    assert 0 <= greedy <= 1 and 0 <= sampled <= 1
+
+    assert cli.main(["sweep", "--resume", "--out", "out"]) == 0
+    Path("my_tasks.py").write_text(MY_TASKS + "\n# another\n")
+    capsys.readouterr()
+    assert cli.main(["sweep", "--resume", "--out", "out"]) == 2
+    assert "it has changed since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ("my_tasks.py:NUMBER", "FILE.py:TASK, not int"),
+        ("my_tasks.py:NOTHING", "has no NOTHING"),
+        ("other.py:SORT", "there is no file other.py"),
+        ("broken.py:SORT", "ZeroDivisionError"),
+    ],
+)
+def test_a_file_without_the_task_is_refused_in_one_line(
+    env: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_tasks.py").write_text(MY_TASKS)
+    Path("broken.py").write_text("SORT = 1 / 0\n")
+    assert cli.main(["sweep", "--env", env, "--out", "out"]) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+    assert not Path("out").exists()
