@@ -63,7 +63,8 @@ def ratios(
     )
     trust_weight = weight * jnp.exp(-jnp.maximum(log_ratio, -80.0))
     counted = jnp.where(where, log_ratio, jnp.nan)
-    low, high = jnp.nanpercentile(counted, jnp.array([5.0, 95.0]))
+    # A value of the batch: interpolating between two rounds differently from program to program.
+    low, high = jnp.nanpercentile(counted, jnp.array([5.0, 95.0]), method="nearest")
     moved = where & (advantage != 0)
     return {
         "ess": effective_sample_size(weight, moved),
