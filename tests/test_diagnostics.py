@@ -58,8 +58,8 @@ class UtilizationTest(chex.TestCase):
             "old_share": u[old].sum() / u.sum(),
             "old_gradient_share": np.abs(u * a)[old].sum() / np.abs(u * a).sum(),
             "log_ratio_abs_p95": np.percentile(np.abs(x), 95),
-            "log_ratio_p05": np.percentile(x, 5),
-            "log_ratio_p95": np.percentile(x, 95),
+            "log_ratio_p05": np.percentile(x, 5, method="nearest"),
+            "log_ratio_p95": np.percentile(x, 95, method="nearest"),
             "policy_age": age.mean(),
             "policy_age_max": age.max(),
         }
