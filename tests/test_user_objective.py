@@ -94,7 +94,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("mine.py:branches", ["mine.py:15", "branches", "TracerBoolConversionError"]),
         ("imports.py:f", ["imports.py:2", "ModuleNotFoundError", "no_such_module"]),
         ("unfinished.py:f", ["unfinished.py:1", "SyntaxError"]),
-        ("mine.py:absent", ["mine.py", "absent()"]),
+        ("mine.py:absent", ["FILE.py:FUNCTION", "mine.py has no absent"]),
         ("absent.py:mine", ["absent.py", "no file"]),
         # What it should have taken or returned.
         ("mine.py:wants_reward", ["wants_reward", "reward", "behavior_log_prob"]),
