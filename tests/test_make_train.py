@@ -104,7 +104,7 @@ def test_make_train_under_vmap_equals_single_runs_with_one_compilation(toy: Any)
     assert len(np.unique(ends, axis=0)) == 8
 
 
-def test_make_train_under_map_and_shard_map_gives_the_same_bits(toy: Any) -> None:
+def test_make_train_under_map_and_shard_map_gives_the_bits_of_single_runs(toy: Any) -> None:
     config = whole_config(toy)
     hparams, _ = train.grid(config, seed=range(2), sigma=[0.5, 1.0], buffer_size=4 * BLOCK)
     run = train.make_train(config)
@@ -114,15 +114,8 @@ def test_make_train_under_map_and_shard_map_gives_the_same_bits(toy: Any) -> Non
     shared = jax.shard_map(mapped, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
     one, ways = jax.jit(run), [jax.jit(mapped)(hparams), jax.jit(shared)(hparams)]
     for i in range(4):
-        first, second = (train.select(way, i) for way in ways)
-        assert same_bits(first, second)
-        # A program of one run may round in another order than the body of a loop.
-        for x, y in zip(
-            jax.tree.leaves(first[1]),
-            jax.tree.leaves(one(train.select(hparams, i))[1]),
-            strict=True,
-        ):
-            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+        alone = one(train.select(hparams, i))
+        assert all(same_bits(train.select(way, i), alone) for way in ways)
 
 
 def test_default_hparams_train_without_being_completed(toy: Any) -> None:
