@@ -170,7 +170,7 @@ def _draw_weights(store: Store) -> None:
 def scores(frame: pd.DataFrame) -> tuple[list[tuple[str, int]], np.ndarray]:
     """Normalised scores ``[methods, seeds, tasks]``; methods are (objective, replay in iterations).
 
-    A run that never finished an episode in the last tenth of training counts as its task's worst.
+    A run that never finished an episode in the last logged points counts as its task's worst.
     """
     worst = frame.groupby("env").final_return.transform("min")
     filled = frame.assign(final_return=frame.final_return.fillna(worst))

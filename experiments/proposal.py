@@ -95,10 +95,7 @@ SCALES = {
 def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     """Tunes, trains, and stores what is finished after every unit."""
     scale = SCALES[preset]
-    index, count = part
-    for unit in scale.units[index - 1 :: count]:
-        tuning.train(store, scale.study, unit)
-        gather(store, scale)
+    tuning.run(store, scale.study, scale.units, part, lambda: gather(store, scale))
 
 
 def gather(store: Store, scale: Scale) -> None:

@@ -324,7 +324,7 @@ def _draw_tasks(
     for axis in axes.flat[len(envs) :]:
         axis.remove()
     caption = (
-        f"Regime: {regime}. Mean return over the last tenth of training; bars: 95 % bootstrap "
+        f"Regime: {regime}. Mean return of the last logged points; bars: 95 % bootstrap "
         f"interval over {runs.seed.nunique()} seeds."
     )
     plots.finish(figure, caption, plots.legend(appearance.values()), columns=6)

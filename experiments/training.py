@@ -221,7 +221,7 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
         metrics = results.read_metrics(directory)
         returns = metrics.groupby("run")["episode_return"]
         runs["auc"] = runs["run"].map(returns.mean())
-        # No episode ended in the last tenth: the newest that did counts.
+        # No episode ended in the last logged points: the newest that did counts.
         runs["final_return"] = runs["final_return"].fillna(runs["run"].map(returns.last()))
         task_block = [run.config.block_size for run in item.runs]
         runs["age"] = runs["buffer_size"] // np.array(task_block)

@@ -5,6 +5,7 @@ one compiled program.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pandas as pd
@@ -131,6 +132,20 @@ def train(store: Store, study: Study, unit: Unit) -> None:
     reported = reported_sweep(store, study, unit)
     assert reported is not None, "store_sweeps returns when all runs are through"
     training.store_sweeps(store, [reported], "loop")
+
+
+def run(
+    store: Store,
+    study: Study,
+    units: list[Unit],
+    part: tuple[int, int],
+    write: Callable[[], None],
+) -> None:
+    """Tunes and reports a share of the units; ``write`` stores what is finished after each."""
+    index, count = part
+    for unit in units[index - 1 :: count]:
+        train(store, study, unit)
+        write()
 
 
 def gather(

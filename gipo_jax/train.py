@@ -405,16 +405,24 @@ def bind_objective(
 ) -> BoundObjective:
     """The objective with its parameters, and with the inputs and state that it asks for."""
     spec, behavior = parts.objective, batch.behavior_log_prob
-    given: dict[str, Any] = dict(hparams.objective_params)
-    if spec.takes_kernel:
-        given["kernel"] = parts.config.kernel
-    if spec.initial_state is not None:
-        given["state"] = learner.objective_state
+    given = objective_settings(parts.config, spec, hparams, learner)
     start = None
     if "log_ratio_start" in spec.inputs:
         outputs = parts.network.policy(state.learner.params, batch.obs)
         start = parts.head.log_prob(outputs, batch.action) - behavior
     return losses.bind(spec, parts.ratio_level, given, behavior, start)
+
+
+def objective_settings(
+    config: Config, spec: signatures.Spec, hparams: HParams, learner: Learner
+) -> dict[str, Any]:
+    """What an objective takes that is the same for every sample: parameters, kernel, state."""
+    given: dict[str, Any] = dict(hparams.objective_params)
+    if spec.takes_kernel:
+        given["kernel"] = config.kernel
+    if spec.initial_state is not None:
+        given["state"] = learner.objective_state
+    return given
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
@@ -525,7 +533,7 @@ def init(parts: Parts, hparams: HParams) -> TrainState:
 def start_keys(seed: Any) -> tuple[Array, Array, Array]:
     """Keys of a run with a seed: its own, one for the parameters, one for the environments."""
     key = jax.random.fold_in(jax.random.key(0), seed)
-    key_params, key_envs = jax.random.split(jax.random.fold_in(key, _INIT_STREAM))
+    key_params, key_envs = jax.random.split(jax.random.fold_in(key, INIT_STREAM))
     return key, key_params, key_envs
 
 
@@ -619,7 +627,7 @@ def first_update(config: Config) -> int:
 
 
 # Streams folded into a run's key where iterations are not: beyond any iteration's index.
-_INIT_STREAM = 2**31 - 1
+INIT_STREAM = 2**31 - 1
 _LOG_STREAM = 2**31 - 2
 
 

@@ -295,6 +295,20 @@ def test_run_is_pure_and_does_not_depend_on_the_runs_beside_it() -> None:
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=1e-4)
 
 
+def test_a_flow_takes_the_ratio_level_of_its_objective_unless_told_otherwise() -> None:
+    gspo = dataclasses.replace(SMALL, objective="gspo")
+    assert parts(SMALL).ratio_level == "token"
+    assert parts(gspo).ratio_level == "sequence"
+    assert parts(dataclasses.replace(gspo, ratio_level="joint")).ratio_level == "joint"
+    assert parts(dataclasses.replace(gspo, ratio_level="ratio_norm")).ratio_level == "ratio_norm"
+
+
+def test_an_objective_that_reads_positions_gets_the_steps_of_a_chain() -> None:
+    config = dataclasses.replace(SMALL, objective="ctpo")
+    state, _ = first_iterations(config, 3, buffer_size=32, learning_rate=0.01)
+    assert state.diverged_at == -1
+
+
 def test_first_update_on_fresh_chains_has_log_ratio_zero() -> None:
     _, metrics = first_iterations(SMALL, 1, buffer_size=8, learning_rate=1e-9)
     assert metrics["log_ratio_abs_p95"] < 1e-3

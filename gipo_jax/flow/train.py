@@ -48,6 +48,9 @@ from gipo_jax.train import Learner, Metrics, TrainState
 RATIO_NORM = "ratio_norm"
 """The ratio level of GRPO-Guard."""
 
+EVALUATED = 128
+"""End points that an evaluation draws unless the configuration says how many."""
+
 
 class ReplayRow(NamedTuple):
     """A chain as replay keeps it; leading axes are those of replay or of a batch.
@@ -73,13 +76,14 @@ class Parts(NamedTuple):
     field: sampler.VelocityField
     steps: sampler.Schedule
     objective: signatures.Spec
+    ratio_level: str
 
 
 class Ratios(NamedTuple):
     """How a flow compares with the one that made the chains, ``[batch, steps]`` each.
 
     Attributes:
-        log_ratio: of the configuration's ratio level.
+        log_ratio: of the ratio level.
         kl: KL(mu || pi) of each step, abs(mu_theta - mu_old)^2 / (2 s^2).
     """
 
@@ -138,22 +142,14 @@ def learn(
     def one_update(learner: Learner, count: Array) -> tuple[Learner, Metrics]:
         index = indices[count // config.reuse_per_batch]
         rows, _ = buffer.take_rows(state.replay, index, iteration)
-        scale = 1 / jnp.sqrt(count % config.reuse_per_batch + 1.0)
-        return update(parts, state, learner, rows, hparams, iteration, scale)
+        policy_scale = train.reuse_scale(config, count)
+        return update(parts, state, learner, rows, hparams, iteration, policy_scale)
 
     def all_updates(learner: Learner) -> tuple[Learner, Metrics]:
         learner, metrics = jax.lax.scan(one_update, learner, jnp.arange(updates))
         return learner, jax.tree.map(jnp.mean, metrics)
 
-    if train.first_update(config) == 0:
-        return all_updates(state.learner)
-    shapes = jax.eval_shape(all_updates, state.learner)[1]
-    return jax.lax.cond(
-        jnp.asarray(iteration) >= train.first_update(config),
-        all_updates,
-        lambda learner: (learner, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)),
-        state.learner,
-    )
+    return train.once_filled(config, iteration, all_updates, state.learner)
 
 
 def update(
@@ -205,9 +201,9 @@ def compare(parts: Parts, params: Any, rows: ReplayRow) -> Ratios:
     log_ratio = log_prob - rows.behavior_log_prob
     shift = jnp.sum((mean - rows.behavior_mean) ** 2, axis=-1)
     kl = shift / (2 * parts.steps.std**2)
-    if parts.config.ratio_level == RATIO_NORM:
+    if parts.ratio_level == RATIO_NORM:
         return Ratios(ratio_norm(log_ratio, kl, parts.steps.std), kl)
-    return Ratios(ratio_levels.transform(log_ratio, parts.config.ratio_level or "token"), kl)
+    return Ratios(ratio_levels.transform(log_ratio, parts.ratio_level), kl)
 
 
 def ratio_norm(log_ratio: Array, kl: Array, std: Any) -> Array:
@@ -230,24 +226,20 @@ def surrogate_scale(parts: Parts) -> Any:
 
     GRPO-Guard divides by dt, since D has a factor dt, so that steps of all lengths count alike.
     """
-    return 1 / parts.steps.dt if parts.config.ratio_level == RATIO_NORM else 1.0
+    return 1 / parts.steps.dt if parts.ratio_level == RATIO_NORM else 1.0
 
 
 def bind_objective(
     parts: Parts, state: TrainState, learner: Learner, hparams: HParams, rows: ReplayRow
 ) -> BoundObjective:
     """The objective with its parameters, and with the inputs and state that it asks for."""
-    spec = parts.objective
-    given: dict[str, Any] = dict(hparams.objective_params)
-    if spec.takes_kernel:
-        given["kernel"] = parts.config.kernel
-    if "behavior_log_prob" in spec.inputs:
-        given["behavior_log_prob"] = rows.behavior_log_prob
+    spec, behavior = parts.objective, rows.behavior_log_prob
+    given = train.objective_settings(parts.config, spec, hparams, learner)
+    start = None
     if "log_ratio_start" in spec.inputs:
-        given["log_ratio_start"] = compare(parts, state.learner.params, rows).log_ratio
-    if spec.initial_state is not None:
-        given["state"] = learner.objective_state
-    return functools.partial(signatures.evaluate, spec, **given)
+        start = compare(parts, state.learner.params, rows).log_ratio
+    # ``compare`` gives log-ratios of the level already; a chain has no padding, but an order.
+    return losses.bind(spec, "token", given, behavior, start, jnp.ones_like(behavior, bool))
 
 
 def _step_advantage(parts: Parts, rows: ReplayRow) -> Array:
@@ -265,7 +257,7 @@ def init(parts: Parts, hparams: HParams) -> TrainState:
 
 def pretrain(parts: Parts, seed: Any) -> Any:
     """Parameters of the flow that a run of this seed begins with."""
-    key = jax.random.fold_in(_run_key(seed), train._INIT_STREAM)
+    key = jax.random.fold_in(_run_key(seed), train.INIT_STREAM)
     return sampler.pretrain(parts.field, parts.task, key)[0]
 
 
@@ -325,10 +317,6 @@ def report(
         metrics["modes_covered"] = tasks.modes_covered(parts.task, sampled)
         metrics["pairwise_distance"] = tasks.pairwise_distance(sampled)
     return metrics
-
-
-EVALUATED = 128
-"""End points that an evaluation draws unless the configuration says how many."""
 
 
 def draw(parts: Parts, params: Any, key: Array, n: int) -> tuple[Array, Array]:
@@ -406,7 +394,11 @@ def make_parts(config: Config, task: Task | None = None) -> Parts:
         raise ConfigError("objective", objective.name, valid)
     if task is None:
         task = tasks.make(config.env)
-    return Parts(config, task, sampler.velocity_field(config), sampler.schedule(task), objective)
+    level = config.ratio_level
+    if level != RATIO_NORM:
+        level = ratio_levels.choose(level, objective)
+    velocity = sampler.velocity_field(config)
+    return Parts(config, task, velocity, sampler.schedule(task), objective, level)
 
 
 _WITHOUT_MEANING = (

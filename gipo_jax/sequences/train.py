@@ -203,11 +203,7 @@ def bind_objective(
 ) -> BoundObjective:
     """The objective with its parameters, and with the inputs and state that it asks for."""
     spec, behavior = parts.objective, batch.behavior_log_prob
-    given: dict[str, Any] = dict(hparams.objective_params)
-    if spec.takes_kernel:
-        given["kernel"] = parts.config.kernel
-    if spec.initial_state is not None:
-        given["state"] = learner.objective_state
+    given = train.objective_settings(parts.config, spec, hparams, learner)
     start = None
     if "log_ratio_start" in spec.inputs:
         start = score(parts, state.learner.params, batch, hparams)[0] - behavior

@@ -133,7 +133,7 @@ class Program:
             *self.train_and_log_function[1]
         )
         self.metrics = list(self._train_and_log_traced.out_info[1])
-        # What came from a file may lie in memory that is not JAX's to reuse; the first states do.
+        # What came from a file may lie in memory that is not JAX's to reuse: copies do not.
         fill_shared = share(fill, in_specs=(runs, runs, runs), out_specs=runs)
         self._fill = jax.jit(fill_shared, donate_argnums=1)
         self._copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
@@ -182,10 +182,12 @@ class Program:
             last = np.minimum(np.arange(self.layout.width), runs - 1)
             stored = jax.tree.map(lambda x: x[last], stored)
             if self._simulated is not None:
-                # First states would use up the simulators that these go on with.
                 envs, self.new_episodes = rollout.restore(self._simulated, stored.envs)
-                return self._copy(self._place(stored._replace(envs=envs)))
-            stored = self._place(stored)
+                stored = stored._replace(envs=envs)
+            return self._copy(self._place(stored))
+        if runs == self.layout.width:
+            return self._copy(stored)
+        # First states cost what a run does before its first iteration, and use up simulators.
         first = self.init(hparams)
         return self._fill(stored, first, self._place(np.arange(self.layout.width) < runs))
 
