@@ -50,8 +50,11 @@ def everything(group: Any, state: Any, key: Any) -> Any:
 
 def test_weights_of_one_for_all_answers_equal_no_selection_bit_for_bit() -> None:
     results = []
-    for changed in ({}, {"selection": everything, "packed_size": BATCH}):
-        algorithm = train.make(dataclasses.replace(SMALL, **changed))
+    for config in (
+        SMALL,
+        dataclasses.replace(SMALL, selection=everything, packed_size=BATCH),
+    ):
+        algorithm = train.make(config)
         hparams = settings(SMALL, kl_coef=0.1)
 
         def two_steps(algorithm: Any = algorithm, hparams: Any = hparams) -> Any:
@@ -185,7 +188,8 @@ def test_pruning_has_the_full_gradient_in_expectation_over_all_patterns(mode: st
 def test_pruning_keeps_answers_with_the_probability_that_its_weights_say() -> None:
     pruned = selection.prune(0.5)
     advantage = jnp.array([[0.5, 0.1, 0.0], [-0.4, 0.0, 0.0], [-0.1, -0.1, 0.0]])
-    group = selection.Group(*[jnp.zeros(())] * 5, advantage)
+    nothing = jnp.zeros(())
+    group = selection.Group(nothing, nothing, nothing, nothing, nothing, advantage)
     keys = jax.random.split(jax.random.key(0), 20_000)
     weights = np.asarray(jax.vmap(lambda k: pruned.select(group, (), k))(keys), float)
     of_prompt, of_answer = selection.keep_probability(advantage, 0.5)
@@ -298,8 +302,8 @@ def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success()
         many = jnp.tile(prompts, (32, 1))
         answers, _ = parts.decoder.sample(state.learner.params["policy"], many, key_answers)
         exact = jax.vmap(lambda p, a: tasks.is_exact(task, p, a))(many, answers)
-        logits = selection.Estimator(3).apply(state.selection.params, prompts)
-        return logits[:, 0], jnp.mean(exact.reshape(32, 200), axis=0), prompts  # type: ignore[index]
+        logits: Any = selection.Estimator(3).apply(state.selection.params, prompts)
+        return logits[:, 0], jnp.mean(exact.reshape(32, 200), axis=0), prompts
 
     estimate, success, prompts = measure(jax.random.key(9))
     assert np.std(success) > 0.1
