@@ -197,7 +197,7 @@ def store_sweeps(store: Store, sweeps: Sequence[Sweep], batch_mode: str = "auto"
     for item in sweeps:
         directory = store.out / "sweeps" / item.name
         exists = (directory / results.CONFIG).exists()
-        if exists and _finished(directory) is not None:
+        if exists and finished(directory) is not None:
             continue
         print(f"  sweep {item.name}: {len(item.runs)} runs", flush=True)
         sweep.run(item.runs, directory, sweep.Options(batch_mode=batch_mode), resume=exists)
@@ -213,7 +213,7 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
     tables, curves, offset = [], [], 0
     for item in sweeps:
         directory = store.out / "sweeps" / item.name
-        runs = _finished(directory)
+        runs = finished(directory)
         if runs is None:
             continue
         if len(runs) != len(item.runs):
@@ -297,7 +297,7 @@ def take_slice(sweeps: Sequence[Sweep], part: tuple[int, int]) -> list[Sweep]:
     return list(sweeps[index - 1 :: count])
 
 
-def _finished(directory: Path) -> pd.DataFrame | None:
+def finished(directory: Path) -> pd.DataFrame | None:
     """The runs of a sweep, or None while some are not through."""
     if not (directory / results.CONFIG).exists():
         return None

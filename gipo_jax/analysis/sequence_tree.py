@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike, NDArray
 
-from gipo_jax import objectives, ratio_levels
+from gipo_jax import objectives, ratio_levels, signatures
 from gipo_jax.config import ConfigError
 
 Floats = NDArray[np.floating]
@@ -192,6 +192,7 @@ def _weighted_advantage(
     Not u times A, for some objectives move the policy where A is 0.
     """
     spec = objectives.spec(objective)
+    signatures.check_single(spec)
     level = ratio_levels.choose(ratio_level, spec)
     log_mu = _log_prob(behavior)
     copies = _frequencies(np.exp(log_mu.sum(axis=1)))
