@@ -24,6 +24,7 @@ from experiments import (  # noqa: E402
     contenders,
     gridworld,
     kernel,
+    metaworld,
     proposal,
     proposal_development,
     replay_sizes,
@@ -453,6 +454,48 @@ def test_the_proposal_is_compared_with_every_method(
     runs = pd.read_csv(tmp_path / "data" / "proposal_runs.csv")
     stale = runs[(runs.age == 8) & (runs.seed == 3400)]
     assert stale.auc.nunique() >= 8
+
+
+def test_metaworld_trains_both_regimes_and_draws_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("envpool")
+    small = {"hidden_sizes": (8, 8), "value_hidden_sizes": (8,), "num_bins": 5, "batch_size": 64}
+    # So fast that the two widths part within a few iterations.
+    fast = {"learning_rate": 0.03, "warmup_iterations": 0}
+    monkeypatch.setattr(metaworld, "PROTOCOL", metaworld.PROTOCOL | small | fast)
+    iterations = 14
+    scale = dataclasses.replace(
+        metaworld.SCALES["quick"],
+        methods=(training.GIPO, training.Method("gipo", {"sigma": 0.1})),
+        regimes=("stale", "fresh"),
+        iterations=iterations,
+    )
+    monkeypatch.setattr(metaworld, "SCALES", {"quick": scale})
+    assert run(tmp_path, "metaworld", "--part", "1/2") == 0
+    one = pd.read_csv(tmp_path / "data" / "metaworld_runs.csv")
+    assert set(one.regime) == {"stale"}
+    assert run(tmp_path, "metaworld", "--part", "2/2") == 0
+
+    runs = pd.read_csv(tmp_path / "data" / "metaworld_runs.csv")
+    cells = sorted(zip(runs.regime, runs.sigma, strict=True))
+    assert cells == [("fresh", 0.1), ("fresh", 1.0), ("stale", 0.1), ("stale", 1.0)]
+    assert (runs.status == "done").all() and set(runs.env) == {"MetaWorld/ButtonPress-v3"}
+    curves = pd.read_csv(tmp_path / "data" / "metaworld_curves.csv")
+    assert (curves.groupby("run").env_steps.max() == iterations * 500).all()
+    assert (curves.episode_return > 0).all() and curves.success_rate.notna().all()
+    # A fresh buffer holds this iteration and the one before, a stale one here everything so far.
+    last = curves.groupby("run").policy_age.last()
+    ages = {regime: last[part.run].to_numpy() for regime, part in runs.groupby("regime")}
+    assert np.all(np.abs(ages["fresh"] - 0.5) < 0.3)
+    assert np.all(np.abs(ages["stale"] - (iterations - 1) / 2) < 2)
+
+    scores = numbers(tmp_path, "metaworld_scores")
+    assert sorted(scores[scores.regime == "stale"].iqm) == [0, 1]
+    used = numbers(tmp_path, "metaworld_utilization")
+    assert used["mean"].notna().all() and len(used) == 2 * 4
+    for name in ("metaworld", "metaworld_scores", "metaworld_utilization"):
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5000
 
 
 def test_development_is_scored_on_seeds_that_did_not_choose_the_rate() -> None:
