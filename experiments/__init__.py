@@ -21,6 +21,7 @@ from experiments import (
     replay_sizes,
     reuse_bias,
     sample_efficiency,
+    sequence_bias,
     sigma,
     stability,
     staleness,
@@ -56,6 +57,7 @@ REGISTRY: dict[str, ModuleType] = {
         proposal,
         reuse_bias,
         flow,
+        sequence_bias,
     )
 }
 """Experiments by name, in the order in which they run."""
