@@ -22,6 +22,7 @@ from experiments import (
     reuse_bias,
     sample_efficiency,
     sequence_bias,
+    sequence_staleness,
     sigma,
     stability,
     staleness,
@@ -58,6 +59,7 @@ REGISTRY: dict[str, ModuleType] = {
         reuse_bias,
         flow,
         sequence_bias,
+        sequence_staleness,
     )
 }
 """Experiments by name, in the order in which they run."""

@@ -203,7 +203,7 @@ def _draw_methods(store: Store, table: pd.DataFrame, trees: int) -> None:
     for axis, score in zip(axes[0], ("cosine", "bias", "error"), strict=True):
         grid = part.pivot(index="method", columns="level", values=score)
         _heat_map(axis, grid.loc[order, list(LEVELS)], score)
-        axis.set_title(SCORES[score].replace("\n", " "), fontsize=8)
+        axis.set_title(SCORES[score], fontsize=8)
     caption = (
         f"Exact values, mean over {trees} trees of {STEPS} tokens out of 2, whose behavior policies"
         f" are {part.kl.iloc[0]:.2g} nats an answer from their targets; advantage: reward minus its"
