@@ -247,12 +247,15 @@ def _draw_distances(store: Store, table: pd.DataFrame, trees: int) -> None:
                 axis.set_yscale("log")
             if score == "cosine":
                 axis.set_title(level)
+            if score == "bias":
+                axis.set_ylim(bottom=0.02)
         row[0].set_ylabel(SCORES[score], fontsize=7.5)
     for axis in axes[-1]:
         axis.set_xlabel("KL(μ || π), nats an answer")
     caption = (
         f"Exact values, mean over {trees} trees; bars: 95 % bootstrap interval over trees. GIPO:"
-        " σ = 1; the others: their defaults. Advantage: reward minus its mean."
+        " σ = 1; the others: their defaults. Advantage: reward minus its mean. No-Clip on the"
+        " joint ratio has no bias, below the panel."
     )
     plots.finish(figure, caption, plots.legend(looks))
     store.save(figure, "sequence_bias_distance", part)

@@ -60,7 +60,8 @@ class Scale(NamedTuple):
     Attributes:
         iterations: of 64 answers.
         lags: in iterations, for all objectives at token level.
-        level_lags: those at which the other ratio levels are run.
+        levels: ratio levels beside the token's.
+        level_lags: lags at which these are run.
         learning_rates: tried for every method, level and lag; a single one is not tuned.
         tuning_seeds: seeds for that, none of them reported.
         seeds: seeds that are reported.
@@ -68,6 +69,7 @@ class Scale(NamedTuple):
 
     iterations: int
     lags: tuple[int, ...]
+    levels: tuple[str, ...]
     level_lags: tuple[int, ...]
     learning_rates: tuple[float, ...]
     tuning_seeds: range
@@ -75,11 +77,12 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "quick": Scale(48, (4,), (4,), (1e-3,), range(0), range(3700, 3702)),
-    "committed": Scale(600, (4, 16, 64), (16, 64), (1e-3,), range(0), range(3700, 3706)),
+    "quick": Scale(48, (4,), ("joint",), (4,), (1e-3,), range(0), range(3700, 3702)),
+    "committed": Scale(600, (4, 16, 64), LEVELS, (16, 64), (1e-3,), range(0), range(3700, 3706)),
     "full": Scale(
         3000,
         (4, 16, 64, 256),
+        LEVELS,
         (4, 16, 64, 256),
         (3e-4, 1e-3, 3e-3, 1e-2),
         range(2700, 2705),
@@ -94,7 +97,7 @@ def parts(scale: Scale) -> Iterator[tuple[Study, Unit]]:
     level_lags = [Cell(lag + 1, lag) for lag in scale.level_lags]
     yield _study("sequences_on_policy", scale, {GIPO: METHODS[GIPO]}, [Cell(1)]), _unit(scale)
     yield _study("sequences_lag", scale, METHODS, lags), _unit(scale)
-    for level in LEVELS:
+    for level in scale.levels:
         names = (*AT_ALL_LEVELS, WIDE_GIPO) if level == "joint" else AT_ALL_LEVELS
         shown = {name: METHODS[name] for name in names}
         yield _study("sequences_level", scale, shown, level_lags), _unit(scale, level)
