@@ -79,7 +79,7 @@ class Scale(NamedTuple):
 SCALES = {
     "quick": Scale(48, (4,), ("joint",), (4,), (1e-3,), range(2700, 2701), range(3700, 3702)),
     "committed": Scale(
-        600, (4, 16, 64), LEVELS, (16, 64), (1e-3,), range(2700, 2701), range(3700, 3706)
+        500, (4, 16, 64), LEVELS, (16,), (1e-3,), range(2700, 2701), range(3700, 3704)
     ),
     "full": Scale(
         3000,
