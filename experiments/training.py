@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments import compared, contenders
+from experiments import compared, contenders, sequence_methods
 from experiments.store import DataError, Store
 from gipo_jax import sweep
 from gipo_jax.sweep import results
@@ -23,7 +23,7 @@ class Task:
     """An environment and the sizes that go with it.
 
     Attributes:
-        env: gymnax name.
+        env: name of an environment or a task of answers of several tokens.
         threshold: return that counts as solved enough for sample efficiency.
         settings: fields of Config and HParams.
         updates: batches an iteration, by regime.
@@ -107,6 +107,7 @@ class Program(NamedTuple):
 PROGRAMS = {
     "compared": Program(compared.compared, compared.NAMES),
     "contenders": Program(contenders.contenders, contenders.NAMES),
+    "sequence_methods": Program(sequence_methods.sequence_methods, sequence_methods.NAMES),
 }
 
 OWN = {

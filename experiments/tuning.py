@@ -86,7 +86,8 @@ def make_sweep(
         runs += own
         keys["method"] += [label] * len(own)
         keys["min_age"] += [cell.min_age] * len(own)
-    name = f"{study.name}_{what} {unit.regime} {unit.task.env}".replace(" ", "_")
+    name = f"{study.name}_{what} {unit.regime} {unit.task.env}"
+    name = name.replace(" ", "_").replace("/", "_")
     return Sweep(name, tuple(runs), {"regime": unit.regime, **keys})
 
 
