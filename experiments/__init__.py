@@ -21,6 +21,9 @@ from experiments import (
     replay_sizes,
     reuse_bias,
     sample_efficiency,
+    selection,
+    sequence_bias,
+    sequence_staleness,
     sigma,
     stability,
     staleness,
@@ -56,6 +59,9 @@ REGISTRY: dict[str, ModuleType] = {
         proposal,
         reuse_bias,
         flow,
+        selection,
+        sequence_bias,
+        sequence_staleness,
     )
 }
 """Experiments by name, in the order in which they run."""

@@ -18,7 +18,7 @@ from gipo_jax import runtime
 BAD_INPUT = 2
 FAILED = 1
 
-_LISTED = ("env", "objective", "kernel", "ratio_level")
+_LISTED = ("env", "objective", "kernel", "ratio_level", "selection")
 """Static settings that take lists, beside all traced ones."""
 
 _SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")
@@ -171,7 +171,7 @@ def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
         default = field.default
         if isinstance(default, tuple):
             default = " ".join(map(str, default))
-        if field.name == "objective":
+        if field.name in ("objective", "selection"):
             meaning += ", by name or as FILE.py:FUNCTION"
         group.add_argument(
             flag,
@@ -191,7 +191,7 @@ def _add_objective_parameters(parser: argparse.ArgumentParser, taken: set[str]) 
         "parameters of objectives: each goes to the objectives that have it"
     )
     owners: dict[str, list[str]] = {}
-    for name in objectives.ALL:
+    for name in objectives.KNOWN:
         for parameter, default in objectives.spec(name).params.items():
             if parameter not in taken:
                 owners.setdefault(parameter, []).append(f"{name} {default:g}")
@@ -335,7 +335,7 @@ def _objectives(given: dict[str, Any]) -> int:
     from gipo_jax import objectives
 
     rows = [("NAME", "KIND", "PARAMETERS", "PAPER")]
-    for name in objectives.ALL:
+    for name in objectives.KNOWN:
         spec = objectives.spec(name)
         parameters = [f"{key}={value:g}" for key, value in spec.params.items()]
         if spec.takes_kernel:

@@ -184,6 +184,26 @@ class Config:
         f"one of {', '.join(LOSS_AGG_MODES)}",
         _one_of(*LOSS_AGG_MODES),
     )
+    selection: Any = setting(
+        "keep_all",
+        "token tasks: which prompts are answered, or which answers are learned from",
+        "keep_all, depo, prune, sage or a function",
+        lambda v: isinstance(v, str) or callable(v),
+    )
+    num_candidates: int | None = setting(
+        None,
+        "prompts drawn an iteration for a selection of prompts to choose num_envs from; by default"
+        " 4 times as many",
+        "an integer >= 1, or None for the default",
+        lambda v: v is None or _integer(1)(v),
+    )
+    packed_size: int | None = setting(
+        None,
+        "answers that an update back-propagates through under a selection of answers; by default"
+        " half of batch_size",
+        "an integer >= 1, or None for the default",
+        lambda v: v is None or _integer(1)(v),
+    )
     decoder_layers: int = setting(
         3, "token tasks: layers of the transformer", "an integer >= 1", _integer(1)
     )

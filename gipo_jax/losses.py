@@ -167,6 +167,7 @@ def policy_loss(
     -0.235
     """
     spec = objectives.spec(objective)
+    signatures.check_single(spec)
     level = ratio_levels.choose(ratio_level, spec)
     _check_aggregation(loss_agg_mode, max_tokens)
     given = _check_parameters(spec, parameters)

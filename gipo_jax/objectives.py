@@ -792,6 +792,45 @@ def vespo_joint(
     return vespo(log_ratio, advantage, k_pos, lambda_pos, k_neg, lambda_neg)
 
 
+# On pairs of answers.
+
+
+@declare(
+    kind="pair", source="arXiv:2305.18290", positive=("beta", "pair_sigma"), ratio_level="joint"
+)
+def dpo(
+    log_ratio: Array,
+    advantage: Array,
+    margin: Array,
+    other_log_ratio: Array,
+    beta: ArrayLike = 0.1,
+    pair_sigma: ArrayLike = jnp.inf,
+) -> Array:
+    """Direct preference optimisation (DPO, arXiv:2305.18290), with GIPO's weight on stale pairs.
+
+    Surrogate A sg(w) log s(beta m), s the logistic function and m the margin: log pi(right) - log
+    pi(wrong), less the same under the reference policy. The policy moves by A w beta s(-beta m)
+    (grad log pi(right) - grad log pi(wrong)). w = exp(-(x^2 + y^2) / (2 pair_sigma^2)) is the
+    product of GIPO's trust weights of both answers; with an infinite width it is DPO as published,
+    to which the policy that gave the answers does not matter. The weight is this project's own.
+
+    Args:
+        log_ratio: x, log-ratio of the whole right answer to the policy that gave it, any shape.
+        advantage: A, 1 for a pair and 0 where there is none, same shape.
+        margin: m, same shape.
+        other_log_ratio: y, log-ratio of the wrong answer, same shape.
+        beta: strength of the pull to the reference policy, > 0.
+        pair_sigma: width of w in nats, > 0.
+
+    Returns:
+        surrogate, same shape.
+    """
+    _check_shapes(log_ratio, advantage, margin, other_log_ratio)
+    squares = log_ratio**2 + other_log_ratio**2
+    trust_weight = stop_gradient(jnp.exp(-0.5 * squares / jnp.square(pair_sigma)))
+    return advantage * trust_weight * jax.nn.log_sigmoid(beta * margin)
+
+
 REGISTRY: dict[str, Objective] = {
     function.__name__: function
     for function in (
@@ -828,21 +867,27 @@ SEQUENCE: dict[str, Objective] = {
 """Objectives for tasks whose answers have several tokens, by name."""
 
 ALL: dict[str, Objective] = REGISTRY | SEQUENCE
+"""Objectives of single answers or actions."""
+
+PAIRS: dict[str, Objective] = {"dpo": dpo}
+"""Objectives for pairs of answers, by name."""
+
+KNOWN: dict[str, Objective] = ALL | PAIRS
 
 
 def spec(objective: str | Objective) -> Spec:
     """What an objective's signature says; see ``signatures.spec``.
 
     Args:
-        objective: a name in ``ALL`` or a function.
+        objective: a name in ``KNOWN`` or a function.
 
     Raises:
         ConfigError: unknown name, or a signature that training could not call.
     """
     if isinstance(objective, str):
-        if objective not in ALL:
-            raise ConfigError("objective", objective, f"one of {', '.join(ALL)}")
-        objective = ALL[objective]
+        if objective not in KNOWN:
+            raise ConfigError("objective", objective, f"one of {', '.join(KNOWN)}")
+        objective = KNOWN[objective]
     return signatures.spec(objective)
 
 

@@ -27,6 +27,8 @@ INPUTS = {
     "behavior_log_prob": "log mu(a|s), same shape as log_ratio",
     "log_ratio_start": "log-ratio under the policy at the start of the update phase, same shape",
     "position": "place of the token in its answer, from 1, and 0 at padding; same shape",
+    "margin": "of a pair: log pi(right) - log pi(wrong), less the same under the reference policy",
+    "other_log_ratio": "of a pair: log-ratio of the wrong answer, where log_ratio is the right's",
 }
 """What an objective may ask for by naming it in its signature, beside log_ratio and advantage."""
 
@@ -34,6 +36,7 @@ KINDS = {
     "per-sample": "log-ratio and advantage of the sample",
     "batch": "a statistic of the whole batch",
     "other-input": "another input of the sample",
+    "pair": "a right and a wrong answer to one prompt",
 }
 """What an objective's weight depends on."""
 
@@ -177,6 +180,13 @@ def spec(objective: Objective) -> Spec:
         discrete_only=declared.discrete_only,
         ratio_level=declared.ratio_level,
     )
+
+
+def check_single(spec: Spec) -> None:
+    """Refuses an objective of pairs of answers where there are none. Raises ConfigError."""
+    if "margin" in spec.inputs:
+        valid = "one for single actions or answers; pairs of answers are only on token tasks"
+        raise ConfigError("objective", spec.name, valid)
 
 
 def check_params(spec: Spec, params: Mapping[str, Any]) -> None:

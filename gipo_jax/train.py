@@ -91,6 +91,9 @@ class TrainState(NamedTuple):
         key: the run's key, never consumed, only folded.
         diverged_at: iteration whose updates gave non-finite parameters, -1 while none has; the
             learner is frozen from before that iteration on.
+        counts: sums since the last logged point to report by name, where the algorithm has any.
+        selection: what a selection of data has learned, on token tasks.
+        reference: parameters of the reference policy, in preference training.
     """
 
     learner: Learner
@@ -102,6 +105,9 @@ class TrainState(NamedTuple):
     solved: Array
     key: Array
     diverged_at: Array
+    counts: Any = ()
+    selection: Any = ()
+    reference: Any = ()
 
 
 class Parts(NamedTuple):
@@ -679,7 +685,8 @@ class Algorithm(NamedTuple):
             episodes.
         """
         zero = jnp.zeros(())
-        state = state._replace(return_sum=zero, episodes=zero, solved=zero)
+        counts = jax.tree.map(jnp.zeros_like, state.counts)
+        state = state._replace(return_sum=zero, episodes=zero, solved=zero, counts=counts)
 
         def step(iteration: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, sums = carry
@@ -796,6 +803,7 @@ def make_parts(config: Config, env: environments.Environment | None = None) -> P
         valid = f"0, because {env.name} is simulated outside JAX: its training episodes tell"
         raise ConfigError("eval_episodes", config.eval_episodes, valid)
     objective = objectives.spec(config.objective)
+    signatures.check_single(objective)
     head = networks.make_head(config, env)
     if objective.discrete_only and not head.discrete:
         valid = f"'tokens', because {objective.name} reads probabilities of discrete actions"
@@ -850,6 +858,9 @@ SEQUENCE_ONLY = (
     "decoder_width",
     "decoder_heads",
     "loss_agg_mode",
+    "selection",
+    "num_candidates",
+    "packed_size",
     "temperature",
     "imitation_updates",
 )

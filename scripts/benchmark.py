@@ -1,6 +1,7 @@
 """Times this project and its peers; compilation and running apart.
 
     python scripts/benchmark.py [NAME ...] [--quick] [--repeats N] [--out FILE]
+    python scripts/benchmark.py revision --against CHECKOUT
     python scripts/benchmark.py metaworld_authors --authors-checkout DIR
     python scripts/benchmark.py --table FILE
 
@@ -92,6 +93,7 @@ class Context:
     repeats: int
     quick: bool
     console: Console
+    against: Path | None = None
     authors: Path | None = None
 
 
@@ -146,6 +148,7 @@ class Training:
         mode: str = "auto",
         lanes: int | None = None,
         started: int = 0,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
         """Compiles.
 
@@ -157,11 +160,12 @@ class Training:
             mode: batch mode; ``auto`` as in sweeps.
             lanes: see ``program.layout``.
             started: iteration the first call starts from; a late one finds a full buffer.
+            devices: all by default.
         """
         config = dataclasses.replace(
             config, max_buffer_size=buffer_size, total_steps=config.block_size * 1_000_000
         )
-        devices = jax.local_devices()
+        devices = devices or jax.local_devices()
         if mode == "auto":
             mode = "map" if devices[0].platform == "cpu" else "vmap"
         hparams = [
@@ -576,6 +580,56 @@ def bench_accelerator(context: Context) -> list[Row]:
             ratio = row("accelerator", case, "times", 1.0, ratios)
             rows.append(ratio | {"aim": ACCELERATOR_AIMS["times_better_peer"]})
     return rows
+
+
+REVISION_CASES: dict[str, Work] = {
+    "PPO, 1 run": {"work": "ppo", "runs": 1, "iterations": 64},
+    "PPO, 8 runs": {"work": "ppo", "runs": 8, "iterations": 16},
+    "defaults, 8 runs": {"work": "defaults", "runs": 8, "iterations": 200},
+    "replay of 2^16": {"work": "replay", "runs": 1, "iterations": 400},
+    "Meta-World shapes": {"work": "manipulator", "runs": 1, "iterations": 2},
+}
+"""What two revisions do alike; benchmarks/revision_worker.py builds it in either."""
+
+
+def bench_revision(context: Context) -> list[Row]:
+    """Training by this checkout against that of ``--against``, case by case."""
+    against = context.against
+    assert against is not None
+    rows = []
+    for label, work in list(REVISION_CASES.items())[: 1 if context.quick else None]:
+        script = str(RESULTS / "revision_worker.py")
+        commands = [
+            [sys.executable, script, str(checkout), json.dumps(work)]
+            for checkout in (ROOT, against.resolve())
+        ]
+        with workers(commands, {}) as started:
+            seconds = in_turn(started, context.repeats)
+        for by, times in zip(("this", "before"), seconds, strict=True):
+            case = {"case": label, "by": by}
+            rows.append(row("revision", case, "iterations/s", work["iterations"], times))
+        ratios = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
+        rows.append(row("revision", {"case": label, "by": "ratio"}, "times", 1.0, ratios))
+    return rows
+
+
+def bench_pure(context: Context) -> list[Row]:
+    """``make_train`` under ``jit`` and ``lax.map`` against a sweep, 8 runs on one device."""
+    iterations = 40 if context.quick else 400
+    config = Config(env="CartPole-v1", eval_episodes=0, num_logs=1)
+    config = dataclasses.replace(config, total_steps=iterations * config.block_size)
+    grid, _ = train.grid(config, seed=range(8))
+    run = train.make_train(config)
+    pure = jax.jit(lambda hparams: jax.lax.map(run, hparams)).lower(grid).compile()
+    swept = Training(config, 8, iterations, config.allocated_size, devices=jax.devices()[:1])
+    cases: list[Callable[[], float]] = [lambda: stopwatch(lambda: pure(grid)), swept]
+    seconds = in_turn(cases, context.repeats)
+    rows = [
+        row("pure", {"by": by}, "env-steps/s", swept.env_steps, times)
+        for by, times in zip(("make_train", "sweep"), seconds, strict=True)
+    ]
+    ratios = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
+    return [*rows, row("pure", {"by": "ratio"}, "times", 1.0, ratios)]
 
 
 def bench_replay(context: Context) -> list[Row]:
@@ -1019,10 +1073,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all by default"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all but revision"
     )
     parser.add_argument("--quick", action="store_true", help="smaller work, fewer cases")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each case (5)")
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="other revision, for the case revision"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (benchmarks/DATE-NAMES.json)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only draw stored results")
     parser.add_argument(
@@ -1049,7 +1106,9 @@ def main() -> int:
     if authors is not None and not (authors / AUTHORS_SCRIPT).is_file():
         parser.error(f"--authors-checkout: {str(authors)!r} holds no {AUTHORS_SCRIPT}")
 
-    names = options.names or list(BENCHMARKS)
+    if ("revision" in options.names) != (options.against is not None):
+        parser.error("the case revision and --against CHECKOUT go together")
+    names = options.names or [name for name in BENCHMARKS if name != "revision"]
     started = datetime.datetime.now(datetime.UTC)
     out = options.out or RESULTS / f"{started:%Y-%m-%d}-{'-'.join(options.names) or 'all'}.json"
     results: dict[str, Any] = {
@@ -1060,7 +1119,7 @@ def main() -> int:
         "load": [round(x, 2) for x in os.getloadavg()],
         "rows": [],
     }
-    context = Context(options.repeats, options.quick, console, authors)
+    context = Context(options.repeats, options.quick, console, options.against, authors)
     for name in names:
         with console.status(name) if console.is_terminal else contextlib.nullcontext():
             results["rows"] += BENCHMARKS[name](context)

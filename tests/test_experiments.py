@@ -36,7 +36,7 @@ from experiments import (  # noqa: E402
     tuned_sizes,
     tuning,
 )
-from experiments.store import sha256  # noqa: E402
+from experiments.store import Store, sha256  # noqa: E402
 from gipo_jax import objectives  # noqa: E402
 from gipo_jax.analysis import plots  # noqa: E402
 from scripts import reproduce  # noqa: E402
@@ -296,6 +296,11 @@ def test_training_experiments(
 
 
 MINI = tuning.with_steps(TINY, 1024)
+MINI_SCALES = tuned_sizes.SCALES | {
+    "quick": dataclasses.replace(
+        tuned_sizes.SCALES["quick"], tasks=(MINI,), ages=(1, 8), learning_rates=(1e-3, 1e-2)
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -303,10 +308,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with protocol 2 at a tiny size, one regime of one task."""
     out = tmp_path_factory.mktemp("tuned")
     with pytest.MonkeyPatch.context() as patch:
-        scale = dataclasses.replace(
-            tuned_sizes.SCALES["quick"], tasks=(MINI,), ages=(1, 8), learning_rates=(1e-3, 1e-2)
-        )
-        patch.setattr(tuned_sizes, "SCALES", tuned_sizes.SCALES | {"quick": scale})
+        patch.setattr(tuned_sizes, "SCALES", MINI_SCALES)
         assert run(out, "tuned_sizes", "--part", "1/2") == 0
     return out
 
@@ -330,6 +332,43 @@ def test_protocol_2_reports_the_settings_that_won_on_the_tuning_seeds(tuned: Pat
         same = runs[(runs.objective == row.objective) & (runs.age == row.age)]
         chosen = (same.width == row.width) & (same.learning_rate == row.learning_rate)
         assert chosen.sum() == 2  # a run a reported seed
+
+
+def test_a_unit_whose_tables_are_stored_is_not_trained_again(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned_sizes, "SCALES", MINI_SCALES)
+    for name in ("data", "manifest.json"):
+        copy = shutil.copytree if (tuned / name).is_dir() else shutil.copy
+        copy(tuned / name, tmp_path / name)
+    assert run(tmp_path, "tuned_sizes", "--part", "1/2") == 0
+    assert not (tmp_path / "sweeps").exists()
+    for path in (tuned / "data").iterdir():
+        assert (tmp_path / "data" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_tables_of_new_units_join_those_of_stored_ones(tmp_path: Path) -> None:
+    def unit(env: str, score: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+        runs = pd.DataFrame({"run": [0, 1], "env": env, "score": score})
+        return runs, pd.DataFrame({"run": [0, 0, 1, 1], "score": score})
+
+    def write(runs: pd.DataFrame, curves: pd.DataFrame) -> None:
+        store = Store(tmp_path, "tuned_sizes", "--preset quick --out anywhere")
+        training.write_units(store, ["env"], {"runs": runs}, {"curves": curves})
+
+    write(*unit("a", 1.0))
+    write(*unit("b", 2.0))
+    write(*unit("b", 3.0))  # trained again: replaces what was stored
+    runs = pd.read_csv(tmp_path / "data" / "runs.csv")
+    curves = pd.read_csv(tmp_path / "data" / "curves.csv")
+    assert runs["env"].tolist() == ["a", "a", "b", "b"] and runs["run"].is_unique
+    assert len(curves) == 8
+    joined = curves.merge(runs, on="run", suffixes=("", "_of_run"))
+    assert len(joined) == 8 and (joined["score"] == joined["score_of_run"]).all()
+    assert sorted(set(runs["score"])) == [1.0, 3.0]
+
+    other = Store(tmp_path, "tuned_sizes", "--preset full --out anywhere")
+    assert training.stored_units(other, "runs", ["env"]) == set()  # a study of its own
 
 
 def test_protocol_2_says_which_units_are_missing(tuned: Path) -> None:

@@ -275,6 +275,8 @@ def reward(prompt, answer):
 SORT = tasks.Task(prompt, reward, vocab=2, prompt_length=3, answer_length=3)
 NUMBER = 3
 """
+IMPORT = "from gipo_jax.sequences import tasks\n"
+SIZES = "vocab=2, prompt_length=3, answer_length=3"
 
 
 @pytest.mark.slow
@@ -313,6 +315,10 @@ def test_a_sweep_over_a_task_of_the_user_is_trained_resumed_plotted_and_loaded(
         ("my_tasks.py:NOTHING", "has no NOTHING"),
         ("other.py:SORT", "there is no file other.py"),
         ("broken.py:SORT", "ZeroDivisionError"),
+        ("half.py:NO_REWARD", "half.py:2, in <module>: TypeError: "),
+        ("half.py:NO_REWARD", "'reward'"),
+        ("none.py:TASK", "none.py:TASK: reward: None is not valid; expected a function"),
+        ("failing.py:TASK", "failing.py:TASK: reward: \"NameError: name 'nothing' is not defined"),
     ],
 )
 def test_a_file_without_the_task_is_refused_in_one_line(
@@ -325,7 +331,37 @@ def test_a_file_without_the_task_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     Path("my_tasks.py").write_text(MY_TASKS)
     Path("broken.py").write_text("SORT = 1 / 0\n")
+    Path("half.py").write_text(f"{IMPORT}NO_REWARD = tasks.Task(len, {SIZES})\n")
+    Path("none.py").write_text(f"{MY_TASKS}TASK = SORT._replace(reward=None)\n")
+    Path("failing.py").write_text(f"{MY_TASKS}TASK = SORT._replace(reward=lambda p, a: nothing)\n")
     assert cli.main(["sweep", "--env", env, "--out", "out"]) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--env tokens/sort", "env: 'tokens/sort' is not valid; expected one of tokens/reverse, "),
+        ("--ratio-level word", "ratio_level: 'word' is not valid; expected one of token, joint"),
+        ("--ratio-level prefix_min --objective cppo", "ratio_level: 'prefix_min'"),
+        ("--ratio-level ratio_norm", "ratio_level: 'ratio_norm'"),
+        ("--ratio-level sequence --env CartPole-v1", "ratio_level: 'sequence'"),
+        ("--loss-agg-mode mean", "loss_agg_mode: 'mean' is not valid; expected one of token-mean"),
+        ("--min-age 0 16", "min_age: 16 is not valid; expected less than the 16 iterations"),
+        ("--min-age 15 --batch-size 64", "buffer_size: 512 is not valid; expected at least batch"),
+        ("--imitation-updates -1", "imitation_updates: -1"),
+        ("--rollout-length 1", "rollout_length: 1 is not valid; expected an integer >= 2"),
+    ],
+)
+def test_a_mistake_in_a_sweep_of_token_tasks_is_one_line_and_writes_nothing(
+    arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = "sweep --env tokens/reverse --num-envs 4 --rollout-length 8 --buffer-size 512"
+    usual += " --batch-size 32 --total-steps 640"
+    out = tmp_path / "out"
+    assert cli.main([*usual.split(), *arguments.split(), "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"gipo-jax: {words}") and message.count("\n") == 1
+    assert not out.exists()

@@ -389,6 +389,7 @@ def make_parts(config: Config, task: Task | None = None) -> Parts:
     if config.eval_episodes == 1:
         raise ConfigError("eval_episodes", 1, "0, or at least 2 points to measure distances")
     objective = objectives.spec(config.objective)
+    signatures.check_single(objective)
     if objective.discrete_only:
         valid = "an objective that takes densities, which the steps of a flow have"
         raise ConfigError("objective", objective.name, valid)
@@ -412,6 +413,9 @@ _WITHOUT_MEANING = (
     "normalize_obs",
     "truncation_is_termination",
     "max_episode_steps",
+    "selection",
+    "num_candidates",
+    "packed_size",
 )
 
 

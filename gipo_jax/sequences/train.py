@@ -5,11 +5,15 @@ answers. An answer's advantage is its reward minus the mean of its group, stored
 An update draws ``batch_size`` answers from replay. So buffer, batch and step counts are in answers,
 and everything around the algorithm is that of control: sweeps, resume, plots, loading.
 
+A ``selection`` chooses what is answered and what is learned from. With an objective of pairs, such
+as ``dpo``, what replay keeps and an update compares is a right and a wrong answer (``preference``).
+
 Staleness comes in three ways: from old data in a large buffer (``buffer_size``), from a lag
 (``min_age`` iterations held back) and from reuse (``updates_per_iteration``, ``reuse_per_batch``).
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,8 +22,7 @@ from jax import Array
 
 from gipo_jax import buffer, diagnostics, losses, objectives, ratio_levels, signatures, train
 from gipo_jax.config import Config, ConfigError, HParams, check_fields
-from gipo_jax.losses import BoundObjective
-from gipo_jax.sequences import decoder, tasks
+from gipo_jax.sequences import decoder, preference, selection, tasks
 from gipo_jax.train import Algorithm, Learner, Metrics, TrainState
 
 EVAL_PROMPTS = 128
@@ -33,13 +36,18 @@ class Answers(NamedTuple):
         prompt: ``[..., prompt_length]``.
         answer: ``[..., answer_length]``, end tokens from the first one on.
         behavior_log_prob: log mu of each token, ``[..., answer_length]``; 0 at padding.
-        advantage: ``[...]``.
+        advantage: ``[...]``; in preference training 1 for a pair, 0 where there is none.
+        weight: ``[...]``, of a selection of answers; None without.
+        wrong: in preference training the wrong answer of a pair, where ``answer`` is the right one;
+            else None.
     """
 
     prompt: Array
     answer: Array
     behavior_log_prob: Array
     advantage: Array
+    weight: selection.Weights | None = None
+    wrong: preference.Wrong | None = None
 
 
 class Parts(NamedTuple):
@@ -50,6 +58,8 @@ class Parts(NamedTuple):
     decoder: decoder.Decoder
     objective: signatures.Spec
     ratio_level: str
+    selection: selection.Selection
+    preference: bool
 
 
 # One iteration, from top to bottom.
@@ -59,12 +69,14 @@ def train_step(
     parts: Parts, state: TrainState, hparams: HParams, iteration: int | Array
 ) -> tuple[TrainState, Metrics]:
     """One iteration: answer, store, learn; arguments and results as in ``gipo_jax.train``."""
-    key_act, key_learn = jax.random.split(jax.random.fold_in(state.key, iteration))
+    key = jax.random.fold_in(state.key, iteration)
+    key_act, key_learn, key_pack = jax.random.split(key, 3)
 
     state, answers = act(parts, state, hparams, key_act)
     state = state._replace(replay=buffer.add(state.replay, answers, iteration))
-    learner, metrics = learn(parts, state, hparams, iteration, key_learn)
+    learner, metrics = learn(parts, state, hparams, iteration, key_learn, key_pack)
 
+    state = count(state, tokens_trained=metrics.pop("tokens_trained"))
     return train.keep_finite(state, learner, iteration), metrics
 
 
@@ -73,9 +85,9 @@ def act(
 ) -> tuple[TrainState, Answers]:
     """Groups of answers to fresh prompts, ``[rollout_length, num_envs, ...]``."""
     config, task = parts.config, parts.task
-    key_prompts, key_answers = jax.random.split(key)
-    prompt = jax.vmap(task.prompt)(jax.random.split(key_prompts, config.num_envs))
-    prompt = jnp.tile(prompt, (config.rollout_length, 1))
+    key_prompts, key_answers, key_select = jax.random.split(key, 3)
+    prompts = selection.draw_prompts(parts.selection, state.selection, config, task, key_prompts)
+    prompt = jnp.tile(prompts, (config.rollout_length, 1))
     answer, log_prob = parts.decoder.sample(
         state.learner.params["policy"], prompt, key_answers, hparams.temperature
     )
@@ -86,12 +98,84 @@ def act(
         return x.reshape(config.rollout_length, config.num_envs, *x.shape[1:])
 
     advantage = group_advantage(groups(reward)) * hparams.reward_scale
-    state = state._replace(
+    rows = Answers(groups(prompt), groups(answer), groups(log_prob), advantage)
+    mask = parts.decoder.mask(answer)
+    state = count(
+        state,
+        prompts_sampled=selection.prompts_drawn(parts.selection, config),
+        tokens_generated=jnp.sum(mask),
+    )._replace(
         return_sum=state.return_sum + jnp.sum(reward),
         episodes=state.episodes + reward.size,
         solved=state.solved + jnp.sum(solved),
     )
-    return state, Answers(groups(prompt), groups(answer), groups(log_prob), advantage)
+    return select(parts, state, prompts, rows, groups(solved), groups(mask), key_select)
+
+
+def select(
+    parts: Parts,
+    state: TrainState,
+    prompts: Array,
+    rows: Answers,
+    exact: Array,
+    mask: Array,
+    key: Array,
+) -> tuple[TrainState, Answers]:
+    """Pairs the answers, where pairs are compared, and weighs them; the selection learns from them.
+
+    Args:
+        parts: of the configuration.
+        state: with the policy that gave the answers.
+        prompts: ``[num_envs, prompt_length]``.
+        rows: answers and advantages.
+        exact: whether an answer is right, bool ``[rollout_length, num_envs]``.
+        mask: of the answers, ``[rollout_length, num_envs, answer_length]``.
+        key: PRNG key.
+    """
+    key_pair, key_weigh = jax.random.split(key)
+    group = selection.Group(
+        prompts, rows.answer, rows.behavior_log_prob, mask, exact, rows.advantage
+    )
+    if parts.preference:
+        rows, margin = make_pairs(parts, state, rows, exact, key_pair)
+        group = group._replace(advantage=rows.advantage, margin=margin)
+    weight = selection.weigh(parts.selection, state.selection, group, key_weigh)
+    state = state._replace(selection=parts.selection.update(state.selection, group))
+    return state, rows._replace(weight=weight)
+
+
+def make_pairs(
+    parts: Parts, state: TrainState, rows: Answers, exact: Array, key: Array
+) -> tuple[Answers, Array]:
+    """Pairs in place of answers, and their margin when they were sampled; see ``preference``."""
+    pairs = preference.pair(exact, key)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+    log_prob, _ = parts.decoder.score(state.reference, flat.prompt, flat.answer)
+    log_prob = jnp.where(parts.decoder.mask(flat.answer), log_prob, 0)
+    reference = jnp.sum(log_prob, axis=1).reshape(exact.shape)
+    behavior = jnp.sum(rows.behavior_log_prob, axis=2)
+
+    def margin(x: Array) -> Array:
+        return preference.take(x, pairs.right) - preference.take(x, pairs.wrong)
+
+    wrong = preference.Wrong(
+        preference.take(rows.answer, pairs.wrong),
+        preference.take(rows.behavior_log_prob, pairs.wrong),
+        margin(reference),
+    )
+    rows = rows._replace(
+        answer=preference.take(rows.answer, pairs.right),
+        behavior_log_prob=preference.take(rows.behavior_log_prob, pairs.right),
+        advantage=pairs.exists.astype(jnp.float32),
+        wrong=wrong,
+    )
+    return rows, margin(behavior - reference)
+
+
+def count(state: TrainState, **numbers: Any) -> TrainState:
+    """Adds to the counts of what has been spent since the last logged point."""
+    sums = {name: state.counts[name] + number for name, number in numbers.items()}
+    return state._replace(counts=state.counts | sums)
 
 
 def group_advantage(reward: Array) -> Array:
@@ -100,9 +184,17 @@ def group_advantage(reward: Array) -> Array:
 
 
 def learn(
-    parts: Parts, state: TrainState, hparams: HParams, iteration: int | Array, key: Array
+    parts: Parts,
+    state: TrainState,
+    hparams: HParams,
+    iteration: int | Array,
+    key: Array,
+    key_pack: Array,
 ) -> tuple[Learner, Metrics]:
-    """The update phase. Updates wait until replay holds a batch drawn without replacement."""
+    """The update phase. Updates wait until replay holds a batch drawn without replacement.
+
+    Metrics are means over the updates, and ``tokens_trained`` their sum.
+    """
     config = parts.config
     updates = config.updates_per_iteration * config.reuse_per_batch
     indices = train.sample_indices(config, hparams, iteration, key, config.updates_per_iteration)
@@ -110,14 +202,27 @@ def learn(
     def one_update(learner: Learner, count: Array) -> tuple[Learner, Metrics]:
         index = indices[count // config.reuse_per_batch]
         batch, _ = buffer.take_rows(state.replay, index, iteration)
+        batch = pack(parts, batch, jax.random.fold_in(key_pack, count))
         policy_scale = train.reuse_scale(config, count)
         return update(parts, state, learner, batch, hparams, iteration, policy_scale)
 
     def all_updates(learner: Learner) -> tuple[Learner, Metrics]:
         learner, metrics = jax.lax.scan(one_update, learner, jnp.arange(updates))
-        return learner, jax.tree.map(jnp.mean, metrics)
+        trained = jnp.sum(metrics.pop("tokens_trained"))
+        return learner, jax.tree.map(jnp.mean, metrics) | {"tokens_trained": trained}
 
     return train.once_filled(config, iteration, all_updates, state.learner)
+
+
+def pack(parts: Parts, batch: Answers, key: Array) -> Answers:
+    """The rows of a batch that an update learns from: all, unless a selection weighs answers."""
+    if batch.weight is None:
+        return batch
+    length = jnp.sum(parts.decoder.mask(batch.answer), axis=1)
+    noise = jax.random.uniform(key, length.shape)
+    rows = selection.packed_rows(parts.config)
+    index, weight = selection.pack(batch.weight, length, rows, noise)
+    return jax.tree.map(lambda x: x[index], batch)._replace(weight=weight)
 
 
 def update(
@@ -129,50 +234,114 @@ def update(
     iteration: int | Array,
     policy_scale: Array,
 ) -> tuple[Learner, Metrics]:
-    """One update of the policy.
-
-    loss = policy_scale * losses.policy_loss - entropy_coef * mean entropy
-           + kl_coef * mean KL(mu || pi), the means over the tokens of the batch.
-    """
+    """One update of the policy on the rows of ``pack``."""
     mask = parts.decoder.mask(batch.answer)
     advantage = advantage_of(parts.config, batch, mask)
     objective = bind_objective(parts, state, learner, hparams, batch, mask)
-
-    def loss(params: Any) -> tuple[Array, Any]:
-        log_prob, entropy = score(parts, params, batch, hparams)
-        policy_loss, log_ratio, objective_state = losses.masked_policy_loss(
-            log_prob,
-            batch.behavior_log_prob,
-            advantage,
-            mask,
-            objective,
-            parts.ratio_level,
-            parts.config.loss_agg_mode,
-            parts.task.answer_length,
-        )
-        token_log_ratio = jnp.where(mask, log_prob - batch.behavior_log_prob, 0)
-        mean_entropy = jnp.mean(entropy, where=mask)
-        total = (
-            policy_scale * policy_loss
-            - hparams.entropy_coef * mean_entropy
-            + hparams.kl_coef * jnp.mean(losses.kl_penalty(token_log_ratio), where=mask)
-        )
-        metrics = {
-            "policy_loss": policy_loss,
-            "entropy": mean_entropy,
-            "kl": jnp.mean(losses.kl_estimate(token_log_ratio), where=mask),
-        }
-        return total, (metrics, log_ratio, objective_state)
-
-    grads, (metrics, log_ratio, objective_state) = jax.grad(loss, has_aux=True)(learner.params)
-    weight = losses.objective_weight(objective, log_ratio, advantage)
+    gradient = jax.grad(loss, has_aux=True)
+    grads, terms = gradient(learner.params, parts, batch, objective, hparams, policy_scale)
+    if parts.preference:
+        weight = jnp.broadcast_to(terms.pair_weight[:, None], mask.shape)
+    else:
+        weight = losses.objective_weight(objective, terms.log_ratio, advantage)
     ess = diagnostics.effective_sample_size(weight, mask & (advantage != 0))
     ess = jnp.where(jnp.isnan(ess), 1.0, ess)  # all answers worth the same
     rate = hparams.learning_rate * ess**hparams.ess_lr_power
     rate = rate * train.learning_rate_factor(parts.config, hparams, iteration)
     policy, opt_state, norm = train.apply_gradient(learner, "policy", grads, hparams, rate)
-    learner = Learner({"policy": policy}, {"policy": opt_state}, objective_state)
-    return learner, metrics | {"grad_norm": norm}
+    learner = Learner({"policy": policy}, {"policy": opt_state}, terms.objective_state)
+    spent = {"grad_norm": norm, "tokens_trained": tokens_trained(parts, batch)}
+    return learner, terms.metrics | spent
+
+
+class Terms(NamedTuple):
+    """What a loss gives beside its value.
+
+    Attributes:
+        metrics: scalars by name.
+        log_ratio: of the ratio level, ``[batch, answer_length]``.
+        pair_weight: in preference training the surrogate's derivative with respect to the margin,
+            ``[batch]``; else None.
+        objective_state: next state of the objective.
+    """
+
+    metrics: Metrics
+    log_ratio: Array
+    pair_weight: Array | None
+    objective_state: Any
+
+
+def loss(
+    params: Any,
+    parts: Parts,
+    batch: Answers,
+    objective: Callable[..., Any],
+    hparams: HParams,
+    policy_scale: Array | float = 1.0,
+) -> tuple[Array, Terms]:
+    """The loss of a batch, and its terms.
+
+    loss = policy_scale * policy's loss - entropy_coef * mean entropy
+           + kl_coef * mean KL(mu || pi), the last two means over the tokens of the batch.
+
+    The policy's loss is ``losses.policy_loss``, or minus the mean surrogate over the pairs. The
+    weights of a selection make all three what they would be over the batch before ``pack``.
+    """
+    mask, config = parts.decoder.mask(batch.answer), parts.config
+    log_prob, entropy = score(parts, params, batch, hparams)
+    token_log_ratio = jnp.where(mask, log_prob - batch.behavior_log_prob, 0)
+    pair_weight = None
+    if parts.preference:
+        surrogate, pair_weight, objective_state = pair_surrogate(
+            parts, params, batch, log_prob, mask, objective, hparams
+        )
+        policy_loss = -jnp.mean(surrogate)
+        log_ratio = ratio_levels.transform(token_log_ratio, parts.ratio_level, mask)
+    else:
+        policy_loss, log_ratio, objective_state = losses.masked_policy_loss(
+            log_prob,
+            batch.behavior_log_prob,
+            advantage_of(config, batch, mask),
+            mask,
+            objective,
+            parts.ratio_level,
+            config.loss_agg_mode,
+            parts.task.answer_length,
+        )
+    factor = 1.0 if batch.weight is None else batch.weight.token[:, None]
+    mean_entropy = jnp.mean(entropy * factor, where=mask)
+    kl = jnp.mean(losses.kl_penalty(token_log_ratio) * factor, where=mask)
+    total = policy_scale * policy_loss - hparams.entropy_coef * mean_entropy + hparams.kl_coef * kl
+    metrics = {
+        "policy_loss": policy_loss,
+        "entropy": mean_entropy,
+        "kl": jnp.mean(losses.kl_estimate(token_log_ratio) * factor, where=mask),
+    }
+    return total, Terms(metrics, log_ratio, pair_weight, objective_state)
+
+
+def pair_surrogate(
+    parts: Parts,
+    params: Any,
+    batch: Answers,
+    log_prob: Array,
+    mask: Array,
+    objective: Callable[..., Any],
+    hparams: HParams,
+) -> tuple[Array, Array, Any]:
+    """Surrogate and weight of each pair ``[batch]``, and next state.
+
+    ``log_prob`` and ``mask`` are of the right answers; the rest as in ``loss``.
+    """
+    assert batch.wrong is not None
+    wrong = batch._replace(answer=batch.wrong.answer)
+    return objective(
+        log_prob=(log_prob, score(parts, params, wrong, hparams)[0]),
+        behavior_log_prob=(batch.behavior_log_prob, batch.wrong.behavior_log_prob),
+        mask=(mask, parts.decoder.mask(wrong.answer)),
+        reference_margin=batch.wrong.reference_margin,
+        is_pair=batch.advantage,
+    )
 
 
 # What an iteration is made of.
@@ -200,14 +369,45 @@ def bind_objective(
     hparams: HParams,
     batch: Answers,
     mask: Array,
-) -> BoundObjective:
-    """The objective with its parameters, and with the inputs and state that it asks for."""
+) -> Callable[..., Any]:
+    """The objective with its parameters, inputs, state, and the weights of a selection.
+
+    It is a ``losses.BoundObjective``, or takes what ``pair_surrogate`` gives it.
+    """
     spec, behavior = parts.objective, batch.behavior_log_prob
     given = train.objective_settings(parts.config, spec, hparams, learner)
+    weight = batch.weight
+    if parts.preference:
+        of_pairs = functools.partial(preference.objective_values, spec, given)
+        return of_pairs if weight is None else _weighted(of_pairs, weight.answer)
     start = None
     if "log_ratio_start" in spec.inputs:
         start = score(parts, state.learner.params, batch, hparams)[0] - behavior
-    return losses.bind(spec, parts.ratio_level, given, behavior, start, mask)
+    bound = losses.bind(spec, parts.ratio_level, given, behavior, start, mask)
+    if weight is None:
+        return bound
+    of_tokens = parts.config.loss_agg_mode == "token-mean"
+    return _weighted(bound, (weight.token if of_tokens else weight.answer)[:, None])
+
+
+def _weighted(objective: Callable[..., Any], weight: Array) -> Callable[..., Any]:
+    """The same objective with its surrogate times a weight."""
+
+    def weighted(*arguments: Any, **named: Any) -> Any:
+        surrogate, *others = objective(*arguments, **named)
+        return surrogate * weight, *others
+
+    return weighted
+
+
+def tokens_trained(parts: Parts, batch: Answers) -> Array:
+    """Tokens of a packed batch that count."""
+    counted = jnp.sum(parts.decoder.mask(batch.answer), axis=1)
+    if batch.wrong is not None:
+        counted += jnp.sum(parts.decoder.mask(batch.wrong.answer), axis=1)
+    if batch.weight is not None:
+        counted = jnp.where(batch.weight.answer > 0, counted, 0)
+    return jnp.sum(counted)
 
 
 # The start of a run, and what is reported of it.
@@ -236,7 +436,19 @@ def init(parts: Parts, hparams: HParams) -> TrainState:
         solved=zero,
         key=key,
         diverged_at=jnp.int32(-1),
+        counts=dict.fromkeys(COUNTS, zero),
+        selection=parts.selection.initial_state(
+            parts.task, jax.random.fold_in(key, SELECTION_STREAM)
+        ),
+        reference=params["policy"] if parts.preference else (),
     )
+
+
+COUNTS = ("prompts_sampled", "tokens_generated", "tokens_trained")
+"""What is counted: prompts drawn, tokens of answers, and tokens of answers in updates."""
+
+SELECTION_STREAM = train.INIT_STREAM - 2
+"""Folded into a run's key for the first state of a selection; beyond any iteration's index."""
 
 
 def imitate(parts: Parts, learner: Learner, hparams: HParams, key: Array) -> Learner:
@@ -274,6 +486,12 @@ def empty_replay(parts: Parts) -> Any:
         like((task.answer_length,), jnp.float32),
         like((), jnp.float32),
     )
+    if parts.selection.stage == selection.GROUP:
+        weight = like((), jnp.float32)
+        block = block._replace(weight=selection.Weights(weight, weight))
+    if parts.preference:
+        wrong = preference.Wrong(block.answer, block.behavior_log_prob, block.advantage)
+        block = block._replace(wrong=wrong)
     return buffer.init(block, config.allocated_size // config.block_size)
 
 
@@ -285,13 +503,19 @@ def report(
     config, params = parts.config, state.learner.params
     index = train.sample_indices(config, hparams, iteration, key_diagnose, 1)[0]
     batch, age = buffer.take_rows(state.replay, index, iteration)
+    batch = batch._replace(weight=None)
     mask = parts.decoder.mask(batch.answer)
     advantage = advantage_of(config, batch, mask)
     log_prob, _ = score(parts, params, batch, hparams)
     log_ratio = ratio_levels.transform(log_prob - batch.behavior_log_prob, parts.ratio_level, mask)
     objective = bind_objective(parts, state, state.learner, hparams, batch, mask)
-    weight = losses.objective_weight(objective, log_ratio, advantage)
+    if parts.preference:
+        _, pair_weight, _ = pair_surrogate(parts, params, batch, log_prob, mask, objective, hparams)
+        weight = jnp.broadcast_to(pair_weight[:, None], mask.shape)
+    else:
+        weight = losses.objective_weight(objective, log_ratio, advantage)
     metrics = diagnostics.utilization(log_ratio, advantage, weight, age[:, None], mask)
+    metrics |= state.counts
     metrics["success_rate"] = state.solved / state.episodes
     metrics["answer_length"] = jnp.mean(jnp.sum(mask, axis=1).astype(jnp.float32))
     prompts = EVAL_PROMPTS if config.eval_episodes is None else config.eval_episodes
@@ -375,6 +599,10 @@ def make_parts(config: Config) -> Parts:
     if objective.kind == "batch" and task.end is not None and not objective.takes_mask:
         valid = f"one that takes mask, because answers of {task.name} are padded"
         raise ConfigError("objective", objective.name, valid)
+    pairs = preference.is_preference(objective)
+    if pairs:
+        preference.check(config, objective)
+    chosen = selection.make(config, task, objective)
     network = decoder.make(
         task.vocab,
         task.prompt_length,
@@ -386,7 +614,7 @@ def make_parts(config: Config) -> Parts:
         feed_forward=2 * config.decoder_width,
     )
     level = ratio_levels.choose(config.ratio_level, objective)
-    return Parts(config, task, network, objective, level)
+    return Parts(config, task, network, objective, level, chosen, pairs)
 
 
 def check_hparams(config: Config, hparams: HParams) -> None:
@@ -396,6 +624,8 @@ def check_hparams(config: Config, hparams: HParams) -> None:
         ConfigError: one that is not at its default, or imitation without demonstrations.
     """
     train.check_unused(hparams, ("gamma", "gae_lambda", "value_coef"), "token tasks do not use it")
+    if preference.is_preference(objectives.spec(config.objective)):
+        train.check_unused(hparams, ("reward_scale",), "pairs have no reward")
     if hparams.value_learning_rate not in (None, hparams.learning_rate):
         valid = "left out, because token tasks have no value function"
         raise ConfigError("value_learning_rate", hparams.value_learning_rate, valid)

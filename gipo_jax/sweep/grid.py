@@ -13,6 +13,7 @@ import numpy as np
 
 from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
+from gipo_jax.sequences import selection
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 HPARAM_FIELDS = tuple(f.name for f in dataclasses.fields(HParams) if f.name != "objective_params")
@@ -75,8 +76,9 @@ def expand(
     _check_used(own, static)
 
     runs: dict[Any, Run] = {}
+    chosen = static.get("selection", [])
     for fixed in _product(static):
-        config = _config(fixed)
+        config = _config(selection.own_settings(fixed, chosen) if chosen else fixed)
         spec = objectives.spec(config.objective)
         if not spec.takes_kernel:
             config = dataclasses.replace(config, kernel=_CONFIG_DEFAULTS.kernel)
@@ -95,12 +97,13 @@ def expand(
 def described(run: Run) -> dict[str, Any]:
     """Every setting of a run by name, with environment and objective as they are called."""
     settings = dataclasses.asdict(
-        dataclasses.replace(run.config, env=None, objective=None)
+        dataclasses.replace(run.config, env=None, objective=None, selection=None)
     ) | dataclasses.asdict(run.hparams)
     settings.pop("max_buffer_size")
     parameters = settings.pop("objective_params")
     named = {
         "env": env_name(run.config.env),
+        "selection": selection.name_of(run.config.selection),
         "objective": objectives.spec(run.config.objective).name,
     }
     return settings | parameters | named
@@ -117,7 +120,8 @@ def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for index, run in enumerate(runs):
         if run.config not in groups:
             config = {name: getattr(run.config, name) for name in CONFIG_FIELDS}
-            config["env"] = _encode_env(run.config.env)
+            config["env"] = _encode_reference(run.config.env, env_name)
+            config["selection"] = _encode_reference(run.config.selection, selection.name_of)
             config["objective"] = _encode_objective(run.config.objective)
             groups[run.config] = {"config": config, "runs": []}
         hparams = {n: _plain(v) for n, v in dataclasses.asdict(run.hparams).items()}
@@ -144,7 +148,10 @@ def decode(
         stored: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in group["config"].items()
         }
-        stored["env"] = _decode_env(stored["env"], env)
+        stored["env"] = _decode_reference("env", stored["env"], env, env_name)
+        stored["selection"] = _decode_reference(
+            "selection", stored["selection"], None, selection.name_of
+        )
         stored["objective"] = _decode_objective(stored["objective"], objective)
         config = Config(**stored)
         for entry in group["runs"]:
@@ -208,7 +215,7 @@ def _check_used(own: Mapping[str, Any], static: Mapping[str, Sequence[Any]]) -> 
     parameters = {name for spec in specs for name in spec.params}
     for name, values in own.items():
         if name not in parameters:
-            everywhere = {p for o in objectives.ALL for p in objectives.spec(o).params}
+            everywhere = {p for o in objectives.KNOWN for p in objectives.spec(o).params}
             names = ", ".join(spec.name for spec in specs)
             known = sorted({*CONFIG_FIELDS, *HPARAM_FIELDS, *parameters})
             near = difflib.get_close_matches(name, known, n=1)
@@ -239,6 +246,8 @@ def _name(
         parts.append(config.kernel)
     if config.ratio_level is not None:
         parts.append(config.ratio_level)
+    if config.selection != _CONFIG_DEFAULTS.selection:
+        parts.append(selection.name_of(config.selection))
     parts += [f"{key}={value}" for key, value in ({**numbers, **parameters}).items()]
     return " ".join([*parts, f"seed={seed}"])
 
@@ -263,28 +272,29 @@ def _numbers(stored: Any) -> Any:
     return float(stored) if isinstance(stored, str) else stored
 
 
-def _encode_env(env: Any) -> Any:
-    if not isinstance(env, str):
-        return {"object": env_name(env)}
-    if not user_files.is_reference(env):
-        return env
-    file = Path(env.rpartition(":")[0]).expanduser().resolve()
-    return {"task": env, "file": str(file), "sha256": user_files.digest(file)}
+def _encode_reference(value: Any, name: Callable[[Any], str]) -> Any:
+    """A setting that is a name, FILE.py:NAME or an object, as JSON."""
+    if not isinstance(value, str):
+        return {"object": name(value)}
+    if not user_files.is_reference(value):
+        return value
+    file = Path(value.rpartition(":")[0]).expanduser().resolve()
+    return {"reference": value, "file": str(file), "sha256": user_files.digest(file)}
 
 
-def _decode_env(stored: Any, given: Any) -> Any:
+def _decode_reference(field: str, stored: Any, given: Any, name: Callable[[Any], str]) -> Any:
     if isinstance(stored, str):
         return stored
-    if "task" in stored:
-        file = Path(stored["file"])
+    if "reference" in stored:
+        reference, file = stored["reference"], Path(stored["file"])
         if file.is_file() and user_files.digest(file) != stored["sha256"]:
             valid = "the file as it was when the sweep began; it has changed since"
-            raise ConfigError("env", stored["task"], valid)
+            raise ConfigError(field, reference, valid)
         # By the path that the sweep was given, if it still leads there.
-        here = Path(stored["task"].rpartition(":")[0]).expanduser().resolve() == file
-        return stored["task"] if here else f"{file}:{stored['task'].rpartition(':')[2]}"
-    if given is None or env_name(given) != stored["object"]:
-        raise ConfigError("env", given, f"the environment object {stored['object']} of this sweep")
+        here = Path(reference.rpartition(":")[0]).expanduser().resolve() == file
+        return reference if here else f"{file}:{reference.rpartition(':')[2]}"
+    if given is None or name(given) != stored["object"]:
+        raise ConfigError(field, given, f"the object {stored['object']} of this sweep")
     return given
 
 
@@ -292,7 +302,7 @@ def _encode_objective(objective: Any) -> Any:
     if isinstance(objective, str):
         return objective
     name = objectives.spec(objective).name
-    if objectives.ALL.get(name) is objective:
+    if objectives.KNOWN.get(name) is objective:
         return name
     file = source_file(objective)
     if file is None:

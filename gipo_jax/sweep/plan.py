@@ -11,6 +11,7 @@ import jax
 
 from gipo_jax import environments, train
 from gipo_jax.config import ConfigError, HParams
+from gipo_jax.sequences import selection
 from gipo_jax.sweep import program
 from gipo_jax.sweep.grid import Run, env_name
 from gipo_jax.sweep.options import Options
@@ -120,6 +121,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             name += f" {config.kernel}"
         if config.ratio_level is not None:
             name += f" {config.ratio_level}"
+        if config.selection != "keep_all":
+            name += f" {selection.name_of(config.selection)}"
         memory = measure(algorithm, hparams[0])
         groups.append(Group(name, algorithm, tuple(indices), tuple(hparams), memory))
     return groups

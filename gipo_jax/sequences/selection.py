@@ -1,0 +1,542 @@
+"""Selection: which prompts are answered, and which answers are learned from.
+
+A selection is one pure function of static shape, by name or in your own file. The name of its first
+parameter says what it weighs, and so when it is called::
+
+    def short_first(prompts, state, key):    # tokens [candidates, prompt_length]
+        return 1.0 * (prompts[:, 8] == 2)    # weights [candidates]
+
+    def only_better(group, state, key):      # a Group: answers to prompts, with their rewards
+        return 1.0 * (group.advantage > 0)   # weights [answers, prompts]
+
+Weights are >= 0. What they mean:
+
+- Of ``prompts``, before they are answered: ``num_envs`` of ``num_candidates`` prompts are drawn
+  without replacement in proportion to their weights, one of weight 0 only where the others are too
+  few. It saves rollouts.
+- Of a ``group``, once it is answered: an answer of weight 0 is never learned from, any other counts
+  as often as its weight says. Batches are packed into ``packed_size`` rows, which saves
+  back-propagation. Answers of weight 0 keep their place in replay.
+
+``declare`` gives a selection a state, which learns from every group. ``SELECTIONS`` are:
+
+- ``keep_all``: no selection, the default.
+- ``depo``: of prompts, by a learnt estimate of their difficulty (arXiv:2602.06375).
+- ``prune``: of answers, at random without bias (arXiv:2603.04135).
+- ``sage``: of preference pairs, from pools by difficulty (arXiv:2602.01207).
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from gipo_jax import user_files
+from gipo_jax.config import Config, ConfigError
+from gipo_jax.sequences.tasks import Task
+from gipo_jax.signatures import Spec
+
+PROMPTS, GROUP = "prompts", "group"
+
+
+class Group(NamedTuple):
+    """What an iteration has sampled: some answers to each of its prompts.
+
+    Attributes:
+        prompt: ``[prompts, prompt_length]``.
+        answer: ``[answers, prompts, answer_length]``, end tokens from the first one on.
+        log_prob: of each token when it was sampled, same shape; 0 at padding.
+        mask: false at padding, same shape.
+        exact: whether an answer is right, bool ``[answers, prompts]``.
+        advantage: as learning takes it, ``[answers, prompts]``; in preference training 1 where the
+            answer has a partner to make a pair with, else 0.
+        margin: in preference training, log-probability of the right minus that of the wrong answer
+            of the pair, less the same under the reference policy, ``[answers, prompts]``; else
+            None.
+    """
+
+    prompt: Array
+    answer: Array
+    log_prob: Array
+    mask: Array
+    exact: Array
+    advantage: Array
+    margin: Array | None = None
+
+
+class Weights(NamedTuple):
+    """Factors on what each row adds to a mean over rows, ``[rows]`` each.
+
+    Attributes:
+        answer: for means over answers.
+        token: for means over tokens.
+    """
+
+    answer: Array
+    token: Array
+
+
+State = Any
+
+
+class Selection(NamedTuple):
+    """A selection with its settings filled in.
+
+    Attributes:
+        name: for tables.
+        stage: ``PROMPTS`` or ``GROUP``, what it weighs; None for ``keep_all``.
+        select: ``prompts or group, state, key -> weights``.
+        initial_state: ``task, key -> state``.
+        update: ``state, group -> state``, called once an iteration.
+    """
+
+    name: str
+    stage: str | None
+    select: Callable[[Any, State, Array], Array]
+    initial_state: Callable[[Task, Array], State]
+    update: Callable[[State, Group], State]
+
+
+def declare(
+    *,
+    initial_state: Callable[[Task, Array], State],
+    update: Callable[[State, Group], State],
+) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Gives a selection a state.
+
+    Args:
+        initial_state: ``task, key -> state``, a pytree of arrays.
+        update: ``state, group -> state`` after every iteration's answers, same shapes.
+    """
+
+    def attach(function: Callable[..., Array]) -> Callable[..., Array]:
+        function.state_functions = (initial_state, update)  # type: ignore[attr-defined]
+        return function
+
+    return attach
+
+
+# Where the algorithm calls a selection.
+
+
+def draw_prompts(
+    selection: Selection, state: State, config: Config, task: Task, key: Array
+) -> Array:
+    """The prompts of an iteration, ``[num_envs, prompt_length]``."""
+    if selection.stage != PROMPTS:
+        return jax.vmap(task.prompt)(jax.random.split(key, config.num_envs))
+    key_prompts, key_select, key_draw = jax.random.split(key, 3)
+    count = prompts_drawn(selection, config)
+    prompts = jax.vmap(task.prompt)(jax.random.split(key_prompts, count))
+    weight = _checked(selection, (count,), prompts, state, key_select)
+    # The largest of log weight + Gumbel noise are a weighted draw without replacement.
+    noise = jax.random.gumbel(key_draw, (count,))
+    last = jnp.where(weight > 0, jnp.log(jnp.where(weight > 0, weight, 1)), -1e6)
+    return prompts[jax.lax.top_k(last + noise, config.num_envs)[1]]
+
+
+def weigh(selection: Selection, state: State, group: Group, key: Array) -> Weights | None:
+    """Weights ``[answers, prompts]`` to store with answers; None where all count alike."""
+    if selection.stage != GROUP:
+        return None
+    weight = _checked(selection, group.advantage.shape, group, state, key)
+    return Weights(weight, weight)
+
+
+def pack(weights: Weights, length: Array, rows: int, noise: Array) -> tuple[Array, Weights]:
+    """The rows of a batch that an update back-propagates through.
+
+    Rows of weight 0 are left out. Where more rows are left than fit, a random part of them is
+    taken, and the weights grow by the inverse of that part: in expectation over the noise, the
+    packed batch has the same gradient. Where fewer are left, rows of weight 0 fill it up.
+
+    Args:
+        weights: of the whole batch, ``[batch]`` each.
+        length: tokens of each row, ``[batch]``.
+        rows: that fit, <= batch.
+        noise: uniform in [0, 1), ``[batch]``.
+
+    Returns:
+        indices of the packed rows ``[rows]``, ascending, and their weights: with these a mean over
+        the packed rows, or over their tokens, is what it would be over the whole batch.
+    """
+    chex.assert_equal_shape([*weights, length, noise])
+    kept = weights.answer > 0
+    index = jnp.sort(jnp.argsort(jnp.where(kept, noise, 2.0))[:rows])
+    crowded = jnp.maximum(jnp.sum(kept) / rows, 1.0)
+    of_tokens = jnp.sum(length[index]) / jnp.sum(length)
+    return index, Weights(
+        weights.answer[index] * crowded * (rows / length.size),
+        weights.token[index] * crowded * of_tokens,
+    )
+
+
+def prompts_drawn(selection: Selection, config: Config) -> int:
+    """Prompts drawn an iteration, of which ``num_envs`` are answered."""
+    if selection.stage != PROMPTS:
+        return config.num_envs
+    return config.num_candidates or 4 * config.num_envs
+
+
+def packed_rows(config: Config) -> int:
+    """Rows of a packed batch."""
+    return config.packed_size or -(-config.batch_size // 2)
+
+
+# The built-in ones.
+
+
+def keep_all() -> Selection:
+    """No selection."""
+    return Selection("keep_all", None, lambda *_: jnp.ones(()), _no_state, _same_state)
+
+
+MAX_PRUNED = 0.7
+"""Highest probability with which ``prune`` leaves out a prompt, and likewise an answer of it."""
+
+
+def keep_probability(advantage: Array, part: float) -> tuple[Array, Array]:
+    """Probabilities with which ``prune`` keeps prompts and answers.
+
+    A prompt, and likewise an answer of it, is kept in proportion to its abs(A) over the mean, a
+    prompt's being the mean of its answers', within [1 - MAX_PRUNED, 1].
+
+    Args:
+        advantage: A, ``[answers, prompts]``.
+        part: of the answers to keep in the mean, in (0, 1], shared evenly by the two levels.
+
+    Returns:
+        of prompts ``[prompts]``, and of answers whose prompt is kept ``[answers, prompts]``.
+    """
+
+    def probability(size: Array) -> Array:
+        mean = jnp.mean(size)
+        share = jnp.where(mean > 0, size / jnp.where(mean > 0, mean, 1), 1)
+        return jnp.clip(part**0.5 * share, 1 - MAX_PRUNED, 1)
+
+    size = jnp.abs(advantage)
+    return probability(jnp.mean(size, axis=0)), probability(size)
+
+
+def prune(part: float) -> Selection:
+    """Unbiased dynamic pruning (arXiv:2603.04135).
+
+    A prompt with its whole group, and an answer of it, is left out with probability P each, and
+    what stays has the weight 1 / (1 - P): the expected gradient is that of all answers, for any
+    objective that is a sum over answers. It saves back-propagation, not rollouts.
+
+    Unverified: the paper was read second-hand, and its scores are unknown; those here are those of
+    ``keep_probability``. The paper scores a prompt by its history. Prompts here are fresh, so it is
+    their group that is scored. A reader of the paper reports that its appendix leaves out a
+    fixed fraction instead, which is biased.
+
+    Args:
+        part: of the answers to keep in the mean, in (0, 1].
+    """
+
+    def select(group: Group, state: State, key: Array) -> Array:
+        key_prompt, key_answer = jax.random.split(key)
+        of_prompt, of_answer = keep_probability(group.advantage, part)
+        keep_prompt = jax.random.bernoulli(key_prompt, of_prompt)
+        keep_answer = jax.random.bernoulli(key_answer, of_answer)
+        return (keep_prompt & keep_answer) / (of_prompt * of_answer)
+
+    return Selection("prune", GROUP, select, _no_state, _same_state)
+
+
+class DepoState(NamedTuple):
+    """The difficulty estimate of ``depo``, and how many groups it has learned from."""
+
+    params: Any
+    opt_state: Any
+    updates: Array
+
+
+class Estimator(nn.Module):
+    """Two logits for each prompt ``[..., prompt_length]``: of success, and of confidence."""
+
+    vocab: int
+
+    @nn.compact
+    def __call__(self, prompts: Array) -> Array:
+        tokens = jax.nn.one_hot(prompts, self.vocab)
+        x = nn.Dense(64)(tokens.reshape(*prompts.shape[:-1], -1))
+        return nn.Dense(2)(nn.silu(x))
+
+
+DEPO_RANGE = (0.15, 0.85)
+DEPO_START = 100
+"""Iterations in which ``depo`` only learns."""
+
+DEPO_RATE = 1e-3
+DEPO_UPDATES = 4
+"""Learning rate and updates an iteration of the estimate of ``depo``."""
+
+
+def depo(vocab: int) -> Selection:
+    """Difficulty-estimated selection (DEPO, arXiv:2602.06375).
+
+    A small network estimates the share of right answers to a prompt. Candidates with an estimate
+    in ``DEPO_RANGE`` have weight 1, the others 0; in the first ``DEPO_START`` iterations all have
+    weight 1. It saves rollouts: answers that are all right or all wrong teach nothing.
+
+    Verified from the authors' code (github.com/AIDC-AI/Marco-o1): range, start and loss. Theirs is
+    a pre-trained text encoder with learning rate 2e-4; here it is one hidden layer on tokens.
+    """
+    network, optimizer = Estimator(vocab), optax.adam(DEPO_RATE)
+
+    def initial_state(task: Task, key: Array) -> DepoState:
+        params = network.init(key, jnp.zeros((task.prompt_length,), jnp.int32))
+        return DepoState(params, optimizer.init(params), jnp.int32(0))
+
+    def select(prompts: Array, state: DepoState, key: Array) -> Array:
+        logits: Any = network.apply(state.params, prompts)
+        success = jax.nn.sigmoid(logits[:, 0])
+        fits = (success >= DEPO_RANGE[0]) & (success <= DEPO_RANGE[1])
+        return jnp.where(state.updates < DEPO_START, 1.0, fits.astype(jnp.float32))
+
+    def update(state: DepoState, group: Group) -> DepoState:
+        success = jnp.mean(group.exact.astype(jnp.float32), axis=0)
+        confidence = jnp.mean(jnp.exp(jnp.mean(group.log_prob, axis=2, where=group.mask)), axis=0)
+
+        def loss(params: Any) -> Array:
+            logits: Any = network.apply(params, group.prompt)
+            return depo_loss(logits, success, confidence)
+
+        def one_update(_: Any, learner: tuple[Any, Any]) -> tuple[Any, Any]:
+            params, opt_state = learner
+            updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state)
+            return optax.apply_updates(params, updates), opt_state
+
+        params, opt_state = jax.lax.fori_loop(
+            0, DEPO_UPDATES, one_update, (state.params, state.opt_state)
+        )
+        return DepoState(params, opt_state, state.updates + 1)
+
+    return Selection("depo", PROMPTS, select, initial_state, update)
+
+
+def depo_loss(logits: Array, success: Array, confidence: Array) -> Array:
+    """Loss of DEPO's estimate (arXiv:2602.06375): BCE + 0.5 BCE + 3 mean hinge.
+
+    The hinge max(0, 0.5 - (z_i - z_j)) is of all pairs of prompts whose success differs by more
+    than 0.05, z_i the logit of the one with more success.
+
+    Args:
+        logits: of success and of confidence, ``[prompts, 2]``.
+        success: share of right answers, ``[prompts]``.
+        confidence: mean over answers of exp(mean log-probability of a token), ``[prompts]``.
+    """
+    entropy = optax.sigmoid_binary_cross_entropy
+    z = logits[:, 0]
+    apart = success[:, None] - success > 0.05
+    hinge = jax.nn.relu(0.5 - (z[:, None] - z))
+    ranking = jnp.sum(jnp.where(apart, hinge, 0)) / jnp.maximum(jnp.sum(apart), 1)
+    return (
+        jnp.mean(entropy(z, success))
+        + 0.5 * jnp.mean(entropy(logits[:, 1], confidence))
+        + 3 * ranking
+    )
+
+
+SAGE_POOLS = 3
+
+
+def sage(part: float) -> Selection:
+    """Preference pairs from pools by difficulty, ranked by a score (SAGE, arXiv:2602.01207).
+
+    The pairs of an iteration go into ``SAGE_POOLS`` pools by the share of right answers in their
+    group: up to a third, up to two thirds, above. Each pool gives the same number of pairs, those
+    with the highest score e^-z, z the margin of DPO, or all where it has fewer. As the policy
+    improves, prompts change their pool.
+
+    Unverified: the paper was read second-hand and its score, inspired by the Newton decrement, was
+    not found. e^-z = s(-z)^2 / (s(z) s(-z)) is what that gives for DPO, s the logistic function:
+    the squared gradient over the curvature. The pools' bounds are this project's.
+
+    Args:
+        part: of the pairs to keep, in (0, 1].
+    """
+
+    def select(group: Group, state: State, key: Array) -> Array:
+        assert group.margin is not None
+        shape, is_pair = group.margin.shape, (group.advantage > 0).reshape(-1)
+        success = jnp.mean(group.exact.astype(jnp.float32), axis=0)
+        pool = jnp.broadcast_to(jnp.ceil(SAGE_POOLS * success), shape).reshape(-1)
+        # Pairs whose score is the same are in random order.
+        order = jnp.lexsort((jax.random.uniform(key, pool.shape), group.margin.reshape(-1)))
+        place = jnp.argsort(order)
+        before = (pool[:, None] == pool) & (place < place[:, None]) & is_pair
+        quota = max(round(part * pool.size / SAGE_POOLS), 1)
+        chosen = is_pair & (jnp.sum(before, axis=1) < quota)
+        return chosen.astype(jnp.float32).reshape(shape)
+
+    return Selection("sage", GROUP, select, _no_state, _same_state)
+
+
+SELECTIONS = ("keep_all", "depo", "prune", "sage")
+"""Names of the built-in selections."""
+
+
+def make(config: Config, task: Task, objective: Spec) -> Selection:
+    """The selection that a configuration means, with its settings checked.
+
+    Args:
+        config: the configuration.
+        task: its task.
+        objective: its objective.
+
+    Raises:
+        ConfigError: no such selection, a function of another form, or a setting it cannot have.
+    """
+    chosen, part = config.selection, packed_rows(config) / config.batch_size
+    if callable(chosen) or user_files.is_reference(chosen):
+        selection = _own(chosen)
+    elif chosen not in SELECTIONS:
+        valid = f"one of {', '.join(SELECTIONS)}, FILE.py:FUNCTION or a function"
+        raise ConfigError("selection", chosen, valid)
+    elif chosen == "sage" and "margin" not in objective.inputs:
+        raise ConfigError("selection", chosen, "one for single answers, or objective dpo")
+    else:
+        selection = {
+            "keep_all": keep_all,
+            "depo": lambda: depo(task.vocab),
+            "prune": lambda: prune(part),
+            "sage": lambda: sage(part),
+        }[chosen]()
+    for field, stage, least, most in (
+        ("num_candidates", PROMPTS, config.num_envs, None),
+        ("packed_size", GROUP, 1, config.batch_size),
+    ):
+        value = getattr(config, field)
+        if value is None:
+            continue
+        if selection.stage != stage:
+            valid = f"left out, because selection {selection.name} does not use it"
+            raise ConfigError(field, value, valid)
+        if value < least or (most is not None and value > most):
+            bound = f" and at most batch_size {most}" if most is not None else ""
+            at_least = f"num_envs {least}" if field == "num_candidates" else str(least)
+            raise ConfigError(field, value, f"an integer, at least {at_least}{bound}")
+    if selection.stage == GROUP:
+        _check_additive(selection, config, objective)
+    if selection.name not in SELECTIONS:
+        _try_out(selection, config, task, "margin" in objective.inputs)
+    return selection
+
+
+def _check_additive(selection: Selection, config: Config, objective: Spec) -> None:
+    """Refuses statistics of the batch where part of it is left out. Raises ConfigError."""
+    because = f"because selection {selection.name} leaves out part of the batch"
+    if config.normalize_advantage is True:
+        raise ConfigError("normalize_advantage", True, f"false, {because}")
+    if objective.kind == "batch" or objective.initial_state is not None:
+        valid = f"one without a statistic of the batch or a state, {because}"
+        raise ConfigError("objective", objective.name, valid)
+
+
+def stage_of(chosen: Any) -> str | None:
+    """What the selection of a name, reference or function weighs; errors as of ``make``."""
+    if callable(chosen) or user_files.is_reference(chosen):
+        return _own(chosen).stage
+    return {"depo": PROMPTS, "prune": GROUP, "sage": GROUP}.get(str(chosen))
+
+
+def own_settings(settings: Mapping[str, Any], beside: Sequence[Any]) -> dict[str, Any]:
+    """Fields of ``Config`` without the sizes that only other selections of a sweep use.
+
+    Args:
+        settings: fields by name, ``selection`` among them.
+        beside: all selections of the sweep.
+    """
+    sizes = {PROMPTS: "num_candidates", GROUP: "packed_size", None: None}
+    others = {sizes[stage_of(chosen)] for chosen in beside}
+    others.discard(sizes[stage_of(settings["selection"])])
+    return {name: value for name, value in settings.items() if name not in others}
+
+
+def name_of(selection: Any) -> str:
+    """How a selection, by name or function, is called in tables."""
+    return selection if isinstance(selection, str) else getattr(selection, "__name__", "selection")
+
+
+def _own(chosen: Any) -> Selection:
+    """A selection of the user's own."""
+    name = name_of(chosen)
+    if isinstance(chosen, str):
+        chosen = user_files.load("selection", chosen, "FUNCTION")
+    try:
+        first = list(inspect.signature(chosen).parameters)
+    except (TypeError, ValueError):
+        first = []
+    if len(first) != 3 or first[0] not in (PROMPTS, GROUP) or first[1:] != ["state", "key"]:
+        valid = f"a function of ({PROMPTS}, state, key) or ({GROUP}, state, key)"
+        raise ConfigError("selection", name, valid)
+    functions = getattr(chosen, "state_functions", (_no_state, _same_state))
+    return Selection(name, first[0], chosen, *functions)
+
+
+def _try_out(selection: Selection, config: Config, task: Task, pairs: bool) -> None:
+    """Runs a user's selection on shapes alone. Raises ConfigError where it fails."""
+    answers = (config.rollout_length, config.num_envs)
+
+    def run() -> None:
+        key = jax.random.key(0)
+        state = selection.initial_state(task, key)
+        group = Group(
+            prompt=jnp.zeros((config.num_envs, task.prompt_length), jnp.int32),
+            answer=jnp.zeros((*answers, task.answer_length), jnp.int32),
+            log_prob=jnp.zeros((*answers, task.answer_length)),
+            mask=jnp.ones((*answers, task.answer_length), bool),
+            exact=jnp.ones(answers, bool),
+            advantage=jnp.zeros(answers),
+            margin=jnp.zeros(answers) if pairs else None,
+        )
+        drawn = prompts_drawn(selection, config)
+        prompts = jnp.zeros((drawn, task.prompt_length), jnp.int32)
+        of_prompts = selection.stage == PROMPTS
+        shape = (drawn,) if of_prompts else answers
+        _checked(selection, shape, prompts if of_prompts else group, state, key)
+        before, after = (
+            jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), s)
+            for s in (state, selection.update(state, group))
+        )
+        if before != after:
+            valid = f"a state like the one before, {before}"
+            raise ConfigError(f"selection {selection.name}", after, valid)
+
+    try:
+        jax.eval_shape(run)
+    except ConfigError:
+        raise
+    except Exception as error:
+        file = inspect.getsourcefile(inspect.unwrap(selection.select))
+        place = user_files.located(error, Path(file).resolve()) if file else None
+        text = place or f"code that runs; {type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ConfigError("selection", selection.name, text) from error
+
+
+def _checked(
+    selection: Selection, shape: tuple[int, ...], given: Any, state: State, key: Array
+) -> Array:
+    """The weights that a selection gives, of the shape that they must have."""
+    weight = selection.select(given, state, key)
+    if jnp.shape(weight) != shape:
+        form = list(jnp.shape(weight)) if hasattr(weight, "shape") else type(weight).__name__
+        raise ConfigError(f"selection {selection.name}", form, f"weights {list(shape)}")
+    return jnp.asarray(weight, jnp.float32)
+
+
+def _no_state(task: Task, key: Array) -> State:
+    return ()
+
+
+def _same_state(state: State, group: Group) -> State:
+    return state

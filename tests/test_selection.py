@@ -1,0 +1,428 @@
+"""Selections: bias of pruning, the difficulty estimate, what they save, and what is refused."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from gipo_jax import buffer, cli, train
+from gipo_jax.config import Config, ConfigError
+from gipo_jax.sequences import selection, tasks
+from gipo_jax.sequences import train as of_sequences
+from gipo_jax.sweep import checkpoint
+
+PROMPTS, ANSWERS = 2, 3
+BATCH = PROMPTS * ANSWERS
+TASK = tasks.reverse_mixed(1, 3)._replace(demonstration=None)  # which would be compiled each time
+SMALL = Config(
+    env=TASK,
+    num_envs=PROMPTS,
+    rollout_length=ANSWERS,
+    batch_size=BATCH,
+    total_steps=4 * BATCH,
+    num_logs=4,
+    max_buffer_size=BATCH,
+    eval_episodes=4,
+    decoder_layers=1,
+    decoder_width=8,
+    decoder_heads=2,
+)
+TOKENS = ("prompts_sampled", "tokens_generated", "tokens_trained")
+
+
+def settings(config: Config, **given: Any) -> Any:
+    return train.make_hparams(config, **{"buffer_size": config.max_buffer_size} | given)
+
+
+def run(config: Config, **given: Any) -> Any:
+    return jax.jit(train.make_train(config))(settings(config, **given))
+
+
+def everything(group: Any, state: Any, key: Any) -> Any:
+    return jnp.ones_like(group.advantage)
+
+
+def test_weights_of_one_for_all_answers_equal_no_selection_bit_for_bit() -> None:
+    results = []
+    for config in (
+        SMALL,
+        dataclasses.replace(SMALL, selection=everything, packed_size=BATCH),
+    ):
+        algorithm = train.make(config)
+        hparams = settings(SMALL, kl_coef=0.1)
+
+        def two_steps(algorithm: Any = algorithm, hparams: Any = hparams) -> Any:
+            def step(i: Any, state: Any) -> Any:
+                return algorithm.train_step(state, hparams, i)[0]
+
+            state = jax.lax.fori_loop(0, 2, step, algorithm.init(hparams))
+            return state.learner, state.counts
+
+        results.append(jax.jit(two_steps)())
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# Pruning.
+
+
+class Case:
+    """A batch of one iteration's answers under a policy that has moved since, in float64."""
+
+    def __init__(self, loss_agg_mode: str, packed_size: int) -> None:
+        config = dataclasses.replace(
+            SMALL, selection="prune", packed_size=packed_size, loss_agg_mode=loss_agg_mode
+        )
+        self.parts = of_sequences.make_parts(config)
+        self.hparams = settings(config, entropy_coef=0.1, kl_coef=0.2)
+        state = of_sequences.init(self.parts, self.hparams)
+        state, rows = jax.jit(
+            lambda s: of_sequences.act(self.parts, s, self.hparams, jax.random.key(1))
+        )(state)
+        self.advantage = rows.advantage
+        replay = buffer.add(state.replay, rows, 0)
+        self.batch = in_float64(buffer.take_rows(replay, jnp.arange(BATCH), 0)[0])
+        self.state = state
+        self.params = in_float64(jax.tree.map(lambda x: x + 0.1, state.learner.params))
+
+    def gradient(self, batch: Any) -> Any:
+        """Gradient of the loss of a packed batch, as one vector."""
+        mask = self.parts.decoder.mask(batch.answer)
+        objective = of_sequences.bind_objective(
+            self.parts, self.state, self.state.learner, self.hparams, batch, mask
+        )
+        grads, _ = jax.grad(of_sequences.loss, has_aux=True)(
+            self.params, self.parts, batch, objective, self.hparams
+        )
+        return jnp.concatenate([x.ravel() for x in jax.tree.leaves(grads)])
+
+    def full_gradient(self) -> Any:
+        with jax.enable_x64(True):
+            return np.asarray(jax.jit(self.gradient)(self.batch._replace(weight=None)))
+
+    def packed_gradients(self, weight: Any, noise: Any) -> Any:
+        """Gradients ``[cases, parameters]`` for weights and noise ``[cases, batch]``."""
+        length = np.sum(np.asarray(self.parts.decoder.mask(self.batch.answer)), axis=1)
+        rows = selection.packed_rows(self.parts.config)
+
+        def one(case: Any) -> Any:
+            w, noise = case
+            both, lengths = selection.Weights(w, w), jnp.asarray(length)
+            index, weights = selection.pack(both, lengths, rows, noise)
+            packed = jax.tree.map(lambda x: jnp.asarray(x)[index], self.batch)._replace(
+                weight=weights
+            )
+            return self.gradient(packed)
+
+        with jax.enable_x64(True):
+            cases = jnp.asarray(weight), jnp.asarray(noise)
+            return np.asarray(jax.jit(lambda c: jax.lax.map(one, c, batch_size=64))(cases))
+
+
+def in_float64(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x, float if x.dtype == np.float32 else None), tree)
+
+
+def patterns(case: Case, rows: int) -> Any:
+    """Every pattern of kept prompts, kept answers, and rows that fit: probability, weight, noise.
+
+    Written with loops in float64, apart from the code it is compared with.
+    """
+    of_prompt, of_answer = (
+        np.asarray(p, float)
+        for p in selection.keep_probability(case.advantage, rows / BATCH)
+    )  # fmt: skip
+    found: dict[Any, float] = {}
+    for kept_prompts in itertools.product((0, 1), repeat=PROMPTS):
+        for kept_answers in itertools.product((0, 1), repeat=BATCH):
+            chance, kept = 1.0, []
+            for prompt, keep in enumerate(kept_prompts):
+                chance *= of_prompt[prompt] if keep else 1 - of_prompt[prompt]
+            for row, keep in enumerate(kept_answers):
+                p = of_answer[row // PROMPTS, row % PROMPTS]
+                chance *= p if keep else 1 - p
+                if keep and kept_prompts[row % PROMPTS]:
+                    kept.append(row)
+            key = tuple(kept)
+            found[key] = found.get(key, 0.0) + chance
+    chances, weights, noises = [], [], []
+    for rows_kept, chance in found.items():
+        weight = np.zeros(BATCH)
+        for row in rows_kept:
+            weight[row] = 1 / (of_prompt[row % PROMPTS] * of_answer[row // PROMPTS, row % PROMPTS])
+        fitting = list(itertools.combinations(rows_kept, min(rows, len(rows_kept))))
+        for chosen in fitting:
+            chances.append(chance / len(fitting))
+            weights.append(weight)
+            noises.append([0.1 if row in chosen else 0.9 for row in range(BATCH)])
+    return np.array(chances), np.array(weights), np.array(noises)
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_pruning_has_the_full_gradient_in_expectation_over_all_patterns(mode: str) -> None:
+    case = Case(mode, packed_size=4)
+    chance, weight, noise = patterns(case, 4)
+    assert np.sum(weight > 0, axis=1).max() > 4, "some patterns must not fit"
+    np.testing.assert_allclose(chance.sum(), 1, rtol=1e-12)
+    full = case.full_gradient()
+    expected = chance @ case.packed_gradients(weight, noise)
+    assert np.abs(full).max() > 1e-2
+    assert full.dtype == np.float64
+    # The probabilities of the patterns are of float32.
+    np.testing.assert_allclose(expected, full, rtol=0, atol=1e-6)
+
+    # A fixed fraction instead, the answers of largest abs(A), with the inverse of it as weight.
+    size = np.abs(np.asarray(case.advantage)).reshape(-1)
+    kept = np.zeros(BATCH)
+    kept[np.argsort(-size)[: BATCH // 2]] = 2
+    fixed = case.packed_gradients(kept[None], np.full((1, BATCH), 0.5))[0]
+    assert np.abs(fixed - full).max() > 1e-3
+
+
+def test_pruning_keeps_answers_with_the_probability_that_its_weights_say() -> None:
+    pruned = selection.prune(0.5)
+    advantage = jnp.array([[0.5, 0.1, 0.0], [-0.4, 0.0, 0.0], [-0.1, -0.1, 0.0]])
+    nothing = jnp.zeros(())
+    group = selection.Group(nothing, nothing, nothing, nothing, nothing, advantage)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    weights = np.asarray(jax.vmap(lambda k: pruned.select(group, (), k))(keys), float)
+    of_prompt, of_answer = selection.keep_probability(advantage, 0.5)
+    keep = np.asarray(of_prompt * of_answer, float)
+    assert keep.min() >= (1 - selection.MAX_PRUNED) ** 2 - 1e-6 and keep.max() <= 1
+    assert keep[0, 0] > keep[2, 0] > keep[2, 2]
+    np.testing.assert_allclose(np.mean(weights > 0, axis=0), keep, atol=0.015)
+    error = weights.std(axis=0) / np.sqrt(len(weights))
+    assert np.all(np.abs(weights.mean(axis=0) - 1) < 4 * error + 1e-6)
+
+
+def test_pruning_saves_arithmetic_and_counts_fewer_tokens() -> None:
+    config = dataclasses.replace(
+        SMALL, rollout_length=16, num_envs=4, batch_size=64, max_buffer_size=64, total_steps=64,
+        updates_per_iteration=4,
+    )  # fmt: skip
+    operations, trained = {}, {}
+    for name, packed in (("keep_all", None), ("prune", 16)):
+        changed = dataclasses.replace(config, selection=name, packed_size=packed)
+        algorithm, hparams = train.make(changed), settings(changed)
+        state = algorithm.init(hparams)
+        step = jax.jit(algorithm.train_step).lower(state, hparams, 0).compile()
+        analysis: Any = step.cost_analysis()
+        operations[name] = analysis["flops"]
+        trained[name] = float(step(state, hparams, 0)[0].counts["tokens_trained"])
+    assert operations["prune"] < 0.6 * operations["keep_all"]
+    assert 0 < trained["prune"] < 0.35 * trained["keep_all"]
+
+
+# Selection of prompts.
+
+
+def ends_early(prompts: Any, state: Any, key: Any) -> Any:
+    return 1.0 * (prompts[:, 1] == 2)
+
+
+def test_prompts_with_weight_are_answered_before_those_without() -> None:
+    config = dataclasses.replace(SMALL, selection=ends_early, num_candidates=40, num_envs=4,
+                                 max_buffer_size=12, batch_size=12, total_steps=24)  # fmt: skip
+    state, metrics = run(config)
+    prompt = np.asarray(state.replay.prompt).reshape(-1, 3)
+    assert np.all(prompt[:, 1] == 2)
+    np.testing.assert_array_equal(metrics["prompts_sampled"], [40, 40])
+    # A third of the prompts end there: of 4 candidates not all do, and the places are filled.
+    few = dataclasses.replace(config, num_candidates=4)
+    prompt = np.asarray(run(few)[0].replay.prompt).reshape(-1, 3)
+    assert not np.all(prompt[:, 1] == 2)
+
+
+def test_prompts_are_drawn_in_proportion_to_their_weights() -> None:
+    def weights(prompts: Any, state: Any, key: Any) -> Any:
+        return jnp.array([3.0, 1.0])
+
+    task = tasks.reverse(length=8)
+    chosen = selection.Selection("own", selection.PROMPTS, weights, lambda *_: (), lambda s, _: s)
+    config = dataclasses.replace(SMALL, num_envs=1, num_candidates=2)
+    keys = jax.random.split(jax.random.key(0), 4000)
+
+    def first(key: Any) -> Any:
+        key_prompts = jax.random.split(key, 3)[0]
+        candidates = jax.vmap(task.prompt)(jax.random.split(key_prompts, 2))
+        drawn = selection.draw_prompts(chosen, (), config, task, key)[0]
+        differ = jnp.any(candidates[0] != candidates[1])
+        return jnp.all(drawn == candidates[0]), differ
+
+    is_first, differ = jax.jit(jax.vmap(first))(keys)
+    assert abs(np.mean(is_first[differ]) - 0.75) < 0.03
+
+
+def test_the_loss_of_the_difficulty_estimate_is_its_formula() -> None:
+    rng = np.random.default_rng(0)
+    z, success, confidence = rng.normal(size=(4, 2)), np.array([0, 0.03, 0.5, 1]), rng.random(4)
+
+    def entropy(z: Any, p: Any) -> Any:
+        s = 1 / (1 + np.exp(-z))
+        return -p * np.log(s) - (1 - p) * np.log(1 - s)
+
+    hinges = [
+        max(0, 0.5 - (z[i, 0] - z[j, 0]))
+        for i, j in itertools.permutations(range(4), 2)
+        if success[i] - success[j] > 0.05
+    ]
+    assert len(hinges) == 5
+    expected = (
+        np.mean(entropy(z[:, 0], success))
+        + 0.5 * np.mean(entropy(z[:, 1], confidence))
+        + 3 * np.mean(hinges)
+    )
+    given = [jnp.asarray(x, jnp.float32) for x in (z, success, confidence)]
+    np.testing.assert_allclose(selection.depo_loss(*given), expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success() -> None:
+    task = tasks.reverse_mixed(2, 14)
+    config = dataclasses.replace(
+        SMALL, env=task, selection="depo", num_envs=16, rollout_length=8, batch_size=128,
+        max_buffer_size=128, total_steps=128 * 150, num_logs=1, eval_episodes=0,
+        decoder_layers=2, decoder_width=32,
+    )  # fmt: skip
+    parts = of_sequences.make_parts(config)
+    chosen = parts.selection
+    state, metrics = run(config, imitation_updates=300, learning_rate=1e-3, seed=3)
+    assert metrics["prompts_sampled"][0] == 4 * 16 * 150
+
+    @jax.jit
+    def measure(key: Any) -> Any:
+        key_prompts, key_answers = jax.random.split(key)
+        prompts = jax.vmap(task.prompt)(jax.random.split(key_prompts, 200))
+        many = jnp.tile(prompts, (32, 1))
+        answers, _ = parts.decoder.sample(state.learner.params["policy"], many, key_answers)
+        exact = jax.vmap(lambda p, a: tasks.is_exact(task, p, a))(many, answers)
+        logits: Any = selection.Estimator(3).apply(state.selection.params, prompts)
+        return logits[:, 0], jnp.mean(exact.reshape(32, 200), axis=0), prompts
+
+    estimate, success, prompts = measure(jax.random.key(9))
+    assert np.std(success) > 0.1
+    assert spearmanr(estimate, success).statistic >= 0.7
+    # And so the prompts it chooses are less often hopeless or done than the others.
+    weight = np.asarray(chosen.select(prompts, state.selection, jax.random.key(0)))
+    mixed = (success > 0.1) & (success < 0.9)
+    assert 0 < weight.sum() < 200
+    assert mixed[weight > 0].mean() > mixed[weight == 0].mean() + 0.2
+
+
+# Sweeps, and what is refused.
+
+
+MINE = """
+import jax
+import jax.numpy as jnp
+from gipo_jax.sequences import selection
+
+@selection.declare(
+    initial_state=lambda task, key: jnp.zeros(()),
+    update=lambda state, group: state + jnp.sum(group.exact),
+)
+def only_better(group, state, key):
+    return 1.0 * (group.advantage > 0)
+
+def wrong_shape(prompts, state, key):
+    return jnp.ones(3)
+
+def failing(group, state, key):
+    return group.rewards
+
+def other_arguments(answers, key):
+    return answers
+"""
+OPTIONS = (
+    "sweep --env tokens/reverse_mixed --num-envs 2 --rollout-length 4 --batch-size 8"
+    " --buffer-size 16 --total-steps 64 --num-logs 4 --eval-episodes 4 --decoder-layers 1"
+    " --decoder-width 8 --decoder-heads 2 --no-figures --quiet"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_sweep_over_selections_is_trained_interrupted_and_resumed_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    command = f"{OPTIONS} --selection depo mine.py:only_better --packed-size 4 --num-candidates 6"
+    assert cli.main(f"{command} --out whole".split()) == 0
+
+    save = checkpoint.save
+
+    def dies(*arguments: Any) -> Any:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", dies)
+    assert cli.main(f"{command} --checkpoint-seconds 0 --out cut".split()) == 130
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert cli.main(["sweep", "--resume", "--no-figures", "--quiet", "--out", "cut"]) == 0
+    tables = [Path(folder, "metrics.csv").read_text() for folder in ("whole", "cut")]
+    assert sorted(tables[0].splitlines()) == sorted(tables[1].splitlines())
+    assert all(name in tables[0] for name in TOKENS)
+    assert "mine.py:only_better" in Path("whole/runs.csv").read_text()
+
+    Path("mine.py").write_text(MINE + "\n# another\n")
+    capsys.readouterr()
+    assert cli.main(["sweep", "--resume", "--out", "cut"]) == 2
+    assert "selection" in (error := capsys.readouterr().err) and "changed since" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--selection keep_some", ("selection", "keep_some", "prune")),
+        ("--selection sage", ("selection", "sage", "dpo")),
+        ("--selection prune --packed-size 9", ("packed_size", "9", "batch_size 8")),
+        ("--selection prune --packed-size 0", ("packed_size", "0")),
+        ("--selection depo --num-candidates 1", ("num_candidates", "1", "num_envs 2")),
+        ("--selection depo --packed-size 4", ("packed_size", "4", "depo")),
+        ("--selection keep_all prune --num-candidates 4", ("num_candidates", "4")),
+        ("--packed-size 4", ("packed_size", "4", "keep_all")),
+        ("--selection prune --normalize-advantage", ("normalize_advantage", "prune")),
+        ("--selection prune --objective m2po", ("objective", "m2po", "prune")),
+        ("--selection mine.py:wrong_shape", ("selection", "[3]", "[8]")),
+        ("--selection mine.py:failing", ("selection", "mine.py:", "rewards")),
+        ("--selection mine.py:other_arguments", ("selection", "other_arguments", "group")),
+        ("--selection mine.py:nothing", ("selection", "has no nothing")),
+        ("--env CartPole-v1 --selection prune", ("selection", "control tasks")),
+        ("--env flow/ring --selection prune", ("selection", "flow")),
+    ],
+)
+def test_a_selection_that_cannot_work_is_refused_in_one_line(
+    given: str,
+    words: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    small = OPTIONS
+    if "--env" in given:
+        small = "sweep --num-envs 2 --rollout-length 4 --batch-size 8 --buffer-size 16"
+        small += " --total-steps 64 --quiet"
+    assert cli.main(f"{small} {given} --out out".split()) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+    assert not Path("out").exists()
+
+
+def test_a_function_of_the_users_is_refused_where_its_state_changes_shape() -> None:
+    @selection.declare(initial_state=lambda task, key: jnp.zeros(2), update=lambda s, g: s[:1])
+    def shrinking(group: Any, state: Any, key: Any) -> Any:
+        return jnp.ones_like(group.advantage)
+
+    with pytest.raises(ConfigError, match=r"^selection shrinking: .*a state like the one before"):
+        train.make(dataclasses.replace(SMALL, selection=shrinking))
