@@ -350,8 +350,9 @@ def test_devices_that_would_share_a_pool_are_refused_in_one_line(opened: Open) -
     start = jax.shard_map(
         lambda keys: env.reset(keys[0], 1)[0], mesh=mesh, in_specs=spec, out_specs=spec
     )
-    with pytest.raises(ConfigError, match=r"^devices: 2 is not valid; expected 1, [^\n]*$"):
+    with pytest.raises(ConfigError, match=r"^devices: 2 is not valid; expected 1, ") as error:
         jax.eval_shape(start, keys[:2])
+    assert "\n" not in str(error.value)
 
 
 def test_closed_pools_have_shapes_and_cannot_run() -> None:
@@ -512,7 +513,6 @@ def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
         (["--env", BUTTON, "--protocol", "gipo-meta"], ["protocol", "gipo-metaworld"]),
         (["--env", BUTTON, "--ratio-level", "prefix_min"], ["ratio_level", "no order"]),
         (["--env", BUTTON, "--devices", "999"], ["devices: 999", "at most"]),
-        (["--env", "BinPack-v2"], ["env", "Box of real ones, not Box(0"]),
         (["--env", "Pong-v5", "--action-head", "gaussian"], ["action_head", "discrete actions"]),
     ],
 )

@@ -162,12 +162,12 @@ def _read_task(config: Config) -> _Task:
     num_actions = low = high = None
     if isinstance(action_space, spaces.Discrete):
         num_actions = int(action_space.n)
-    elif isinstance(action_space, spaces.Box) and np.issubdtype(action_space.dtype, np.floating):
+    elif isinstance(action_space, spaces.Box):
         low = np.asarray(action_space.low, np.float32).ravel()
         high = np.asarray(action_space.high, np.float32).ravel()
     else:
-        valid = f"an environment with Discrete actions or a Box of real ones, not {action_space}"
-        raise ConfigError("env", name, valid)
+        valid = "an environment with Discrete or Box actions"
+        raise ConfigError("env", name, f"{valid}, not {type(action_space).__name__}")
 
     limit = int(spec.config.max_episode_steps)
     gap = None
