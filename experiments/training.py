@@ -229,9 +229,11 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
         if "which" in runs:
             names = PROGRAMS[runs["objective"].iloc[0]].names
             runs["objective"] = [names[int(index)] for index in runs["which"]]
-            # The shared program takes every parameter; a method has only its own.
-            for name in OWN.keys() & set(runs):
-                runs[name] = runs[name].where(runs["objective"].isin(OWN[name]))
+            # A table of runs leaves out what all have alike, and the shared program takes every
+            # parameter; a method has only its own.
+            given = pd.DataFrame([run.hparams.objective_params for run in item.runs], dtype=float)
+            for name in OWN.keys() & set(given):
+                runs[name] = given[name].where(runs["objective"].isin(OWN[name]))
         runs["learning_rate"] = [float(run.hparams.learning_rate) for run in item.runs]
         for name, value in item.keys.items():
             runs[name] = value
