@@ -288,6 +288,7 @@ def test_the_loss_of_the_difficulty_estimate_is_its_formula() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success() -> None:
     task = tasks.reverse_mixed(2, 14)
     config = dataclasses.replace(
