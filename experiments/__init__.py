@@ -22,6 +22,8 @@ from experiments import (
     reuse_bias,
     sample_efficiency,
     selection,
+    sequence_bias,
+    sequence_staleness,
     sigma,
     stability,
     staleness,
@@ -58,6 +60,8 @@ REGISTRY: dict[str, ModuleType] = {
         reuse_bias,
         flow,
         selection,
+        sequence_bias,
+        sequence_staleness,
     )
 }
 """Experiments by name, in the order in which they run."""

@@ -30,6 +30,7 @@ METHODS = {
 LATE = ("policy_age", "near_zero_fraction", "ess", "log_ratio_abs_p95")
 """Metrics of which a run keeps the mean over the second half of training."""
 
+RUNS = "age_and_size_runs"
 COLUMNS = [*tuning.KEYS, "seed", "status", "learning_rate", "final_return", "auc", *LATE]
 
 
@@ -89,7 +90,7 @@ SCALES = {
 def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     """Tunes in every cell, trains, and stores what is finished after every task."""
     scale = SCALES[preset]
-    tuning.run(store, scale.study, scale.units, part, lambda: gather(store, scale))
+    tuning.run(store, scale.study, scale.units, part, RUNS, lambda: gather(store, scale))
 
 
 def gather(store: Store, scale: Scale) -> None:
@@ -100,9 +101,9 @@ def gather(store: Store, scale: Scale) -> None:
     tuned, runs, curves = found
     halfway = curves.groupby("run")["env_steps"].transform("max") / 2
     late = curves[curves["env_steps"] > halfway].groupby("run")[list(LATE)].mean()
-    store.write("age_and_size_tuning", tuned, 6)
-    store.write("age_and_size_runs", runs.merge(late, on="run")[COLUMNS], 6)
-    store.write("age_and_size_units", tuning.progress(scale.units, runs))
+    tables = {"age_and_size_tuning": tuned, RUNS: runs.merge(late, on="run")[COLUMNS]}
+    stored = training.write_units(store, tuning.UNIT, tables)
+    store.write("age_and_size_units", tuning.progress(scale.units, stored[RUNS]))
 
 
 def load(store: Store) -> pd.DataFrame:
@@ -111,7 +112,7 @@ def load(store: Store) -> pd.DataFrame:
     Raises:
         DataError: as in ``Store.read``.
     """
-    runs = store.read("age_and_size_runs", COLUMNS)
+    runs = store.read(RUNS, COLUMNS)
     runs["width"] = runs["age"] - runs["min_age"]
     # A run without a finite score counts as the task's worst.
     by_task = runs.groupby("env")["final_return"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -241,6 +242,31 @@ def _scores(runs: pd.DataFrame) -> pd.DataFrame:
                 | {f"minus_ppo_{key}": x for key, x in difference._asdict().items()}
             )
     return pd.DataFrame(rows)
+
+
+def findings(table: Callable[[str], pd.DataFrame]) -> str:
+    """The plan's rules and the scores behind them, from the stored tables."""
+    scores: dict[Any, Any] = {
+        (row.regime, row.method, row.score): row for row in table("flow_scores").itertuples()
+    }
+    lines = [
+        "| regime | method | reward rose by | reward minus PPO-Clip's | modes of 4 | collapse |"
+    ]
+    lines.append("| --- " * 6 + "|")
+    for regime, method in dict.fromkeys((regime, method) for regime, method, _ in scores):
+        rise = scores[regime, method, "rise"]
+        modes = scores[regime, method, "modes_covered"]
+        end = scores[regime, method, "eval_return_sampled"]
+        cells = [
+            regime,
+            METHODS[method].look.label,
+            f"{rise.estimate:.3f} [{rise.low:.3f}, {rise.high:.3f}]",
+            f"{end.minus_ppo_estimate:+.3f} [{end.minus_ppo_low:.3f}, {end.minus_ppo_high:.3f}]",
+            f"{modes.estimate:.1f} [{modes.low:.1f}, {modes.high:.1f}]",
+            "no" if modes.estimate >= 3 else "**yes**",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _draw_learning(store: Store, curves: pd.DataFrame) -> None:

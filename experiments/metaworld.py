@@ -48,6 +48,9 @@ class Scale:
     seeds: range
 
 
+UNIT = ["regime", "env", "seed"]
+"""Columns that tell sweeps apart."""
+
 _SIX = (
     "ButtonPress",
     "ButtonPressTopdown",
@@ -77,14 +80,21 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     Args:
         part: (i, n): this call takes the i-th of n shares of the sweeps.
     """
-    scale = SCALES[preset]
-    sweeps = _sweeps(scale)
-    training.store_sweeps(store, training.take_slice(sweeps, part), "loop")
-    finished = training.collect(store, sweeps)
-    if finished is None:
-        return
-    store.write("metaworld_runs", finished[0], 6)
-    store.write("metaworld_curves", finished[1], 4)
+    sweeps = _sweeps(SCALES[preset])
+    done = training.stored_units(store, "metaworld_runs", UNIT)
+    for item in training.take_slice(sweeps, part):
+        first = item.runs[0]
+        if (item.keys["regime"], first.config.env, first.hparams.seed) in done:
+            continue
+        training.store_sweeps(store, [item], "loop")
+        finished = training.collect(store, sweeps)
+        assert finished is not None, "at least this sweep is finished"
+        runs, curves = finished
+        by_regime = {
+            f"metaworld_curves_{regime}": curves[curves["run"].isin(part_of["run"])]
+            for regime, part_of in runs.groupby("regime")
+        }
+        training.write_units(store, UNIT, {"metaworld_runs": runs}, by_regime)
 
 
 def _sweeps(scale: Scale) -> list[Sweep]:
@@ -120,7 +130,9 @@ def draw(store: Store) -> None:
     """Curves per task; normalised scores per regime; utilization of new and old data."""
     columns = ["run", "regime", "env", "objective", "sigma", "sigma_neg_ratio", "seed"]
     runs = store.read("metaworld_runs", [*columns, "final_return"])
-    curves = store.read("metaworld_curves", ["run", "env_steps", "episode_return", "success_rate"])
+    names = ["run", "env_steps", "episode_return", "success_rate"]
+    regimes = [regime for regime in REGIMES if (runs["regime"] == regime).any()]
+    curves = pd.concat([store.read(f"metaworld_curves_{regime}", names) for regime in regimes])
     runs["method"], looks = _methods(runs)
     runs["task"] = runs.env.str.removeprefix("MetaWorld/").str.removesuffix("-v3")
     curves = curves.merge(runs[["run", "regime", "task", "method", "seed"]], on="run")

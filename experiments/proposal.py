@@ -33,6 +33,7 @@ METHODS = {
     "No-Clip": Method("no_clip", {}),
 }
 LEVEL = 0.05
+RUNS = "proposal_runs"
 COLUMNS = [*tuning.KEYS, "seed", "status", "learning_rate", "final_return", "auc"]
 
 
@@ -95,7 +96,7 @@ SCALES = {
 def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     """Tunes, trains, and stores what is finished after every unit."""
     scale = SCALES[preset]
-    tuning.run(store, scale.study, scale.units, part, lambda: gather(store, scale))
+    tuning.run(store, scale.study, scale.units, part, RUNS, lambda: gather(store, scale))
 
 
 def gather(store: Store, scale: Scale) -> None:
@@ -104,9 +105,9 @@ def gather(store: Store, scale: Scale) -> None:
     if found is None:
         return
     tuned, runs, _ = found
-    store.write("proposal_tuning", tuned, 6)
-    store.write("proposal_runs", runs[COLUMNS], 6)
-    store.write("proposal_units", tuning.progress(scale.units, runs))
+    tables = {"proposal_tuning": tuned, RUNS: runs[COLUMNS]}
+    stored = training.write_units(store, tuning.UNIT, tables)
+    store.write("proposal_units", tuning.progress(scale.units, stored[RUNS]))
 
 
 def compare(runs: pd.DataFrame) -> pd.DataFrame:
@@ -166,7 +167,7 @@ _LOOKS = {
 
 def draw(store: Store) -> None:
     """Normalised area against replay size, and the differences to every method."""
-    runs = store.read("proposal_runs", COLUMNS)
+    runs = store.read(RUNS, COLUMNS)
     planned = store.read("proposal_units", ["regime", "env", "finished"])
     table = compare(runs)
     regimes = [regime for regime in REGIMES if (runs["regime"] == regime).any()]

@@ -71,11 +71,14 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     """Trains all variants, task by task, and stores what is finished."""
     scale = SCALES[preset]
     index, count = part
+    done = training.stored_units(store, "proposal_development", ["env"])
     for task in scale.tasks[index - 1 :: count]:
+        if (task.env,) in done:
+            continue
         training.store_sweeps(store, [sweep_of(scale, task)], "loop")
         found = training.collect(store, [sweep_of(scale, task) for task in scale.tasks])
         assert found is not None, "at least this task is finished"
-        store.write("proposal_development", found[0][COLUMNS], 6)
+        training.write_units(store, ["env"], {"proposal_development": found[0][COLUMNS]})
 
 
 def crossed_scores(runs: pd.DataFrame) -> pd.DataFrame:

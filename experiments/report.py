@@ -4,6 +4,7 @@ First what fits into five minutes: a table of verdicts, a figure a claim, and wh
 the protocols; then the details.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,7 +104,7 @@ def write(out: Path, path: Path) -> None:
         "",
         "## Verdicts",
         "",
-        _markdown([*header, "what decides it in protocol 1"], rows),
+        markdown([*header, "what decides it in protocol 1"], rows),
         "",
         f"{second.status} Claims 1, 2, 3 and 5 are computed, not trained, and need no second "
         "protocol. No comparison on Meta-World has been run.",
@@ -136,7 +137,10 @@ def write(out: Path, path: Path) -> None:
         if name.endswith(".png") and Path(name).stem not in shown
     }
     for experiment in dict.fromkeys(left.values()):
-        lines += [f"**{experiment}**: {experiments.REGISTRY[experiment].QUESTION}", ""]
+        module = experiments.REGISTRY[experiment]
+        lines += [f"**{experiment}**: {module.QUESTION}", ""]
+        if hasattr(module, "findings"):
+            lines += [module.findings(functools.partial(_table, out)), ""]
         for name in (name for name, owner in left.items() if owner == experiment):
             lines += figure(name)
     path.write_text("\n".join(lines).rstrip() + "\n")
@@ -244,7 +248,7 @@ class Protocol2:
         text = (
             f"{self.status} Claim 4: final return, above zero GIPO is better. Claim 6: drop from "
             "the peak, and claim 7: time to the threshold, below zero GIPO is better.\n\n"
-            + _markdown(header, rows)
+            + markdown(header, rows)
         )
         rows = [
             [
@@ -258,7 +262,7 @@ class Protocol2:
             for claim in tuned_sizes.JUDGED
         ]
         header = ["claim", "papers", "papers, uncorrected", "tuned", "tuned, uncorrected"]
-        text += "\n\nVerdicts with and without the correction:\n\n" + _markdown(header, rows)
+        text += "\n\nVerdicts with and without the correction:\n\n" + markdown(header, rows)
         finals = self.table[self.table.claim == 4]
         ages = sorted(age for age in finals.age.unique() if age)
         rows = [
@@ -270,7 +274,7 @@ class Protocol2:
         ]
         header = ["case", "regime", "GIPO minus", "all sizes", *(f"replay {age}" for age in ages)]
         text += "\n\nFinal return by size, all cases (one rate: not judged):\n\n"
-        text += _markdown(header, rows)
+        text += markdown(header, rows)
         text += "\n\nChosen widths and rates: `tables/tuned_sizes_choices.csv`."
         text += "\n\n" + self.cell()
         return Section(title, "", text, ("tuned_sizes", "tuned_sizes_comparison"))
@@ -331,7 +335,7 @@ def _age_and_size(out: Path) -> Section:
         "equal (older), and from the narrowest to the widest window, what is held back being equal "
         "(wider).\n\n"
     )
-    text += _markdown(["method", "older", "wider"], rows)
+    text += markdown(["method", "older", "wider"], rows)
     return Section(title, "", text, ("age_and_size", "age_and_size_utilization"))
 
 
@@ -359,9 +363,9 @@ def _proposal(out: Path) -> Section:
     text = (
         f"Aim: **{verdict}**, {units.finished.sum()} of {len(units)} units. Normalised area, the "
         "proposal minus every other method, over all sizes:\n\n"
-        + _markdown(["method", "difference", "Holm p"], rows)
+        + markdown(["method", "difference", "Holm p"], rows)
         + "\n\nAgainst the best other method at each size:\n\n"
-        + _markdown(
+        + markdown(
             ["replay", "best other", "difference"],
             [[row["age"], row["method"], _cell(row, "difference")] for _, row in best.iterrows()],
         )
@@ -397,7 +401,7 @@ def _cell(row: pd.Series, name: str, low: str = "low", high: str = "high") -> st
     return f"{row[name]:.3g} [{row[low]:.3g}, {row[high]:.3g}]"
 
 
-def _markdown(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+def markdown(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -441,7 +445,7 @@ def _gradients(out: Path) -> Section:
         "side it clips. A weight that is not zero can still be far too small to matter (the "
         "near-zero share below counts u < 0.001), and for sigma 0.2 it underflows.\n\n"
     )
-    text += _markdown(["sigma", "u at log r = -5", "u at log r = 5"], rows)
+    text += markdown(["sigma", "u at log r = -5", "u at log r = 5"], rows)
     short = (
         f"At log r = -5 and 5 the smallest u of GIPO is {wide.u.min():.1g} for sigma >= 0.5 and "
         f"{gipo[gipo.sigma < 0.5].u.min():.1g} below; PPO-Clip's is {abs(ppo.u).max():.1g}."
@@ -517,13 +521,13 @@ def _replay(out: Path) -> Section:
     text = (
         "IQM of the paired difference in normalised final return, GIPO (sigma 1) minus each "
         "method, and the probability that a run of GIPO is better, over all sizes. Above zero, or "
-        "above one half, GIPO is better.\n\n" + _markdown(header, rows)
+        "above one half, GIPO is better.\n\n" + markdown(header, rows)
     )
     elo = _table(out, "replay_sizes_elo")
     rows = [
         [r.regime, r.method, f"{r.elo:.0f} [{r.low:.0f}, {r.high:.0f}]"] for r in elo.itertuples()
     ]
-    text += "\n\n" + _markdown(["regime", "method", "Elo"], rows)
+    text += "\n\n" + markdown(["regime", "method", "Elo"], rows)
     names = [f"replay_sizes_{r.replace('-', '_')}" for r in regimes]
     figures = ("replay_sizes", "replay_sizes_comparison", *names)
     cells = [
@@ -559,7 +563,7 @@ def _bias_variance(out: Path) -> Section:
         "A and B. For the whole gradient vector it has: other samples are left, and it is then on "
         "the frontier of the published settings in A and B, though above GIPO's curve.\n\n"
     )
-    text += _markdown(["gradient", "baseline", "A", "B", "C"], rows)
+    text += markdown(["gradient", "baseline", "A", "B", "C"], rows)
     title = "5. Better bias-variance trade-off"
     shares = [
         f"{plots.look(str(name)).label} {part.share_above_gipo.min():.0%}"
@@ -597,7 +601,7 @@ def _stability(out: Path) -> Section:
         "over sizes; runs that diverged.\n\n"
     )
     header = ["regime", "method", "GIPO σ=1 minus it, drop", "its spread", "its worst seed"]
-    text += _markdown([*header, "diverged"], rows)
+    text += markdown([*header, "diverged"], rows)
     cells = [f"{row['method']} {_cell(row, 'value')}" for _, row in part.iterrows()]
     short = f"Drop from the peak, GIPO (sigma 1) minus the baseline: {', '.join(cells)}."
     return Section("6. High training stability", verdict, text, ("stability",), short)
@@ -624,7 +628,7 @@ def _efficiency(out: Path) -> Section:
         "faster).\n\n"
     )
     header = ["regime", "method", "restricted mean time", "runs at threshold", "difference"]
-    text += _markdown(header, rows)
+    text += markdown(header, rows)
     cells = [
         f"{row['method']} {_cell(row, 'difference', 'difference_low', 'difference_high')}"
         for _, row in part.iterrows()
@@ -645,7 +649,7 @@ def _utilization(out: Path) -> Section:
         rows.append([regime, method, *cells])
     text = (
         "Share of samples with an effective weight below 0.001 at the stalest replay, second half "
-        "of training.\n\n" + _markdown(["regime", "method", "new data", "old data"], rows)
+        "of training.\n\n" + markdown(["regime", "method", "new data", "old data"], rows)
     )
     ranks = table[table.quantity == "spearman_near_zero_vs_return"].groupby("regime").value
     for regime, values in ranks:
@@ -684,4 +688,4 @@ def _ablation_table(table: pd.DataFrame) -> str:
         cells = part.set_index(where)
         by_place = [cells.loc[place if len(where) > 1 else place[0]] for place in places]
         rows.append([*setting, *(_cell(cell, "mean") for cell in by_place)])
-    return _markdown([*settings, *names], rows)
+    return markdown([*settings, *names], rows)

@@ -424,3 +424,31 @@ def _draw_rates(store: Store, pilot: pd.DataFrame) -> None:
     )
     plots.finish(figure, caption, plots.legend(map(_look, OBJECTIVES)))
     store.save(figure, "reuse_bias_rates", pilot)
+
+
+def findings(table: Callable[[str], pd.DataFrame]) -> str:
+    """The plan's verdict, from the stored tables."""
+    rows = table("reuse_bias")
+    rows = rows[(rows.rate == "matched") & (rows.advantage == "return") & (rows["size"] == 0)]
+    judged = {
+        "GIPO (sigma 1)": rows[(rows.objective == "gipo") & (rows.sigma == 1)],
+        "BIRIS (alpha 0.1)": rows[rows.objective == "biris"],
+        "PPO-Clip": rows[rows.objective == "ppo_clip"],
+    }
+    text = []
+    for name, own in judged.items():
+        own = own[own.level == "joint"]
+        below = own.bias_difference_high < 0
+        above = own.bias_difference_low > 0
+        verdict = "yes" if below.all() else "partly" if below.any() and not above.any() else "no"
+        differences = ", ".join(
+            f"{row.bias_difference:.3g} [{row.bias_difference_low:.3g}, "
+            f"{row.bias_difference_high:.3g}] "
+            f"({row.task}; true return {row.return_difference:+.3f})"
+            for row in own.itertuples()
+        )
+        text.append(f"{name}: **{verdict}**, {differences}")
+    return (
+        "Reuse bias minus that of No-Clip, joint ratio, at equal true return, mean over buffers of "
+        "30, 40 and 50 episodes. " + ". ".join(text) + "."
+    )

@@ -105,6 +105,18 @@ class Store:
         self._read[name] = entry
         return frame
 
+    def stored(self, table: str) -> pd.DataFrame | None:
+        """Rows that this experiment stored with the same preset; None where there are none.
+
+        Raises:
+            DataError: as in ``read``.
+        """
+        entry = self.manifest()["data"].get(f"data/{table}.csv")
+        if entry is None or _without_folder(entry["command"]) != _without_folder(self.command):
+            return None
+        # A store of its own: what is read here is no source of a figure.
+        return self.of(self.experiment).read(table, [])
+
     def save(self, figure: Figure, name: str, numbers: pd.DataFrame) -> None:
         """Stores a figure drawn from the tables read so far, and the numbers it shows."""
         paths = plots.save(figure, self.out / "figures" / name)
@@ -149,6 +161,10 @@ class Store:
         manifest[section] |= entries
         manifest[section] = dict(sorted(manifest[section].items()))
         _replace(self.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+
+def _without_folder(command: str) -> str:
+    return command.partition(" --out ")[0]
 
 
 def _write_csv(path: Path, frame: pd.DataFrame, digits: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments import compared, contenders
+from experiments import compared, contenders, sequence_methods
 from experiments.store import DataError, Store
 from gipo_jax import sweep
 from gipo_jax.sweep import results
@@ -23,7 +23,7 @@ class Task:
     """An environment and the sizes that go with it.
 
     Attributes:
-        env: gymnax name.
+        env: name of an environment or a task of answers of several tokens.
         threshold: return that counts as solved enough for sample efficiency.
         settings: fields of Config and HParams.
         updates: batches an iteration, by regime.
@@ -107,6 +107,7 @@ class Program(NamedTuple):
 PROGRAMS = {
     "compared": Program(compared.compared, compared.NAMES),
     "contenders": Program(contenders.contenders, contenders.NAMES),
+    "sequence_methods": Program(sequence_methods.sequence_methods, sequence_methods.NAMES),
 }
 
 OWN = {
@@ -243,6 +244,52 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
     if not tables:
         return None
     return pd.concat(tables, ignore_index=True), pd.concat(curves, ignore_index=True)
+
+
+def stored_units(store: Store, table: str, by: Sequence[str]) -> set[tuple[Any, ...]]:
+    """Units, told apart by the columns ``by``, that a stored table has rows of."""
+    stored = store.stored(table)
+    return set() if stored is None else set(stored[list(by)].itertuples(index=False, name=None))
+
+
+def write_units(
+    store: Store,
+    by: Sequence[str],
+    tables: dict[str, pd.DataFrame],
+    curves: dict[str, pd.DataFrame] | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Stores tables of finished units; what is stored of other units stays.
+
+    So a study goes on where its sweeps are not, from its tables alone.
+
+    Args:
+        by: columns that tell units apart.
+        tables: by name.
+        curves: by name; their column ``run`` refers to that of the one table that has it.
+
+    Returns:
+        ``tables`` as stored.
+    """
+    written, shift, kept_runs = {}, 0, pd.Series(dtype=int)
+    for name, fresh in tables.items():
+        stored = store.stored(name)
+        if stored is not None:
+            keys = [pd.MultiIndex.from_frame(frame[list(by)]) for frame in (stored, fresh)]
+            stored = stored[~keys[0].isin(keys[1])]
+        if stored is not None and not stored.empty:
+            if "run" in stored:
+                kept_runs, shift = stored["run"], int(stored["run"].max()) + 1
+                fresh = fresh.assign(run=fresh["run"] + shift)
+            fresh = pd.concat([stored, fresh], ignore_index=True)
+        store.write(name, fresh, 6)
+        written[name] = fresh
+    for name, fresh in (curves or {}).items():
+        stored = store.stored(name)
+        fresh = fresh.assign(run=fresh["run"] + shift)
+        if stored is not None:
+            fresh = pd.concat([stored[stored["run"].isin(kept_runs)], fresh], ignore_index=True)
+        store.write(name, fresh, 4)
+    return written
 
 
 def take_slice(sweeps: Sequence[Sweep], part: tuple[int, int]) -> list[Sweep]:

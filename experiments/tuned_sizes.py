@@ -15,7 +15,7 @@ from experiments import replay_sizes, sample_efficiency, stability, training
 from experiments.compared import NAMES
 from experiments.store import Store
 from experiments.training import REGIMES, Method, Sweep, Task
-from experiments.tuning import Unit, with_steps
+from experiments.tuning import UNIT, Unit, progress, with_steps
 from gipo_jax.analysis import plots, stats
 
 QUESTION = "Does GIPO learn best where every method is tuned at every replay size?"
@@ -41,6 +41,7 @@ TUNING_COLUMNS = [
 ]
 RUN_COLUMNS = ["run", *TUNING_COLUMNS, "final_return"]
 
+RUNS = "tuned_sizes_runs"
 JUDGED_CASES = ("papers", "tuned")
 BASELINES = ("ppo_clip", "sapo")
 JUDGED = {4: 4, 6: 2, 7: 2}
@@ -117,6 +118,8 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
     scale = SCALES[preset]
     index, count = part
     for unit in units(scale)[index - 1 :: count]:
+        if (unit.regime, unit.task.env) in training.stored_units(store, RUNS, UNIT):
+            continue
         training.store_sweeps(store, [tuning_sweep(scale, unit)], "loop")
         reported = reported_sweep(store, scale, unit)
         assert reported is not None, "store_sweeps returns when all runs are through"
@@ -137,17 +140,17 @@ def gather(store: Store, scale: Scale) -> None:
     found = training.collect(store, [reported for _, reported in sweeps])
     assert tuned is not None and found is not None, "only finished sweeps are listed"
     runs, curves = found
-    done = {(item.keys["regime"], item.runs[0].config.env) for _, item in sweeps}
-    planned = [(unit.regime, unit.task.env) for unit in units(scale)]
-    rows = [(*unit, unit in done) for unit in planned]
-    store.write("tuned_sizes_units", pd.DataFrame(rows, columns=["regime", "env", "finished"]))
-    store.write("tuned_sizes_tuning", _with_width(tuned[0])[TUNING_COLUMNS], 6)
-    store.write("tuned_sizes_runs", _with_width(runs)[RUN_COLUMNS], 6)
     returns = curves[["run", "env_steps", "episode_return"]]
-    for regime in REGIMES:
-        part_of = returns["run"].isin(runs.loc[runs["regime"] == regime, "run"])
-        if part_of.any():
-            store.write(curves_table(regime), returns[part_of], 4)
+    by_regime = {
+        curves_table(str(regime)): returns[returns["run"].isin(part["run"])]
+        for regime, part in runs.groupby("regime")
+    }
+    tables = {
+        "tuned_sizes_tuning": _with_width(tuned[0])[TUNING_COLUMNS],
+        RUNS: _with_width(runs)[RUN_COLUMNS],
+    }
+    stored = training.write_units(store, UNIT, tables, by_regime)
+    store.write("tuned_sizes_units", progress(units(scale), stored[RUNS]))
 
 
 def curves_table(regime: str) -> str:
@@ -248,7 +251,7 @@ def load(store: Store) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     Raises:
         DataError: as in ``Store.read``.
     """
-    runs = store.read("tuned_sizes_runs", RUN_COLUMNS)
+    runs = store.read(RUNS, RUN_COLUMNS)
     chosen = choose(store.read("tuned_sizes_tuning", TUNING_COLUMNS))
     keys = ["regime", "env", "objective", "age", "width", "learning_rate"]
     cases = {}

@@ -53,7 +53,10 @@ class Study:
     seeds: range
 
 
-KEYS = ["regime", "env", "method", "age", "min_age"]
+UNIT = ["regime", "env"]
+"""Columns that tell units apart."""
+
+KEYS = [*UNIT, "method", "age", "min_age"]
 TUNING_COLUMNS = [*KEYS, "learning_rate", "seed", "status", "auc"]
 
 
@@ -83,7 +86,8 @@ def make_sweep(
         runs += own
         keys["method"] += [label] * len(own)
         keys["min_age"] += [cell.min_age] * len(own)
-    name = f"{study.name}_{what} {unit.regime} {unit.task.env}".replace(" ", "_")
+    name = f"{study.name}_{what} {unit.regime} {unit.task.env}"
+    name = name.replace(" ", "_").replace("/", "_")
     return Sweep(name, tuple(runs), {"regime": unit.regime, **keys})
 
 
@@ -139,11 +143,17 @@ def run(
     study: Study,
     units: list[Unit],
     part: tuple[int, int],
+    table: str,
     write: Callable[[], None],
 ) -> None:
-    """Tunes and reports a share of the units; ``write`` stores what is finished after each."""
+    """Tunes and reports a share of the units, but for those that ``table`` has.
+
+    ``write`` stores what is finished after each.
+    """
     index, count = part
     for unit in units[index - 1 :: count]:
+        if (unit.regime, unit.task.env) in training.stored_units(store, table, UNIT):
+            continue
         train(store, study, unit)
         write()
 

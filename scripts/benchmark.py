@@ -1,6 +1,8 @@
 """Times this project and its peers; compilation and running apart.
 
     python scripts/benchmark.py [NAME ...] [--quick] [--repeats N] [--out FILE]
+    python scripts/benchmark.py revision --against CHECKOUT
+    python scripts/benchmark.py metaworld_authors --authors-checkout DIR
     python scripts/benchmark.py --table FILE
 
 Cases of one benchmark run in turn, over and over, so that what else the machine does hits all of
@@ -29,6 +31,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Scripts are part of the checkout, not of the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from gipo_jax import runtime
 
 runtime.set_cpu_defaults()
@@ -53,11 +58,15 @@ from gipo_jax import (  # noqa: E402
 from gipo_jax.config import Config  # noqa: E402
 from gipo_jax.environments import envpool_env  # noqa: E402
 from gipo_jax.sweep import plan, program  # noqa: E402
+from scripts import peer_env  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks"
 PEER_VENV = ROOT / ".venv-peer"
 PEER_PYTHON = PEER_VENV / "bin" / "python"
+AUTHORS_VENV = ROOT / ".venv-authors"
+AUTHORS_SCRIPT = "metaworld_ppo_discrete_simple_complete.py"
+"""In a checkout of github.com/distanceLu/GIPO."""
 WORKER_SECONDS = 600
 """Limit on one compilation or one repeat in a worker process."""
 
@@ -84,6 +93,8 @@ class Context:
     repeats: int
     quick: bool
     console: Console
+    against: Path | None = None
+    authors: Path | None = None
 
 
 # Timing
@@ -137,6 +148,7 @@ class Training:
         mode: str = "auto",
         lanes: int | None = None,
         started: int = 0,
+        devices: Sequence[jax.Device] | None = None,
     ) -> None:
         """Compiles.
 
@@ -148,18 +160,21 @@ class Training:
             mode: batch mode; ``auto`` as in sweeps.
             lanes: see ``program.layout``.
             started: iteration the first call starts from; a late one finds a full buffer.
+            devices: all by default.
         """
         config = dataclasses.replace(
             config, max_buffer_size=buffer_size, total_steps=config.block_size * 1_000_000
         )
-        self.algorithm = train.make(config)
-        devices = jax.local_devices()
+        devices = devices or jax.local_devices()
         if mode == "auto":
             mode = "map" if devices[0].platform == "cpu" else "vmap"
         hparams = [
             train.make_hparams(config, seed=seed, buffer_size=buffer_size) for seed in range(runs)
         ]
         self.layout = program.layout(mode, lanes, devices, runs)
+        # Simulators outside JAX are opened for runs that fill the layout.
+        env = train.open_env(config, range(runs), len(self.layout.devices))
+        self.algorithm = train.make(config, env)
         self.planned = plan.needed(plan.measure(self.algorithm, hparams[0]), self.layout)
         self._program = program.Program(self.algorithm, self.layout, hparams[0])
         begin = time.perf_counter()
@@ -262,9 +277,17 @@ class Worker:
         self.about = self._answer()
 
     def __call__(self) -> float:
+        self.start()
+        return self.finish()
+
+    def start(self) -> None:
+        """Asks for a repeat, without waiting for it."""
         assert self._process.stdin is not None
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
+
+    def finish(self) -> float:
+        """Seconds of the repeat that was asked for, once it is done."""
         return float(self._answer()["seconds"])
 
     def _answer(self) -> dict[str, Any]:
@@ -309,21 +332,18 @@ def own_worker(what: str, work: Work) -> list[str]:
 
 
 def peer_worker(peer: str, work: Work) -> list[str]:
-    return [str(peer_python()), str(RESULTS / "peers.py"), peer, json.dumps(work)]
+    python = peer_env.interpreter(PEER_VENV, RESULTS / "peer-constraints.txt")
+    return [str(python), str(RESULTS / "peers.py"), peer, json.dumps(work)]
 
 
-def peer_python() -> Path:
-    """Interpreter of the peers' environment, which is made where it is missing."""
-    constraints = RESULTS / "peer-constraints.txt"
-    wanted = constraints.read_text()
-    stamp = PEER_VENV / "complete"
-    if not stamp.exists() or stamp.read_text() != wanted:
-        print("installing the peers into .venv-peer", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(PEER_VENV)], check=True)
-        install = [str(PEER_PYTHON), "-m", "pip", "install", "--quiet", "--requirement"]
-        subprocess.run([*install, str(constraints)], check=True)
-        stamp.write_text(wanted)
-    return PEER_PYTHON
+def authors_worker(checkout: Path, work: Work) -> list[str]:
+    python = peer_env.interpreter(
+        AUTHORS_VENV,
+        RESULTS / "metaworld-constraints.txt",
+        RESULTS / "metaworld-authors-constraints.txt",
+    )
+    script = checkout / AUTHORS_SCRIPT
+    return [str(python), str(RESULTS / "metaworld_authors.py"), str(script), json.dumps(work)]
 
 
 def installed_peers() -> list[str]:
@@ -455,11 +475,28 @@ def compile_worker(work: Work) -> tuple[Callable[[], float], Work]:
     return training, about
 
 
+def metaworld_worker(work: Work) -> tuple[Callable[[], float], Work]:
+    """Whole iterations of a run under the authors' settings, with a full buffer."""
+    config, size = authors_config(work["env"])
+    full = size // config.block_size
+    training = Training(config, 1, work["iterations"], size, "loop", started=full)
+    return training, {"compile_s": training.compile_s}
+
+
+def authors_config(env: str) -> tuple[Config, int]:
+    """The authors' settings for a task, and the size of their buffer."""
+    fields = {field.name for field in dataclasses.fields(Config)}
+    settings = protocols.settings("gipo-metaworld")
+    config = Config(env=env, **{k: v for k, v in settings.items() if k in fields})
+    return config, settings["buffer_size"]
+
+
 WORKERS: dict[str, Callable[[Work], tuple[Callable[[], float], Work]]] = {
     "ppo": ppo_worker,
     "replay": replay_worker,
     "memory": memory_worker,
     "compile": compile_worker,
+    "metaworld": metaworld_worker,
 }
 
 
@@ -543,6 +580,56 @@ def bench_accelerator(context: Context) -> list[Row]:
             ratio = row("accelerator", case, "times", 1.0, ratios)
             rows.append(ratio | {"aim": ACCELERATOR_AIMS["times_better_peer"]})
     return rows
+
+
+REVISION_CASES: dict[str, Work] = {
+    "PPO, 1 run": {"work": "ppo", "runs": 1, "iterations": 64},
+    "PPO, 8 runs": {"work": "ppo", "runs": 8, "iterations": 16},
+    "defaults, 8 runs": {"work": "defaults", "runs": 8, "iterations": 200},
+    "replay of 2^16": {"work": "replay", "runs": 1, "iterations": 400},
+    "Meta-World shapes": {"work": "manipulator", "runs": 1, "iterations": 2},
+}
+"""What two revisions do alike; benchmarks/revision_worker.py builds it in either."""
+
+
+def bench_revision(context: Context) -> list[Row]:
+    """Training by this checkout against that of ``--against``, case by case."""
+    against = context.against
+    assert against is not None
+    rows = []
+    for label, work in list(REVISION_CASES.items())[: 1 if context.quick else None]:
+        script = str(RESULTS / "revision_worker.py")
+        commands = [
+            [sys.executable, script, str(checkout), json.dumps(work)]
+            for checkout in (ROOT, against.resolve())
+        ]
+        with workers(commands, {}) as started:
+            seconds = in_turn(started, context.repeats)
+        for by, times in zip(("this", "before"), seconds, strict=True):
+            case = {"case": label, "by": by}
+            rows.append(row("revision", case, "iterations/s", work["iterations"], times))
+        ratios = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
+        rows.append(row("revision", {"case": label, "by": "ratio"}, "times", 1.0, ratios))
+    return rows
+
+
+def bench_pure(context: Context) -> list[Row]:
+    """``make_train`` under ``jit`` and ``lax.map`` against a sweep, 8 runs on one device."""
+    iterations = 40 if context.quick else 400
+    config = Config(env="CartPole-v1", eval_episodes=0, num_logs=1)
+    config = dataclasses.replace(config, total_steps=iterations * config.block_size)
+    grid, _ = train.grid(config, seed=range(8))
+    run = train.make_train(config)
+    pure = jax.jit(lambda hparams: jax.lax.map(run, hparams)).lower(grid).compile()
+    swept = Training(config, 8, iterations, config.allocated_size, devices=jax.devices()[:1])
+    cases: list[Callable[[], float]] = [lambda: stopwatch(lambda: pure(grid)), swept]
+    seconds = in_turn(cases, context.repeats)
+    rows = [
+        row("pure", {"by": by}, "env-steps/s", swept.env_steps, times)
+        for by, times in zip(("make_train", "sweep"), seconds, strict=True)
+    ]
+    ratios = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
+    return [*rows, row("pure", {"by": "ratio"}, "times", 1.0, ratios)]
 
 
 def bench_replay(context: Context) -> list[Row]:
@@ -772,6 +859,70 @@ def metaworld_flops(batch: int) -> float:
     return 2.0 * batch * (2 * total + inputs)
 
 
+AUTHORS_AIM = 6.0
+"""Aim of ``metaworld_authors``: times the iterations a second of the authors' script."""
+
+
+def bench_metaworld_authors(context: Context) -> list[Row]:
+    """Whole iterations of two runs at once, one a core, against the authors' own script.
+
+    An iteration acts for 500 steps and makes 5 rounds of 2 updates, one of them with the actor. The
+    script runs with PyTorch on the official simulator. Its work does not grow with its buffer
+    beyond a millisecond, so a few iterations warm it up.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if context.authors is None or envpool_env.names() is None or len(cores) < 2:
+        missing = f"--authors-checkout DIR, two cores, and {envpool_env.EXTRA}"
+        context.console.print(f"metaworld_authors is left out: it needs {missing}")
+        return []
+    iterations = 2 if context.quick else 10
+    config, _ = authors_config("MetaWorld/ButtonPress-v3")
+    arguments = {
+        "task-name": "button-press-v3",
+        "device": "cpu",
+        "train-iters": 1_000_000,
+        "sample-rounds": config.updates_per_iteration,
+        "reuse-per-batch": config.reuse_per_batch,
+        "actor-every": config.policy_delay,
+        "eval-every-iters": 0,
+    }
+    pairs = itertools.chain.from_iterable((f"--{k}", str(v)) for k, v in arguments.items())
+    ours = own_worker("metaworld", {"env": config.env, "iterations": iterations})
+    work = {"arguments": list(pairs), "warm": 4, "iterations": iterations}
+    theirs = authors_worker(context.authors, work)
+    pinned = [
+        ["taskset", "--cpu-list", str(core), *command]
+        for command in (ours, theirs)
+        for core in cores
+    ]
+    with workers(pinned, {"OMP_NUM_THREADS": "1"}) as started:
+        pair, authors = started[:2], started[2:]
+        about = pair[0].about
+        seconds = in_turn([side_by_side(pair), side_by_side(authors)], context.repeats)
+    rows = [
+        row("metaworld_authors", {"runs": 2, "by": by}, "iterations/s", 2 * iterations, times)
+        for by, times in zip(("gipo_jax", "authors"), seconds, strict=True)
+    ]
+    rows[0]["compile_s"] = about["compile_s"]
+    ratios = [ours / theirs for ours, theirs in zip(*seconds, strict=True)]
+    ratio = row("metaworld_authors", {"runs": 2, "by": "ratio"}, "times", 1.0, ratios)
+    return [*rows, ratio | {"aim": AUTHORS_AIM}]
+
+
+def side_by_side(several: Sequence[Worker]) -> Callable[[], float]:
+    """One repeat of several workers at once; seconds until the last is done."""
+
+    def run() -> float:
+        begin = time.perf_counter()
+        for worker in several:
+            worker.start()
+        for worker in several:
+            worker.finish()
+        return time.perf_counter() - begin
+
+    return run
+
+
 def bench_envpool(context: Context) -> list[Row]:
     """Acting in Meta-World against EnvPool's own loop over NumPy arrays.
 
@@ -788,9 +939,7 @@ def _acting(context: Context, name: str) -> list[Row]:
     """One episode of a task: steps alone, steps with the paper's policy, and EnvPool's loop."""
     import envpool
 
-    fields = {field.name for field in dataclasses.fields(Config)}
-    settings = protocols.settings("gipo-metaworld")
-    config = Config(env=name, **{k: v for k, v in settings.items() if k in fields})
+    config, _ = authors_config(name)
     steps, closed = config.rollout_length, environments.make(config)
     head = networks.make_head(config, closed)
     network = networks.make(config, closed.obs_shape, head)
@@ -924,12 +1073,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all by default"
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all but revision"
     )
     parser.add_argument("--quick", action="store_true", help="smaller work, fewer cases")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each case (5)")
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="other revision, for the case revision"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (benchmarks/DATE-NAMES.json)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only draw stored results")
+    parser.add_argument(
+        "--authors-checkout",
+        type=Path,
+        metavar="DIR",
+        help="a checkout of github.com/distanceLu/GIPO, for metaworld_authors",
+    )
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "JSON"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -944,8 +1102,13 @@ def main() -> int:
     unknown = [name for name in options.names if name not in BENCHMARKS]
     if unknown or options.repeats < 1:
         parser.error(f"NAME must be of {', '.join(BENCHMARKS)}, --repeats at least 1")
+    authors = options.authors_checkout
+    if authors is not None and not (authors / AUTHORS_SCRIPT).is_file():
+        parser.error(f"--authors-checkout: {str(authors)!r} holds no {AUTHORS_SCRIPT}")
 
-    names = options.names or list(BENCHMARKS)
+    if ("revision" in options.names) != (options.against is not None):
+        parser.error("the case revision and --against CHECKOUT go together")
+    names = options.names or [name for name in BENCHMARKS if name != "revision"]
     started = datetime.datetime.now(datetime.UTC)
     out = options.out or RESULTS / f"{started:%Y-%m-%d}-{'-'.join(options.names) or 'all'}.json"
     results: dict[str, Any] = {
@@ -956,7 +1119,7 @@ def main() -> int:
         "load": [round(x, 2) for x in os.getloadavg()],
         "rows": [],
     }
-    context = Context(options.repeats, options.quick, console)
+    context = Context(options.repeats, options.quick, console, options.against, authors)
     for name in names:
         with console.status(name) if console.is_terminal else contextlib.nullcontext():
             results["rows"] += BENCHMARKS[name](context)

@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Scripts are part of the checkout, not of the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from gipo_jax import runtime
 
 runtime.set_cpu_defaults()
@@ -27,6 +30,7 @@ from scipy import stats  # noqa: E402
 
 from gipo_jax import environments  # noqa: E402
 from gipo_jax.config import Config, ConfigError  # noqa: E402
+from scripts import peer_env  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / "benchmarks" / "metaworld_peer.py"
@@ -61,19 +65,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     table = ROOT / "benchmarks" / "metaworld-fidelity.csv"
     parser.add_argument("--out", type=Path, default=table, help="default: %(default)s")
     return parser.parse_args(arguments)
-
-
-def official_python(venv: Path) -> Path:
-    """Interpreter of the official package's environment, which is made where it is missing."""
-    python, stamp = venv / "bin" / "python", venv / "complete"
-    wanted = REQUIREMENTS.read_text()
-    if not stamp.exists() or stamp.read_text() != wanted:
-        print(f"installing the official Meta-World into {venv}", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
-        install = [str(python), "-m", "pip", "install", "--quiet", "--requirement"]
-        subprocess.run([*install, str(REQUIREMENTS)], check=True)
-        stamp.write_text(wanted)
-    return python
 
 
 def envpool_name(task: str) -> str:
@@ -146,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    python = official_python(options.venv)
+    python = peer_env.interpreter(options.venv, REQUIREMENTS)
     rows = []
     for task in options.tasks:
         count, seed = options.episodes, options.seed

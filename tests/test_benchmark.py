@@ -25,3 +25,27 @@ def test_the_accelerator_benchmark_measures_rates_and_memory(tmp_path: Path) -> 
         # 16 updates for each 64 x 128 steps.
         assert row["updates_per_s"] == pytest.approx(row["median"] * 16 / 8192)
         assert row["planned"] > 0 and row["measured"] > 0
+
+
+@pytest.mark.slow
+def test_the_revision_benchmark_compares_two_checkouts(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    command = [sys.executable, "scripts/benchmark.py", "revision", "--quick", "--repeats", "1"]
+    done = subprocess.run(
+        [*command, "--against", str(ROOT), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    this, before, ratio = json.loads(out.read_text())["rows"]
+    assert [row["case"]["by"] for row in (this, before, ratio)] == ["this", "before", "ratio"]
+    assert ratio["median"] == pytest.approx(this["median"] / before["median"])
+
+
+def test_the_revision_benchmark_asks_for_a_checkout() -> None:
+    command = [sys.executable, "scripts/benchmark.py", "revision"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 2
+    assert "--against CHECKOUT" in done.stderr.splitlines()[-1]

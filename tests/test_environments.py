@@ -1,6 +1,7 @@
 """Every gymnax environment behind the interface, and the two ways an episode ends."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import gymnax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from gymnax.environments import spaces
 
-from gipo_jax import environments, networks, rollout
+from gipo_jax import cli, environments, networks, rollout
 from gipo_jax.config import Config, ConfigError
 
 # MNISTBandit downloads its data.
@@ -175,9 +176,12 @@ def test_a_single_environment_steps_as_one_of_a_batch() -> None:
         assert np.array_equal(single, batched[0])
 
 
-def test_a_missing_envpool_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_envpool_is_named_with_how_to_install_it_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "envpool", None)
-    with pytest.raises(ConfigError, match=r"^env: 'HalfCheetah-v4' .*EnvPool") as error:
-        environments.make(Config(env="HalfCheetah-v4"))
-    assert 'pip install "gipo_jax[envpool]"' in str(error.value)
-    assert "\n" not in str(error.value)
+    out = tmp_path / "out"
+    assert cli.main(["sweep", "--env", "HalfCheetah-v4", "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert "env: 'HalfCheetah-v4'" in message and 'pip install "gipo_jax[envpool]"' in message
+    assert message.count("\n") == 1 and not out.exists()

@@ -336,6 +336,25 @@ def test_vmap_over_runs_is_refused_in_one_line(opened: Open) -> None:
     )
 
 
+def test_devices_that_would_share_a_pool_are_refused_in_one_line(opened: Open) -> None:
+    closed = environments.make(Config(env="Hopper-v4", num_envs=1))
+    keys = jax.random.split(KEY, 3)
+    with pytest.raises(
+        ConfigError, match=r"^devices: 2 is not valid; .* number of runs, 3: [^\n]*$"
+    ):
+        environments.open_pools(closed, keys, devices=2)
+
+    env = opened(Config(env="Hopper-v4", num_envs=1))
+    mesh = jax.sharding.AbstractMesh((2,), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("runs")
+    start = jax.shard_map(
+        lambda keys: env.reset(keys[0], 1)[0], mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    with pytest.raises(ConfigError, match=r"^devices: 2 is not valid; expected 1, ") as error:
+        jax.eval_shape(start, keys[:2])
+    assert "\n" not in str(error.value)
+
+
 def test_closed_pools_have_shapes_and_cannot_run() -> None:
     env = environments.make(Config(env=BUTTON, num_envs=2))
     obs, state = jax.eval_shape(lambda: env.reset(KEY, 2))
@@ -493,6 +512,8 @@ def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
         (["--env", BUTTON, "--eval-episodes", "3"], ["eval_episodes: 3", "0"]),
         (["--env", BUTTON, "--protocol", "gipo-meta"], ["protocol", "gipo-metaworld"]),
         (["--env", BUTTON, "--ratio-level", "prefix_min"], ["ratio_level", "no order"]),
+        (["--env", BUTTON, "--devices", "999"], ["devices: 999", "at most"]),
+        (["--env", "Pong-v5", "--action-head", "gaussian"], ["action_head", "discrete actions"]),
     ],
 )
 def test_a_simulator_sweep_that_cannot_run_ends_in_one_line_with_nothing_written(

@@ -4,11 +4,9 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,6 +22,7 @@ from experiments import (  # noqa: E402
     contenders,
     gridworld,
     kernel,
+    metaworld,
     proposal,
     proposal_development,
     replay_sizes,
@@ -35,20 +34,12 @@ from experiments import (  # noqa: E402
     tuned_sizes,
     tuning,
 )
-from experiments.store import sha256  # noqa: E402
+from experiments.store import Store, sha256  # noqa: E402
 from gipo_jax import objectives  # noqa: E402
 from gipo_jax.analysis import plots  # noqa: E402
 from scripts import reproduce  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation() -> Iterator[None]:
-    """Compiling takes most of the time here, and what is compiled runs for moments."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(autouse=True)
@@ -295,6 +286,11 @@ def test_training_experiments(
 
 
 MINI = tuning.with_steps(TINY, 1024)
+MINI_SCALES = tuned_sizes.SCALES | {
+    "quick": dataclasses.replace(
+        tuned_sizes.SCALES["quick"], tasks=(MINI,), ages=(1, 8), learning_rates=(1e-3, 1e-2)
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -302,10 +298,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with protocol 2 at a tiny size, one regime of one task."""
     out = tmp_path_factory.mktemp("tuned")
     with pytest.MonkeyPatch.context() as patch:
-        scale = dataclasses.replace(
-            tuned_sizes.SCALES["quick"], tasks=(MINI,), ages=(1, 8), learning_rates=(1e-3, 1e-2)
-        )
-        patch.setattr(tuned_sizes, "SCALES", tuned_sizes.SCALES | {"quick": scale})
+        patch.setattr(tuned_sizes, "SCALES", MINI_SCALES)
         assert run(out, "tuned_sizes", "--part", "1/2") == 0
     return out
 
@@ -329,6 +322,43 @@ def test_protocol_2_reports_the_settings_that_won_on_the_tuning_seeds(tuned: Pat
         same = runs[(runs.objective == row.objective) & (runs.age == row.age)]
         chosen = (same.width == row.width) & (same.learning_rate == row.learning_rate)
         assert chosen.sum() == 2  # a run a reported seed
+
+
+def test_a_unit_whose_tables_are_stored_is_not_trained_again(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned_sizes, "SCALES", MINI_SCALES)
+    for name in ("data", "manifest.json"):
+        copy = shutil.copytree if (tuned / name).is_dir() else shutil.copy
+        copy(tuned / name, tmp_path / name)
+    assert run(tmp_path, "tuned_sizes", "--part", "1/2") == 0
+    assert not (tmp_path / "sweeps").exists()
+    for path in (tuned / "data").iterdir():
+        assert (tmp_path / "data" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_tables_of_new_units_join_those_of_stored_ones(tmp_path: Path) -> None:
+    def unit(env: str, score: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+        runs = pd.DataFrame({"run": [0, 1], "env": env, "score": score})
+        return runs, pd.DataFrame({"run": [0, 0, 1, 1], "score": score})
+
+    def write(runs: pd.DataFrame, curves: pd.DataFrame) -> None:
+        store = Store(tmp_path, "tuned_sizes", "--preset quick --out anywhere")
+        training.write_units(store, ["env"], {"runs": runs}, {"curves": curves})
+
+    write(*unit("a", 1.0))
+    write(*unit("b", 2.0))
+    write(*unit("b", 3.0))  # trained again: replaces what was stored
+    runs = pd.read_csv(tmp_path / "data" / "runs.csv")
+    curves = pd.read_csv(tmp_path / "data" / "curves.csv")
+    assert runs["env"].tolist() == ["a", "a", "b", "b"] and runs["run"].is_unique
+    assert len(curves) == 8
+    joined = curves.merge(runs, on="run", suffixes=("", "_of_run"))
+    assert len(joined) == 8 and (joined["score"] == joined["score_of_run"]).all()
+    assert sorted(set(runs["score"])) == [1.0, 3.0]
+
+    other = Store(tmp_path, "tuned_sizes", "--preset full --out anywhere")
+    assert training.stored_units(other, "runs", ["env"]) == set()  # a study of its own
 
 
 def test_protocol_2_says_which_units_are_missing(tuned: Path) -> None:
@@ -414,6 +444,48 @@ def test_the_proposal_is_compared_with_every_method(
     runs = pd.read_csv(tmp_path / "data" / "proposal_runs.csv")
     stale = runs[(runs.age == 8) & (runs.seed == 3400)]
     assert stale.auc.nunique() >= 8
+
+
+def test_metaworld_trains_both_regimes_and_draws_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("envpool")
+    small = {"hidden_sizes": (8, 8), "value_hidden_sizes": (8,), "num_bins": 5, "batch_size": 64}
+    # So fast that the two widths part within a few iterations.
+    fast = {"learning_rate": 0.03, "warmup_iterations": 0}
+    monkeypatch.setattr(metaworld, "PROTOCOL", metaworld.PROTOCOL | small | fast)
+    iterations = 14
+    scale = dataclasses.replace(
+        metaworld.SCALES["quick"],
+        methods=(training.GIPO, training.Method("gipo", {"sigma": 0.1})),
+        regimes=("stale", "fresh"),
+        iterations=iterations,
+    )
+    monkeypatch.setattr(metaworld, "SCALES", {"quick": scale})
+    assert run(tmp_path, "metaworld", "--part", "1/2") == 0
+    one = pd.read_csv(tmp_path / "data" / "metaworld_runs.csv")
+    assert set(one.regime) == {"stale"}
+    assert run(tmp_path, "metaworld", "--part", "2/2") == 0
+
+    runs = pd.read_csv(tmp_path / "data" / "metaworld_runs.csv")
+    cells = sorted(zip(runs.regime, runs.sigma, strict=True))
+    assert cells == [("fresh", 0.1), ("fresh", 1.0), ("stale", 0.1), ("stale", 1.0)]
+    assert (runs.status == "done").all() and set(runs.env) == {"MetaWorld/ButtonPress-v3"}
+    curves = pd.read_csv(tmp_path / "data" / "metaworld_curves.csv")
+    assert (curves.groupby("run").env_steps.max() == iterations * 500).all()
+    assert (curves.episode_return > 0).all() and curves.success_rate.notna().all()
+    # A fresh buffer holds this iteration and the one before, a stale one here everything so far.
+    last = curves.groupby("run").policy_age.last()
+    ages = {regime: last[part.run].to_numpy() for regime, part in runs.groupby("regime")}
+    assert np.all(np.abs(ages["fresh"] - 0.5) < 0.3)
+    assert np.all(np.abs(ages["stale"] - (iterations - 1) / 2) < 2)
+
+    scores = numbers(tmp_path, "metaworld_scores")
+    assert sorted(scores[scores.regime == "stale"].iqm) == [0, 1]
+    used = numbers(tmp_path, "metaworld_utilization")
+    assert used["mean"].notna().all() and len(used) == 2 * 4
+    for name in ("metaworld", "metaworld_scores", "metaworld_utilization"):
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5000
 
 
 def test_development_is_scored_on_seeds_that_did_not_choose_the_rate() -> None:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import re
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -393,17 +391,3 @@ def test_reward_rises_and_the_modes_stay() -> None:
     assert metrics["eval_return_sampled"][-1] > 0.6
     assert metrics["modes_covered"][-1] >= 3
     assert state.diverged_at == -1
-
-
-# Documentation.
-
-
-@pytest.mark.slow
-def test_code_of_the_flow_page_runs_as_printed(tmp_path: Path, monkeypatch: Any) -> None:
-    page = Path(__file__).parents[1] / "docs" / "flow.md"
-    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 2
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), names)

@@ -196,16 +196,16 @@ def test_reversing_four_tokens_is_learned_from_rewards_alone(objective: str) -> 
     )
     rows = [
         {"buffer_size": 64, "learning_rate": 1e-3, "entropy_coef": 0.01, "seed": i}
-        for i in range(3)
+        for i in range(2)
     ]
     program = jax.jit(lambda h: jax.lax.map(train.make_train(config), h))
     _, metrics = program(hparams_of(config, rows))
     assert np.all(metrics["eval_return"] > 0.95)
 
 
-def test_a_policy_answers_prompts_of_any_leading_shape() -> None:
+def test_a_policy_answers_prompts_of_any_leading_shape(runs: Any) -> None:
     algorithm = train.make(SMALL)
-    params = jax.jit(algorithm.init)(settings(SMALL)).learner.params
+    params = train.select(runs[0].learner.params, 0)
     prompt = jnp.zeros((2, 3, 4), jnp.int32)
     assert algorithm.choose_action(params, (), prompt).shape == (2, 3, 4)
     one = algorithm.choose_action(params, (), prompt[0, 0], jax.random.key(0))
@@ -275,6 +275,8 @@ def reward(prompt, answer):
 SORT = tasks.Task(prompt, reward, vocab=2, prompt_length=3, answer_length=3)
 NUMBER = 3
 """
+IMPORT = "from gipo_jax.sequences import tasks\n"
+SIZES = "vocab=2, prompt_length=3, answer_length=3"
 
 
 @pytest.mark.slow
@@ -285,16 +287,16 @@ def test_a_sweep_over_a_task_of_the_user_is_trained_resumed_plotted_and_loaded(
     monkeypatch.chdir(tmp_path)
     Path("my_tasks.py").write_text(MY_TASKS)
     arguments = (
-        "sweep --env my_tasks.py:SORT --objective gipo gspo --ratio-level joint --num-envs 2"
+        "sweep --env my_tasks.py:SORT --objective gspo --ratio-level joint --num-envs 2"
         " --rollout-length 4 --batch-size 8 --buffer-size 8 16 --min-age 0 --total-steps 64"
         " --num-logs 2 --eval-episodes 4 --decoder-layers 1 --decoder-width 8 --decoder-heads 2"
         " --out out --quiet"
     )
     assert cli.main(arguments.split()) == 0
     runs = Path("out/runs.csv").read_text()
-    assert runs.count("my_tasks.py:SORT") == 4 and runs.count("done") == 4
+    assert runs.count("my_tasks.py:SORT") == 2 and runs.count("done") == 2
     assert list(Path("out/figures").glob("*.png"))
-    agent = gipo_jax.load("out", run=3)
+    agent = gipo_jax.load("out", run=1)
     assert agent.policy(jnp.zeros(3, jnp.int32)).shape == (3,)
     greedy, sampled = agent.evaluate(jax.random.key(0), 8)
     assert 0 <= greedy <= 1 and 0 <= sampled <= 1
@@ -313,6 +315,10 @@ def test_a_sweep_over_a_task_of_the_user_is_trained_resumed_plotted_and_loaded(
         ("my_tasks.py:NOTHING", "has no NOTHING"),
         ("other.py:SORT", "there is no file other.py"),
         ("broken.py:SORT", "ZeroDivisionError"),
+        ("half.py:NO_REWARD", "half.py:2, in <module>: TypeError: "),
+        ("half.py:NO_REWARD", "'reward'"),
+        ("none.py:TASK", "none.py:TASK: reward: None is not valid; expected a function"),
+        ("failing.py:TASK", "failing.py:TASK: reward: \"NameError: name 'nothing' is not defined"),
     ],
 )
 def test_a_file_without_the_task_is_refused_in_one_line(
@@ -325,7 +331,37 @@ def test_a_file_without_the_task_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     Path("my_tasks.py").write_text(MY_TASKS)
     Path("broken.py").write_text("SORT = 1 / 0\n")
+    Path("half.py").write_text(f"{IMPORT}NO_REWARD = tasks.Task(len, {SIZES})\n")
+    Path("none.py").write_text(f"{MY_TASKS}TASK = SORT._replace(reward=None)\n")
+    Path("failing.py").write_text(f"{MY_TASKS}TASK = SORT._replace(reward=lambda p, a: nothing)\n")
     assert cli.main(["sweep", "--env", env, "--out", "out"]) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--env tokens/sort", "env: 'tokens/sort' is not valid; expected one of tokens/reverse, "),
+        ("--ratio-level word", "ratio_level: 'word' is not valid; expected one of token, joint"),
+        ("--ratio-level prefix_min --objective cppo", "ratio_level: 'prefix_min'"),
+        ("--ratio-level ratio_norm", "ratio_level: 'ratio_norm'"),
+        ("--ratio-level sequence --env CartPole-v1", "ratio_level: 'sequence'"),
+        ("--loss-agg-mode mean", "loss_agg_mode: 'mean' is not valid; expected one of token-mean"),
+        ("--min-age 0 16", "min_age: 16 is not valid; expected less than the 16 iterations"),
+        ("--min-age 15 --batch-size 64", "buffer_size: 512 is not valid; expected at least batch"),
+        ("--imitation-updates -1", "imitation_updates: -1"),
+        ("--rollout-length 1", "rollout_length: 1 is not valid; expected an integer >= 2"),
+    ],
+)
+def test_a_mistake_in_a_sweep_of_token_tasks_is_one_line_and_writes_nothing(
+    arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = "sweep --env tokens/reverse --num-envs 4 --rollout-length 8 --buffer-size 512"
+    usual += " --batch-size 32 --total-steps 640"
+    out = tmp_path / "out"
+    assert cli.main([*usual.split(), *arguments.split(), "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"gipo-jax: {words}") and message.count("\n") == 1
+    assert not out.exists()

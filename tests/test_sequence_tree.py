@@ -13,9 +13,11 @@ from gipo_jax.analysis import sequence_tree
 from gipo_jax.analysis.gridworld import softmax
 from gipo_jax.config import ConfigError
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LEVELS = tuple(ratio_levels.LEVELS)
 READS_PROBABILITIES = [
-    name for name in objectives.REGISTRY if "behavior_log_prob" in objectives.spec(name).inputs
+    name for name in objectives.ALL if "behavior_log_prob" in objectives.spec(name).inputs
 ]
 
 
@@ -23,7 +25,7 @@ def pairs() -> list[tuple[str, str]]:
     """Every objective with every level that it can have."""
     return [
         (name, level)
-        for name in objectives.REGISTRY
+        for name in objectives.ALL
         for level in LEVELS
         if level != "prefix_min" or name not in READS_PROBABILITIES
     ]
@@ -94,7 +96,7 @@ def test_every_other_ratio_is_biased(level: str, advantage: str) -> None:
     assert sequence_tree.study(*tree(4), "no_clip", level, advantage).relative_bias > 0.01
 
 
-@pytest.mark.parametrize("name", objectives.REGISTRY)
+@pytest.mark.parametrize("name", objectives.ALL)
 def test_at_log_ratio_zero_all_levels_have_the_same_gradient(name: str) -> None:
     target, _, reward = tree(4)
     results = [
@@ -108,7 +110,7 @@ def test_at_log_ratio_zero_all_levels_have_the_same_gradient(name: str) -> None:
         np.testing.assert_allclose(results[0].mean, results[0].truth, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", objectives.REGISTRY)
+@pytest.mark.parametrize("name", objectives.ALL)
 def test_with_one_step_all_levels_are_identical(name: str) -> None:
     results = [
         sequence_tree.study(*tree(1), name, level) for other, level in pairs() if other == name

@@ -102,7 +102,7 @@ def study(
     if advantage not in ADVANTAGES:
         raise ConfigError("advantage", advantage, f"one of {', '.join(ADVANTAGES)}")
 
-    probability = np.exp(_log_prob(behavior).sum(axis=1))
+    probability = np.exp(log_prob(behavior).sum(axis=1))
     if advantage == "terminal":
         advantages = np.repeat((reward - probability @ reward)[:, None], _steps(target), axis=1)
     else:
@@ -131,7 +131,7 @@ def true_gradient(
     """Gradient ``[parameters]`` of the expected reward; arguments and errors as in ``study``."""
     target = _check_policy("target", target)
     reward, features = _check_sizes(target, target, reward, features)
-    probability = np.exp(_log_prob(target).sum(axis=1))
+    probability = np.exp(log_prob(target).sum(axis=1))
     return np.einsum("s,std->d", probability * reward, _score(target, features))
 
 
@@ -152,6 +152,16 @@ def advantage_of(policy: ArrayLike, reward: ArrayLike) -> Floats:
     return advantages
 
 
+def log_prob(policy: ArrayLike) -> Floats:
+    """Log-probability of each token of each answer, ``[2^steps, steps]``.
+
+    Arguments and errors as in ``study``.
+    """
+    policy = _check_policy("policy", policy)
+    steps = _steps(policy)
+    return np.log(policy[_nodes(steps), answers(steps)])
+
+
 def answers(steps: int) -> NDArray[np.integer]:
     """All answers of ``steps`` tokens, ``[2^steps, steps]``, in the order of binary numbers."""
     return np.arange(2**steps)[:, None] >> np.arange(steps - 1, -1, -1) & 1
@@ -165,12 +175,6 @@ def _nodes(steps: int) -> NDArray[np.integer]:
     """Row of the prefix before each token of each answer, ``[2^steps, steps]``."""
     length = np.arange(steps)
     return 2**length - 1 + (np.arange(2**steps)[:, None] >> steps - length)
-
-
-def _log_prob(policy: Floats) -> Floats:
-    """Log-probability of each token of each answer, ``[2^steps, steps]``."""
-    steps = _steps(policy)
-    return np.log(policy[_nodes(steps), answers(steps)])
 
 
 def _score(target: Floats, features: Floats) -> Floats:
@@ -194,14 +198,14 @@ def _weighted_advantage(
     spec = objectives.spec(objective)
     signatures.check_single(spec)
     level = ratio_levels.choose(ratio_level, spec)
-    log_mu = _log_prob(behavior)
+    log_mu = log_prob(behavior)
     copies = _frequencies(np.exp(log_mu.sum(axis=1)))
     first = np.cumsum(copies) - copies
 
     with jax.enable_x64(True):
         behavior_log_prob, advantage, log_ratio = (
             jnp.asarray(np.repeat(x, copies, axis=0))
-            for x in (log_mu, advantages, _log_prob(target) - log_mu)
+            for x in (log_mu, advantages, log_prob(target) - log_mu)
         )
         given: dict[str, Any] = dict(spec.params)
         if "behavior_log_prob" in spec.inputs:

@@ -82,6 +82,10 @@ def open_pools(env: Environment, keys: Array, devices: int = 1, axis: str = "run
         the same environment, whose ``reset`` and ``step`` may be compiled. Every key starts once:
         a second ``reset`` with it raises ``envpool_env.PoolError``, because a simulator cannot go
         back to its first random numbers.
+
+    Raises:
+        ConfigError: the runs cannot be shared evenly. So does ``reset``, when it is traced on a
+            mesh of another number of devices.
     """
     return env if env.simulator is None else env.simulator.open_pools(keys, devices, axis)
 

@@ -322,6 +322,14 @@ def _environment(task: _Task, config: Config, pools: tuple[_Pool, ...], axis: st
     num_envs = config.num_envs
 
     def device() -> Array:
+        """Index of the device, traced, which is that of its pool."""
+        try:
+            devices = jax.lax.axis_size(axis)
+        except NameError:  # no mesh
+            devices = 1
+        if pools and devices != len(pools):
+            valid = f"{len(pools)}, for which open_pools made pools; two would mix in one"
+            raise ConfigError("devices", devices, valid)
         return jax.lax.axis_index(axis) if len(pools) > 1 else jnp.int32(0)
 
     def on_device(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -437,6 +445,9 @@ def _environment(task: _Task, config: Config, pools: tuple[_Pool, ...], axis: st
         return Step(state, obs, reward, flag, flag, obs, success)
 
     def open_pools(keys: Array, devices: int, axis: str) -> Environment:
+        if len(keys) % devices:
+            valid = f"a divisor of the number of runs, {len(keys)}: each device has a pool for some"
+            raise ConfigError("devices", devices, valid)
         seeds = np.asarray(jax.vmap(lambda key: _seeds(key, num_envs))(keys))
         threads = max(1, min(num_envs, runtime.available_cores() // devices))
         made = tuple(_Pool(task, part, threads) for part in np.split(seeds, devices))

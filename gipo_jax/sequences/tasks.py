@@ -221,8 +221,11 @@ def _check(task: Task) -> None:
 def _check_result(task: Task, field: str, arguments: tuple[Any, ...], wanted: Any) -> None:
     """Refuses a function of a task that fails or gives something else than ``wanted``."""
     where, valid = f"task {task.name}: {field}", f"{wanted.dtype}{list(wanted.shape)}"
+    function = getattr(task, field)
+    if not callable(function):
+        raise ConfigError(where, function, f"a function whose result is {valid}")
     try:
-        result = jax.eval_shape(getattr(task, field), *arguments)
+        result = jax.eval_shape(function, *arguments)
     except Exception as error:
         text = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(where, f"{type(error).__name__}: {text}", f"a result {valid}") from error
