@@ -18,6 +18,10 @@ QUESTION = "What do selecting prompts and pruning answers save, and does DPO lea
 THRESHOLD = 0.9
 PROMPTS, ANSWERS = 16, 8
 BLOCK = PROMPTS * ANSWERS
+EVALUATED = 256
+WARM_UP = 100
+"""Updates on demonstrations before training."""
+
 TASK = tasks.reverse_mixed(2, 6)
 SHARED: dict[str, Any] = {
     "env": TASK,
@@ -29,7 +33,8 @@ SHARED: dict[str, Any] = {
     "entropy_coef": 0.0,
     "decoder_layers": 2,
     "decoder_width": 32,
-    "eval_episodes": 512,
+    "eval_episodes": EVALUATED,
+    "imitation_updates": WARM_UP,
 }
 SELECTIONS: dict[str, dict[str, Any]] = {
     "keep_all": {},
@@ -54,11 +59,8 @@ DPO_LOOKS = {
     "4": Look("#009E73", "^", "-.", "DPO, trust weight of width 4"),
 }
 SEEDS = {"quick": 2, "committed": 10, "full": 30}
-ITERATIONS = {"quick": (40, 20), "committed": (2000, 400), "full": (8000, 1600)}
+ITERATIONS = {"quick": (40, 20), "committed": (1200, 400), "full": (4800, 1600)}
 """Of the selections, and of preference training."""
-
-IMITATION = 300
-"""Updates on demonstrations before preference training."""
 
 
 def sweeps(preset: str) -> list[training.Sweep]:
@@ -77,7 +79,7 @@ def sweeps(preset: str) -> list[training.Sweep]:
         )
         for name, settings in SELECTIONS.items()
     ]  # fmt: skip
-    stale = {"buffer_size": 8 * BLOCK, "min_age": 4, "imitation_updates": IMITATION}
+    stale = {"buffer_size": 8 * BLOCK, "min_age": 4}
     runs = sweep.expand(
         **shared | stale, objective="dpo", pair_sigma=list(WEIGHTS.values()),
         total_steps=BLOCK * of_dpo,
@@ -159,7 +161,9 @@ def draw(store: Store) -> None:
     axes[0][2].set(xlabel="iterations after the warm-up", ylim=(0, 1))
     looks = plots.legend([*LOOKS.values(), *DPO_LOOKS.values()], markers=False)
     count = curves.seed.nunique()
-    caption = f"Greedy answers to 512 prompts. Shading: 95 % interval of the mean, {count} seeds."
+    caption = (
+        f"Greedy answers to {EVALUATED} prompts. Shading: 95 % interval of the mean, {count} seeds."
+    )
     plots.finish(figure, caption, looks)
     store.save(figure, "selection", pd.concat(numbers, ignore_index=True))
 

@@ -15,6 +15,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+from collections.abc import Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
@@ -74,3 +75,14 @@ class Toy(environment.Environment):
 def toy() -> type[Toy]:
     """The class of an environment small enough to reason about, and quick to compile."""
     return Toy
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Compiles with few optimizations, for modules whose programs run for moments.
+
+    Not for comparisons to the bit: they have to hold for what users compile.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

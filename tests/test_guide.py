@@ -9,6 +9,8 @@ import pytest
 
 from gipo_jax import cli, objectives
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -19,7 +19,7 @@ from gipo_jax import objectives, sweep  # noqa: E402
 from gipo_jax.analysis import plots  # noqa: E402
 from gipo_jax.sweep import results  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 TASK = dataclasses.replace(
     training.CATCH,

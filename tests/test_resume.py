@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gipo_jax import sweep
 from gipo_jax.config import ConfigError
+from gipo_jax.flow import tasks
 from gipo_jax.sweep import checkpoint, results
 from scripts import kill_test
 
@@ -97,6 +99,39 @@ def test_a_sweep_resumed_in_another_batch_mode_has_the_same_tables(
     sweep.run(runs(), stopped, options, resume=True)
     for name in kill_test.COMPARED:
         assert (alone / name).read_bytes() == (stopped / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("env", "settings"),
+    [
+        ("flow/ring", {"hidden_sizes": (8,)}),
+        ("tokens/reverse", {"decoder_layers": 1, "decoder_width": 8}),
+    ],
+)
+def test_flows_and_token_tasks_resume_to_the_same_bytes(
+    env: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tasks.ring()._replace(pretrain_steps=2)
+    monkeypatch.setitem(tasks.TASKS, "flow/ring", lambda: short)
+    runs = sweep.expand(
+        env=env,
+        num_envs=2,
+        rollout_length=2,
+        batch_size=4,
+        total_steps=32,
+        num_logs=4,
+        eval_episodes=0,
+        buffer_size=[4, 16],
+        **settings,
+    )
+    sweep.run(runs, tmp_path / "alone", OPTIONS)
+    with monkeypatch.context() as patch:
+        die_after(patch, 2)
+        with pytest.raises(StopError):
+            sweep.run(runs, tmp_path / "stopped", OPTIONS)
+    assert not same(tmp_path / "alone", tmp_path / "stopped")
+    sweep.run(runs, tmp_path / "stopped", OPTIONS, resume=True)
+    assert same(tmp_path / "alone", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("name", ["arrays/state/manifest.ocdbt", "progress.json", "manifest.json"])

@@ -23,6 +23,8 @@ from experiments.store import Store  # noqa: E402
 from gipo_jax import objectives, ratio_levels  # noqa: E402
 from gipo_jax.analysis import plots, reuse_bias  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TREE = experiment.token_tree()
 
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import re
+import shlex
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from gipo_jax import buffer, cli, train
+from gipo_jax import buffer, cli, sweep, train
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.sequences import selection, tasks
 from gipo_jax.sequences import train as of_sequences
@@ -226,17 +229,19 @@ def ends_early(prompts: Any, state: Any, key: Any) -> Any:
     return 1.0 * (prompts[:, 1] == 2)
 
 
-def test_prompts_with_weight_are_answered_before_those_without() -> None:
-    config = dataclasses.replace(SMALL, selection=ends_early, num_candidates=40, num_envs=4,
-                                 max_buffer_size=12, batch_size=12, total_steps=24)  # fmt: skip
-    state, metrics = run(config)
-    prompt = np.asarray(state.replay.prompt).reshape(-1, 3)
-    assert np.all(prompt[:, 1] == 2)
-    np.testing.assert_array_equal(metrics["prompts_sampled"], [40, 40])
-    # A third of the prompts end there: of 4 candidates not all do, and the places are filled.
-    few = dataclasses.replace(config, num_candidates=4)
-    prompt = np.asarray(run(few)[0].replay.prompt).reshape(-1, 3)
-    assert not np.all(prompt[:, 1] == 2)
+@pytest.mark.parametrize("candidates", [40, 4])
+def test_prompts_with_weight_are_answered_before_those_without(candidates: int) -> None:
+    parts = of_sequences.make_parts(
+        dataclasses.replace(SMALL, num_envs=4, selection=ends_early, num_candidates=candidates)
+    )
+    draw = jax.jit(
+        lambda key: selection.draw_prompts(parts.selection, (), parts.config, TASK, key)
+    )  # fmt: skip
+    prompts = np.concatenate([draw(key) for key in jax.random.split(jax.random.key(0), 5)])
+    assert selection.prompts_drawn(parts.selection, parts.config) == candidates
+    assert prompts.shape == (20, 3)
+    # A third of the prompts end there: four candidates are too few, and others fill the places.
+    assert np.all(prompts[:, 1] == 2) == (candidates == 40)
 
 
 def test_prompts_are_drawn_in_proportion_to_their_weights() -> None:
@@ -344,6 +349,28 @@ OPTIONS = (
     " --buffer-size 16 --total-steps 64 --num-logs 4 --eval-episodes 4 --decoder-layers 1"
     " --decoder-width 8 --decoder-heads 2 --no-figures --quiet"
 )
+
+
+def test_the_code_and_the_commands_of_the_guide_are_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "selection.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python file=my_selection.py\n(.*?)^```$", guide, re.M | re.S)
+    Path("my_selection.py").write_text(code)
+    commands = "".join(re.findall(r"^```bash\n(.*?)^```$", guide, re.M | re.S))
+    trained: list[int] = []
+
+    # What a command asks for is settled and checked, but not trained.
+    def run(runs: Any, *_: Any, **__: Any) -> Any:
+        trained.append(len(runs))
+        return types.SimpleNamespace(diverged=[])
+
+    monkeypatch.setattr(sweep, "run", run)
+    monkeypatch.setattr(cli, "_draw", lambda _: None)
+    for line in commands.replace("\\\n", " ").splitlines():
+        assert cli.main(shlex.split(line)[1:]) == 0
+    assert trained == [3, 4, 2]
 
 
 @pytest.mark.slow

@@ -196,16 +196,16 @@ def test_reversing_four_tokens_is_learned_from_rewards_alone(objective: str) -> 
     )
     rows = [
         {"buffer_size": 64, "learning_rate": 1e-3, "entropy_coef": 0.01, "seed": i}
-        for i in range(3)
+        for i in range(2)
     ]
     program = jax.jit(lambda h: jax.lax.map(train.make_train(config), h))
     _, metrics = program(hparams_of(config, rows))
     assert np.all(metrics["eval_return"] > 0.95)
 
 
-def test_a_policy_answers_prompts_of_any_leading_shape() -> None:
+def test_a_policy_answers_prompts_of_any_leading_shape(runs: Any) -> None:
     algorithm = train.make(SMALL)
-    params = jax.jit(algorithm.init)(settings(SMALL)).learner.params
+    params = train.select(runs[0].learner.params, 0)
     prompt = jnp.zeros((2, 3, 4), jnp.int32)
     assert algorithm.choose_action(params, (), prompt).shape == (2, 3, 4)
     one = algorithm.choose_action(params, (), prompt[0, 0], jax.random.key(0))
@@ -287,16 +287,16 @@ def test_a_sweep_over_a_task_of_the_user_is_trained_resumed_plotted_and_loaded(
     monkeypatch.chdir(tmp_path)
     Path("my_tasks.py").write_text(MY_TASKS)
     arguments = (
-        "sweep --env my_tasks.py:SORT --objective gipo gspo --ratio-level joint --num-envs 2"
+        "sweep --env my_tasks.py:SORT --objective gspo --ratio-level joint --num-envs 2"
         " --rollout-length 4 --batch-size 8 --buffer-size 8 16 --min-age 0 --total-steps 64"
         " --num-logs 2 --eval-episodes 4 --decoder-layers 1 --decoder-width 8 --decoder-heads 2"
         " --out out --quiet"
     )
     assert cli.main(arguments.split()) == 0
     runs = Path("out/runs.csv").read_text()
-    assert runs.count("my_tasks.py:SORT") == 4 and runs.count("done") == 4
+    assert runs.count("my_tasks.py:SORT") == 2 and runs.count("done") == 2
     assert list(Path("out/figures").glob("*.png"))
-    agent = gipo_jax.load("out", run=3)
+    agent = gipo_jax.load("out", run=1)
     assert agent.policy(jnp.zeros(3, jnp.int32)).shape == (3,)
     greedy, sampled = agent.evaluate(jax.random.key(0), 8)
     assert 0 <= greedy <= 1 and 0 <= sampled <= 1
