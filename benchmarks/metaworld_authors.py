@@ -11,6 +11,7 @@ until it is asked to go on. Protocol as in benchmarks/peers.py.
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import time
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+# The script asks for off-screen rendering, of which it renders nothing: its library can be missing.
+os.environ["MUJOCO_GL"] = "disable"
 # One core a run, as PyTorch would not guess.
 torch.set_num_threads(1)
 

@@ -875,7 +875,7 @@ def bench_metaworld_authors(context: Context) -> list[Row]:
         missing = f"--authors-checkout DIR, two cores, and {envpool_env.EXTRA}"
         context.console.print(f"metaworld_authors is left out: it needs {missing}")
         return []
-    iterations = 2 if context.quick else 10
+    iterations = 4 if context.quick else 10
     config, _ = authors_config("MetaWorld/ButtonPress-v3")
     arguments = {
         "task-name": "button-press-v3",

@@ -1,5 +1,6 @@
 """EnvPool inside the compiled step, against EnvPool's own NumPy interface."""
 
+import ctypes.util
 import dataclasses
 import functools
 import os
@@ -7,17 +8,25 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
+import gipo_jax
 from gipo_jax import cli, environments, networks, rollout, sweep, train
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.environments import envpool_env
 from gipo_jax.sweep import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from scripts import metaworld_frames  # noqa: E402
 
 envpool = pytest.importorskip("envpool", reason=f"EnvPool is missing: {envpool_env.EXTRA}")
 
@@ -301,7 +310,7 @@ def test_runs_on_two_devices_equal_each_run_alone() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SHARDED],
         env=os.environ | {"XLA_FLAGS": flags},
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=100,
@@ -501,6 +510,45 @@ def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
         whole, resumed = ((tmp_path / x / table).read_bytes() for x in ("whole", "stopped"))
         assert whole == resumed, table
     assert b"success_rate" not in whole
+
+
+@pytest.mark.slow
+def test_an_episode_of_a_trained_policy_is_drawn(tmp_path: Path) -> None:
+    for library in metaworld_frames.LIBRARIES:
+        if ctypes.util.find_library(library.removeprefix("lib").removesuffix(".so.1")) is None:
+            pytest.skip(f"{library} is missing")
+    runs = sweep.expand(
+        env="MetaWorld/Reach-v3", num_envs=1, rollout_length=40, batch_size=40, total_steps=40,
+        max_episode_steps=40, buffer_size=40, hidden_sizes=(4,), action_head="gaussian",
+    )  # fmt: skip
+    sweep.run(runs, tmp_path / "sweep", sweep.Options(quiet=True, devices=1))
+    out = tmp_path / "episode.png"
+    # MuJoCo ends a process in which it cannot render.
+    command = [sys.executable, metaworld_frames.__file__, str(tmp_path / "sweep"), "--frames", "2"]
+    done = subprocess.run(
+        [*command, "--out", str(out)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    drawn = plt.imread(out)[..., :3]
+    half = drawn.shape[1] // 2
+    left, right = drawn[:, :half], drawn[:, -half:]
+    # The arm has moved, under each picture's own title.
+    assert left.std() > 0.1 and np.abs(left - right).mean() > 0.005
+
+
+def test_drawing_an_episode_without_opengl_or_of_another_task_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loaded(name: str) -> Any:
+        return SimpleNamespace(env=SimpleNamespace(name=name))
+
+    out = tmp_path / "episode.png"
+    monkeypatch.setattr(gipo_jax, "load", lambda *_: loaded("Hopper-v4"))
+    for libraries, word in (((), "Meta-World"), (("libnowhere.so.1",), "libnowhere.so.1")):
+        monkeypatch.setattr(metaworld_frames, "LIBRARIES", libraries)
+        assert metaworld_frames.main([str(tmp_path), "--out", str(out)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and word in message and not out.exists()
 
 
 @pytest.mark.parametrize(
