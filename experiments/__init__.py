@@ -22,6 +22,7 @@ from experiments import (
     reuse_bias,
     sample_efficiency,
     sequence_bias,
+    sequence_learning,
     sequence_staleness,
     sigma,
     stability,
@@ -60,6 +61,7 @@ REGISTRY: dict[str, ModuleType] = {
         flow,
         sequence_bias,
         sequence_staleness,
+        sequence_learning,
     )
 }
 """Experiments by name, in the order in which they run."""
