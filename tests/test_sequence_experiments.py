@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
@@ -135,27 +136,26 @@ def test_the_lag_study_trains_every_method_at_its_level_and_lag(
 
 
 def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
-    task = sequence_learning.Task({}, mean=0.9, worst=0.8, start=(0.2, 0.4))
-
-    def reached(start: float, ends: tuple[float, float]) -> bool:
+    def reached(start: float, ends: tuple[float, ...]) -> bool:
         rows = [
-            ("add", "gipo", seed, steps, value, value)
+            ("first", "gipo", seed, steps, value, value)
             for seed, end in enumerate(ends)
             for steps, value in ((0, start), (100, end))
         ]
         curves = pd.DataFrame(rows, columns=sequence_learning.CURVES)
-        return bool(sequence_learning.thresholds(curves, task)[0]["reached"])
+        return bool(sequence_learning.thresholds(curves)[0]["reached"])
 
-    assert reached(0.3, (0.85, 0.97))
-    assert not reached(0.3, (0.79, 1.0))
-    assert not reached(0.3, (0.85, 0.9))
-    assert not reached(0.5, (0.85, 0.97))
+    assert reached(0.005, (0.85, 1.0, 1.0, 1.0))
+    assert not reached(0.005, (0.79, 1.0, 1.0, 1.0, 1.0))
+    assert not reached(0.005, (0.85, 0.9))
+    assert not reached(0.1, (0.85, 1.0, 1.0, 1.0))
 
 
 @pytest.mark.slow
 def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens(quick_compilation: None) -> None:
-    task = sequence_learning.TASKS["reverse"].settings | {"total_steps": 15_000, "num_logs": 1}
-    for run in sequence_learning.runs(task, range(5200, 5201)):
-        train_all = jax.jit(train.make_train(run.config))
-        _, metrics = train_all(run.hparams)
-        assert metrics["eval_return"][-1] > 0.9
+    attempt = sequence_learning.ATTEMPTS["second"]._replace(first_seed=5300)
+    gipo, ppo = sequence_learning.runs(attempt, 1, total_steps=15_000, num_logs=1)
+    train_all = jax.jit(train.make_train(gipo.config))
+    for run in (gipo, ppo):
+        _, metrics = train_all(jax.tree.map(jnp.asarray, run.hparams))
+        assert metrics["eval_return_sampled"][-1] > 0.9
