@@ -136,7 +136,10 @@ def write(out: Path, path: Path) -> None:
         if name.endswith(".png") and Path(name).stem not in shown
     }
     for experiment in dict.fromkeys(left.values()):
-        lines += [f"**{experiment}**: {experiments.REGISTRY[experiment].QUESTION}", ""]
+        module = experiments.REGISTRY[experiment]
+        lines += [f"**{experiment}**: {module.QUESTION}", ""]
+        if hasattr(module, "findings"):
+            lines += [module.findings(out), ""]
         for name in (name for name, owner in left.items() if owner == experiment):
             lines += figure(name)
     path.write_text("\n".join(lines).rstrip() + "\n")

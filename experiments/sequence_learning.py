@@ -1,5 +1,6 @@
 """Whether answers of several tokens are learnt, by thresholds that the plan fixed."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -163,6 +164,19 @@ def draw(store: Store) -> None:
     looks = [plots.look(method) for method in METHODS]
     plots.finish(figure, caption, plots.legend(looks, markers=False))
     store.save(figure, "sequence_learning", pd.DataFrame(rows))
+
+
+def findings(out: Path) -> str:
+    """The plan's verdicts, from the stored table."""
+    table = pd.read_csv(out / "tables" / "sequence_learning.csv")
+    intervals = table[["mean", "low", "high"]].to_numpy(float)
+    cells = [
+        f"{row.attempt} attempt, {plots.look(str(row.objective)).label}:"
+        f" {'**reached**' if row.reached else '**missed**'}, mean"
+        f" {stats.Interval(*interval)}, worst seed {row.worst:.3g}"
+        for row, interval in zip(table.itertuples(), intervals, strict=True)
+    ]
+    return f"Exact match of sampled answers at the end. {'; '.join(cells)}."
 
 
 def thresholds(curves: pd.DataFrame) -> list[dict[str, Any]]:
