@@ -23,6 +23,7 @@ from experiments import (
     sample_efficiency,
     selection,
     sequence_bias,
+    sequence_learning,
     sequence_staleness,
     sigma,
     stability,
@@ -62,6 +63,7 @@ REGISTRY: dict[str, ModuleType] = {
         selection,
         sequence_bias,
         sequence_staleness,
+        sequence_learning,
     )
 }
 """Experiments by name, in the order in which they run."""

@@ -244,10 +244,10 @@ def _scores(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def findings(table: Callable[[str], pd.DataFrame]) -> str:
+def findings(read: Callable[[str], pd.DataFrame]) -> str:
     """The plan's rules and the scores behind them, from the stored tables."""
     scores: dict[Any, Any] = {
-        (row.regime, row.method, row.score): row for row in table("flow_scores").itertuples()
+        (row.regime, row.method, row.score): row for row in read("flow_scores").itertuples()
     }
     lines = [
         "| regime | method | reward rose by | reward minus PPO-Clip's | modes of 4 | collapse |"

@@ -426,9 +426,9 @@ def _draw_rates(store: Store, pilot: pd.DataFrame) -> None:
     store.save(figure, "reuse_bias_rates", pilot)
 
 
-def findings(table: Callable[[str], pd.DataFrame]) -> str:
+def findings(read: Callable[[str], pd.DataFrame]) -> str:
     """The plan's verdict, from the stored tables."""
-    rows = table("reuse_bias")
+    rows = read("reuse_bias")
     rows = rows[(rows.rate == "matched") & (rows.advantage == "return") & (rows["size"] == 0)]
     judged = {
         "GIPO (sigma 1)": rows[(rows.objective == "gipo") & (rows.sigma == 1)],

@@ -6,6 +6,7 @@ distances from it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -187,6 +188,24 @@ def token_minus_joint(frame: pd.DataFrame) -> pd.DataFrame:
             row = dict(zip(keys, key, strict=True)) | {"score": score}
             rows.append(row | interval._asdict())
     return pd.DataFrame(rows)
+
+
+def findings(read: Callable[[str], pd.DataFrame]) -> str:
+    """The plan's verdict, from the stored table."""
+    table = read("sequence_bias_token_minus_joint")
+    own = table[(table.objective == "gipo") & (table.sigma == 1) & (table.score == "error")]
+    own = own[own.advantage == "terminal"]
+    better, worse = int((own.high < 0).sum()), int((own.low > 0).sum())
+    verdict = "yes" if better == len(own) else "partly" if better and not worse else "no"
+    cells = [
+        f"{stats.Interval(*row)} at {distance:g}"
+        for distance, *row in own[["distance", "estimate", "low", "high"]].to_numpy(float)
+    ]
+    return (
+        f"Has GIPO (σ = 1) per token less error than on the joint ratio? **{verdict}**: token is"
+        f" better at {better} and worse at {worse} of {len(own)} distances. Error at token level"
+        f" minus joint: {'; '.join(cells)}. Advantage: reward minus its mean."
+    )
 
 
 def _name(objective: str, sigma: float) -> str:

@@ -6,7 +6,7 @@ that one run of each seed stands for all of them.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -213,6 +213,35 @@ def token_minus_joint(runs: pd.DataFrame) -> pd.DataFrame:
             row = {"token": token, "joint": joint, "lag": lag}
             rows.append(row | difference._asdict())
     return pd.DataFrame(rows)
+
+
+def findings(read: Callable[[str], pd.DataFrame]) -> str:
+    """The plan's verdicts, from the stored tables."""
+    table = read("sequence_staleness_levels")
+    pairs = read("sequence_staleness_token_minus_joint")
+    own = pairs[(pairs.token == GIPO) & (pairs.joint == GIPO)]
+    better, worse = int((own.low > 0).sum()), int((own.high < 0).sum())
+    verdict = "yes" if better == len(own) else "partly" if better and not worse else "no"
+    wide = pairs[(pairs.token == GIPO) & (pairs.joint == WIDE_GIPO)]
+    cells = [
+        f"{stats.Interval(*interval)} at lag {lag:g}{what}"
+        for what, rows in (("", own), (" for the wide joint GIPO", wide))
+        for lag, *interval in rows[["lag", "estimate", "low", "high"]].to_numpy(float)
+    ]
+    lines = [
+        f"Does GIPO (σ = 1) per token beat the joint ratio? **{verdict}**. Area, token minus joint:"
+        f" {'; '.join(cells)}.",
+        "",
+        "| level | lag | survives | open | lost |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (level, lag), part in table[table.lag > 0].groupby(["level", "lag"], sort=False):
+        names = [
+            ", ".join(part[part.verdict == verdict].method) or "-"
+            for verdict in ("survives", "open", "lost")
+        ]
+        lines.append(f"| {level} | {lag} | {' | '.join(names)} |")
+    return "\n".join(lines)
 
 
 def _look(method: str) -> plots.Look:

@@ -1,0 +1,161 @@
+"""Studies of answers of several tokens: their scores by hand, and each at a tiny size."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments import sequence_bias, sequence_learning, sequence_staleness  # noqa: E402
+from gipo_jax import train  # noqa: E402
+from gipo_jax.analysis import sequence_tree  # noqa: E402
+from scripts import reproduce  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Compiling takes most of the time here, and what is compiled runs for moments."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(out: Path, *arguments: str) -> int:
+    return reproduce.main([*arguments, "--out", str(out)])
+
+
+def test_log_probabilities_of_a_tree_are_those_along_each_answer() -> None:
+    policy = np.array([[0.25, 0.75], [0.5, 0.5], [0.1, 0.9]])
+    expected = np.log([[0.25, 0.5], [0.25, 0.5], [0.75, 0.1], [0.75, 0.9]])
+    np.testing.assert_allclose(sequence_tree.log_prob(policy), expected, rtol=1e-12)
+
+
+def test_the_bias_study_has_every_objective_and_an_exact_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = sequence_bias.methods()
+    assert len(planned) == len(set(planned)) > 150
+    few = [method for method in planned if method.objective in ("no_clip", "gspo")]
+    monkeypatch.setattr(sequence_bias, "methods", lambda: few)
+    monkeypatch.setattr(sequence_bias, "SCALES", {"quick": sequence_bias.Scale(1, (0.5, 1.0))})
+    assert run(tmp_path, "sequence_bias") == 0
+    data = pd.read_csv(tmp_path / "data" / "sequence_bias.csv")
+    assert data.groupby("distance").kl.mean().is_monotonic_increasing
+    plain = data[data.objective == "no_clip"]
+    largest = plain.groupby(["advantage", "level"]).bias.max().to_dict()
+    assert largest["terminal", "joint"] < 1e-9
+    assert largest["target", "prefix_product"] < 1e-9
+    assert largest["terminal", "token"] > 0.01
+
+    table = pd.read_csv(tmp_path / "tables" / "sequence_bias.csv")
+    own = data[(data.objective == "gspo") & (data.distance == sequence_bias.SHOWN)]
+    error = np.sqrt(own.bias**2 + own.noise**2 / sequence_bias.BATCH).mean()
+    assert table[table.objective == "gspo"].error.item() == pytest.approx(error, rel=1e-4)
+
+
+def test_token_minus_joint_of_the_bias_study_is_paired_on_trees() -> None:
+    rows = [
+        ("terminal", 1.0, "gipo", 1.0, level, tree, 10.0 * tree + gap)
+        for level, gap in (("token", 0.5), ("joint", 0.0))
+        for tree in (1, 0)
+    ]
+    frame = pd.DataFrame(rows, columns=[*sequence_bias.KEYS, "tree", "bias"])
+    for score in sequence_bias.SCORES:
+        frame[score] = frame["bias"]
+    found = sequence_bias.token_minus_joint(frame)
+    assert (found[["estimate", "low", "high"]] == 0.5).all(axis=None)
+
+
+def runs_of(rows: list[tuple[Any, ...]]) -> pd.DataFrame:
+    """Runs of the lag study from level, method, lag, seed and final reward."""
+    frame = pd.DataFrame(rows, columns=["level", "method", "lag", "seed", "episode_return"])
+    return frame.assign(
+        status="done", learning_rate=1e-3, auc=frame.episode_return, success_rate=0.0, ess=1.0
+    )
+
+
+def test_a_method_survives_a_lag_where_it_keeps_nine_tenths_of_the_gain() -> None:
+    finals = {"GIPO σ=1": (0.97, 0.99), "SAPO": (0.9, 0.92), "TIS": (0.99, 0.91)}
+    rows: list[tuple[Any, ...]] = [("token", "GIPO σ=1", 0, seed, 1.0) for seed in (0, 1)]
+    rows += [
+        ("token", method, 16, seed, value)
+        for method, values in finals.items()
+        for seed, value in enumerate(values)
+    ]
+    table = sequence_staleness.scores(runs_of(rows)).set_index(["method", "lag"])
+    kept, verdict = table["kept"].to_dict(), table["verdict"].to_dict()
+    assert kept["SAPO", 16] == pytest.approx(0.82)
+    assert kept["GIPO σ=1", 0] == 1
+    assert verdict["GIPO σ=1", 16] == "survives"
+    assert verdict["SAPO", 16] == "lost"
+    assert verdict["TIS", 16] == "open"
+
+
+def test_token_minus_joint_of_the_lag_study_is_paired_on_seeds() -> None:
+    values = {"token": 0.3, "joint": 0.1}
+    names = (*sequence_staleness.AT_ALL_LEVELS, sequence_staleness.WIDE_GIPO)
+    rows = [
+        (level, method, 16, seed, value + 0.5 * seed + 0.05 * ("3.2" in method))
+        for level, value in values.items()
+        for method in names
+        for seed in (1, 0)
+    ]
+    found = sequence_staleness.token_minus_joint(runs_of(rows)).set_index(["token", "joint"])
+    low, high = found["low"].to_dict(), found["high"].to_dict()
+    assert low["TIS", "TIS"] == pytest.approx(0.2) and high["TIS", "TIS"] == pytest.approx(0.2)
+    pair = sequence_staleness.GIPO, sequence_staleness.WIDE_GIPO
+    assert found["estimate"].to_dict()[pair] == pytest.approx(0.15)
+
+
+@pytest.mark.slow
+def test_the_lag_study_trains_every_method_at_its_level_and_lag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None
+) -> None:
+    scale = sequence_staleness.SCALES["quick"]._replace(iterations=16)
+    monkeypatch.setattr(sequence_staleness, "SCALES", {"quick": scale})
+    assert run(tmp_path, "sequence_staleness") == 0
+    runs = pd.read_csv(tmp_path / "data" / "sequence_staleness_runs.csv")
+    methods, levels = len(sequence_staleness.METHODS), len(sequence_staleness.AT_ALL_LEVELS) + 1
+    counts = runs.groupby(["level", "lag"]).size().to_dict()
+    assert counts == {("token", 0): 2, ("token", 4): 2 * methods, ("joint", 4): 2 * levels}
+    assert (runs.status == "done").all()
+    fresh, stale = runs[runs.lag == 0], runs[runs.lag == 4]
+    assert (fresh.log_ratio_abs_p95 < 1e-5).all() and (stale.log_ratio_abs_p95 > 1e-3).all()
+    # A method weighs the same stale answers in its own way.
+    assert stale[(stale.seed == 3700) & (stale.level == "token")].ess.nunique() == methods
+    tables = tmp_path / "tables"
+    assert len(pd.read_csv(tables / "sequence_staleness_token_minus_joint.csv")) == levels + 1
+
+
+def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
+    def reached(start: float, ends: tuple[float, ...]) -> bool:
+        rows = [
+            ("first", "gipo", seed, steps, value, value)
+            for seed, end in enumerate(ends)
+            for steps, value in ((0, start), (100, end))
+        ]
+        curves = pd.DataFrame(rows, columns=sequence_learning.CURVES)
+        return bool(sequence_learning.thresholds(curves)[0]["reached"])
+
+    assert reached(0.005, (0.85, 1.0, 1.0, 1.0))
+    assert not reached(0.005, (0.79, 1.0, 1.0, 1.0, 1.0))
+    assert not reached(0.005, (0.85, 0.9))
+    assert not reached(0.1, (0.85, 1.0, 1.0, 1.0))
+
+
+@pytest.mark.slow
+def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens(quick_compilation: None) -> None:
+    attempt = sequence_learning.ATTEMPTS["second"]._replace(first_seed=5300)
+    gipo, ppo = sequence_learning.runs(attempt, 1, total_steps=15_000, num_logs=1)
+    train_all = jax.jit(train.make_train(gipo.config))
+    for run in (gipo, ppo):
+        _, metrics = train_all(jax.tree.map(jnp.asarray, run.hparams))
+        assert metrics["eval_return_sampled"][-1] > 0.9
