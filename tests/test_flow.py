@@ -15,6 +15,8 @@ from gipo_jax import train as core
 from gipo_jax.config import Config, ConfigError, HParams
 from gipo_jax.flow import sampler, tasks, train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 RING = tasks.make("flow/ring")
 SMALL = Config(
     env="flow/ring",
