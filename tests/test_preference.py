@@ -66,7 +66,7 @@ def test_dpo_and_its_trust_weight_are_their_formula() -> None:
 def act(config: Config) -> Any:
     """Parts, state before, and one iteration's pairs of a policy unlike its reference."""
     parts = of_sequences.make_parts(config)
-    hparams = settings(config, entropy_coef=0.0, beta=0.5, pair_sigma=2.0)
+    hparams = settings(config, entropy_coef=0.0, beta=0.5, pair_sigma=2.0, temperature=0.8)
 
     def first() -> Any:
         state = of_sequences.init(parts, hparams)
@@ -89,7 +89,7 @@ def test_the_gradient_of_a_batch_of_stale_pairs_is_that_of_dpo_in_closed_form() 
     assert not np.any(exact(batch.prompt, batch.wrong.answer)[pairs])
 
     def total(params: Any, answer: Any) -> Any:
-        log_prob, _ = parts.decoder.score(params, batch.prompt, answer)
+        log_prob, _ = parts.decoder.score(params, batch.prompt, answer, 0.8)
         return jnp.sum(jnp.where(parts.decoder.mask(answer), log_prob, 0), axis=1)
 
     @jax.jit

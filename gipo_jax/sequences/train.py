@@ -109,12 +109,13 @@ def act(
         episodes=state.episodes + reward.size,
         solved=state.solved + jnp.sum(solved),
     )
-    return select(parts, state, prompts, rows, groups(solved), groups(mask), key_select)
+    return select(parts, state, hparams, prompts, rows, groups(solved), groups(mask), key_select)
 
 
 def select(
     parts: Parts,
     state: TrainState,
+    hparams: HParams,
     prompts: Array,
     rows: Answers,
     exact: Array,
@@ -126,6 +127,7 @@ def select(
     Args:
         parts: of the configuration.
         state: with the policy that gave the answers.
+        hparams: traced settings of the run.
         prompts: ``[num_envs, prompt_length]``.
         rows: answers and advantages.
         exact: whether an answer is right, bool ``[rollout_length, num_envs]``.
@@ -137,7 +139,7 @@ def select(
         prompts, rows.answer, rows.behavior_log_prob, mask, exact, rows.advantage
     )
     if parts.preference:
-        rows, margin = make_pairs(parts, state, rows, exact, key_pair)
+        rows, margin = make_pairs(parts, state, hparams, rows, exact, key_pair)
         group = group._replace(advantage=rows.advantage, margin=margin)
     weight = selection.weigh(parts.selection, state.selection, group, key_weigh)
     state = state._replace(selection=parts.selection.update(state.selection, group))
@@ -145,12 +147,12 @@ def select(
 
 
 def make_pairs(
-    parts: Parts, state: TrainState, rows: Answers, exact: Array, key: Array
+    parts: Parts, state: TrainState, hparams: HParams, rows: Answers, exact: Array, key: Array
 ) -> tuple[Answers, Array]:
     """Pairs in place of answers, and their margin when they were sampled; see ``preference``."""
     pairs = preference.pair(exact, key)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
-    log_prob, _ = parts.decoder.score(state.reference, flat.prompt, flat.answer)
+    log_prob, _ = score(parts, {"policy": state.reference}, flat, hparams)
     log_prob = jnp.where(parts.decoder.mask(flat.answer), log_prob, 0)
     reference = jnp.sum(log_prob, axis=1).reshape(exact.shape)
     behavior = jnp.sum(rows.behavior_log_prob, axis=2)
