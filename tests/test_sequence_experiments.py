@@ -116,6 +116,7 @@ def test_token_minus_joint_of_the_lag_study_is_paired_on_seeds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_lag_study_trains_every_method_at_its_level_and_lag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None
 ) -> None:
@@ -128,7 +129,8 @@ def test_the_lag_study_trains_every_method_at_its_level_and_lag(
     assert counts == {("token", 0): 2, ("token", 4): 2 * methods, ("joint", 4): 2 * levels}
     assert (runs.status == "done").all()
     fresh, stale = runs[runs.lag == 0], runs[runs.lag == 4]
-    assert (fresh.log_ratio_abs_p95 < 1e-5).all() and (stale.log_ratio_abs_p95 > 1e-3).all()
+    # Measured after the update: the policy is one update from fresh answers, five from stale ones.
+    assert fresh.log_ratio_abs_p95.mean() < stale.log_ratio_abs_p95.mean()
     # A method weighs the same stale answers in its own way.
     assert stale[(stale.seed == 3700) & (stale.level == "token")].ess.nunique() == methods
     tables = tmp_path / "tables"
@@ -152,6 +154,7 @@ def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens(quick_compilation: None) -> None:
     attempt = sequence_learning.ATTEMPTS["second"]._replace(first_seed=5300)
     gipo, ppo = sequence_learning.runs(attempt, 1, total_steps=15_000, num_logs=1)
