@@ -158,8 +158,8 @@ def draw(store: Store) -> None:
     axes[0][0].set_ylabel("exact match, sampled")
     count = curves.groupby("attempt").seed.nunique().max()
     caption = (
-        f"Thin: {count} seeds, other ones in the second panel. Thick: their mean; shading: its 95 % bootstrap"
-        " interval. Dotted: the threshold of the mean."
+        f"Thin: {count} seeds, other ones in the second panel. Thick: their mean; shading: its 95 %"
+        " bootstrap interval. Dotted: the threshold of the mean."
     )
     looks = [plots.look(method) for method in METHODS]
     plots.finish(figure, caption, plots.legend(looks, markers=False))
