@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import sequence_bias, sequence_learning, sequence_staleness  # noqa: E402
 from gipo_jax import train  # noqa: E402
-from gipo_jax.analysis import sequence_tree  # noqa: E402
+from gipo_jax.analysis import plots, sequence_tree  # noqa: E402
 from scripts import reproduce  # noqa: E402
 
 
@@ -120,6 +120,8 @@ def test_token_minus_joint_of_the_lag_study_is_paired_on_seeds() -> None:
 def test_the_lag_study_trains_every_method_at_its_level_and_lag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None
 ) -> None:
+    # Rendering takes long, and other tests do it.
+    monkeypatch.setattr(plots, "save", lambda figure, stem: [])
     scale = sequence_staleness.SCALES["quick"]._replace(iterations=16)
     monkeypatch.setattr(sequence_staleness, "SCALES", {"quick": scale})
     assert run(tmp_path, "sequence_staleness") == 0
