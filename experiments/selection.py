@@ -1,13 +1,15 @@
 """Selection of prompts and of answers against none, and preference training from a warm-up."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pandas as pd
 
 from experiments import training
 from experiments.store import Store
-from gipo_jax import sweep
+from gipo_jax import sweep, train
 from gipo_jax.analysis import plots, stats
 from gipo_jax.analysis.plots import Look
 from gipo_jax.sequences import tasks
@@ -111,6 +113,22 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
         # A table has no infinity.
         table["pair_sigma"] = table.pair_sigma.map(lambda s: "" if np.isnan(s) else f"{s:g}")
         store.write("selection_curves", table, 6)
+    if part[0] == 1:
+        store.write("selection_warm_up", _warm_up(planned[-1]), 6)
+
+
+def _warm_up(of_dpo: training.Sweep) -> pd.DataFrame:
+    """Exact match that preference training begins with, by seed."""
+    algorithm = train.make(of_dpo.runs[0].config)
+
+    def one(hparams: Any) -> Any:
+        state = algorithm.init(hparams)
+        key = jax.random.fold_in(jax.random.key(1), hparams.seed)
+        return algorithm.evaluate(state.learner.params, (), key, EVALUATED)[0]
+
+    runs = {int(run.hparams.seed): run.hparams for run in of_dpo.runs}
+    exact = jax.jit(lambda h: jax.lax.map(one, h))(train.stack(list(runs.values())))
+    return pd.DataFrame({"seed": list(runs), "eval_return": np.asarray(exact, float)})
 
 
 def _finished(store: Store, item: training.Sweep) -> pd.DataFrame | None:
@@ -135,7 +153,8 @@ def draw(store: Store) -> None:
     store.numbers("selection_ratios", ratios)
     pairs = curves[curves.method == "dpo"]
     if len(pairs):
-        store.numbers("selection_dpo", rise(pairs))
+        start = store.read("selection_warm_up", ["seed", "eval_return"])
+        store.numbers("selection_dpo", rise(pairs, start))
 
     figure, axes = plots.panels(1, 3, width=10, height=2.6)
     numbers = []
@@ -158,11 +177,14 @@ def draw(store: Store) -> None:
         table = plots.summarize(own, ["iteration"], "eval_return")
         plots.band(axes[0][2], table.iteration, table, look)
         numbers.append(table.assign(method=look.label, cost="iteration", spent=table.iteration))
+    if len(pairs):
+        axes[0][2].axhline(start.eval_return.mean(), color="0.6", linewidth=0.8)
     axes[0][2].set(xlabel="iterations after the warm-up", ylim=(0, 1))
     looks = plots.legend([*LOOKS.values(), *DPO_LOOKS.values()], markers=False)
     count = curves.seed.nunique()
     caption = (
         f"Greedy answers to {EVALUATED} prompts. Shading: 95 % interval of the mean, {count} seeds."
+        f" Grey lines: the threshold {THRESHOLD}; on the right, the warm-up's exact match."
     )
     plots.finish(figure, caption, looks)
     store.save(figure, "selection", pd.concat(numbers, ignore_index=True))
@@ -198,13 +220,50 @@ def _to_threshold(run: pd.DataFrame) -> dict[str, float]:
     return {cost: float(point[cost]) for cost in COSTS} | {"reached": float(len(above) > 0)}
 
 
-def rise(curves: pd.DataFrame) -> pd.DataFrame:
-    """Exact match of preference training at the first and the last logged point, by width."""
+def rise(curves: pd.DataFrame, start: pd.DataFrame) -> pd.DataFrame:
+    """Exact match of preference training after the warm-up, and at the first and last logged point.
+
+    Args:
+        curves: of preference training.
+        start: exact match after the warm-up, by seed.
+    """
     rows = []
+    warm = start.sort_values("seed").eval_return.to_numpy(float)
     for sigma, own in curves.groupby("pair_sigma", sort=False):
         by_seed = own.sort_values("iteration").groupby("seed").eval_return
         first, last = by_seed.first().to_numpy(float), by_seed.last().to_numpy(float)
-        for score, values in (("first", first), ("last", last), ("rise", last - first)):
+        scores = {"warm_up": warm, "first": first, "last": last}
+        scores |= {"rise": last - first, "rise_from_warm_up": last - warm}
+        for score, values in scores.items():
             interval = stats.bootstrap(values, stats.mean)._asdict()
             rows.append({"pair_sigma": sigma, "score": score, "seeds": len(values)} | interval)
     return pd.DataFrame(rows)
+
+
+def findings(table: Callable[[str], pd.DataFrame]) -> str:
+    """The plan's verdicts, from the stored tables."""
+    ratios = {(row.method, row.cost): row for row in table("selection_ratios").itertuples()}
+    text = []
+    for name, method, cost in (
+        ("DEPO saves rollouts", "depo", "answers"),
+        ("Pruning saves back-propagation", "prune", "tokens_trained"),
+    ):
+        row: Any = ratios[method, cost]
+        verdict = "yes" if row.ratio_high < 1 else "no" if row.ratio_low > 1 else "open"
+        text.append(
+            f"{name}: **{verdict}**, {COSTS[cost]} to {THRESHOLD} over those of keep_all "
+            f"{row.ratio_estimate:.2f} [{row.ratio_low:.2f}, {row.ratio_high:.2f}], "
+            f"{row.reached} of {row.seeds} runs there."
+        )
+    for sigma, own in table("selection_dpo").groupby("pair_sigma"):
+        cells = {row.score: row for row in own.itertuples()}
+        first: Any = cells["rise"]
+        warm: Any = cells["rise_from_warm_up"]
+        learns = "yes" if first.low > 0 else "no"
+        kept = "" if warm.low > 0 else " It did not get above the warm-up."
+        text.append(
+            f"DPO, width {sigma:g}, learns, by the plan's rule: **{learns}**, exact match from the "
+            f"first to the last point {first.estimate:+.2f} [{first.low:.2f}, {first.high:.2f}]; "
+            f"from the warm-up {warm.estimate:+.2f} [{warm.low:.2f}, {warm.high:.2f}].{kept}"
+        )
+    return " ".join(text)
