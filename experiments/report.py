@@ -223,7 +223,7 @@ class Protocol2:
             f"\n\nThe best rate at another size differs from the one at 16 in {moved} of "
             f"{len(rates) * len(sizes)} cases (method, unit, size), with the paper's widths. "
             f"Of {len(judged)} judged comparisons {alone} have an interval without zero, and "
-            f"{holm} are left after the correction."
+            f"the correction leaves {holm}."
         )
 
     def section(self) -> Section:
