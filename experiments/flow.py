@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from experiments.markdown import markdown
 from experiments.store import Store
 from gipo_jax import train as core
 from gipo_jax.analysis import plots, stats
@@ -249,10 +250,8 @@ def findings(read: Callable[[str], pd.DataFrame]) -> str:
     scores: dict[Any, Any] = {
         (row.regime, row.method, row.score): row for row in read("flow_scores").itertuples()
     }
-    lines = [
-        "| regime | method | reward rose by | reward minus PPO-Clip's | modes of 4 | collapse |"
-    ]
-    lines.append("| --- " * 6 + "|")
+    header = ["regime", "method", "reward rose by", "reward minus PPO-Clip's", "modes of 4"]
+    rows = []
     for regime, method in dict.fromkeys((regime, method) for regime, method, _ in scores):
         rise = scores[regime, method, "rise"]
         modes = scores[regime, method, "modes_covered"]
@@ -265,8 +264,8 @@ def findings(read: Callable[[str], pd.DataFrame]) -> str:
             f"{modes.estimate:.1f} [{modes.low:.1f}, {modes.high:.1f}]",
             "no" if modes.estimate >= 3 else "**yes**",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown([*header, "collapse"], rows)
 
 
 def _draw_learning(store: Store, curves: pd.DataFrame) -> None:

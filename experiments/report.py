@@ -6,15 +6,15 @@ the protocols; then the details.
 
 import functools
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 import experiments
 from experiments import training, tuned_sizes
+from experiments.markdown import markdown
 from experiments.store import DataError, Store
 from gipo_jax.analysis import plots
 
@@ -399,11 +399,6 @@ def _source(manifest: dict[str, dict[str, dict[str, object]]], figure: str) -> s
 
 def _cell(row: pd.Series, name: str, low: str = "low", high: str = "high") -> str:
     return f"{row[name]:.3g} [{row[low]:.3g}, {row[high]:.3g}]"
-
-
-def markdown(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def signs(intervals: list[tuple[float, float]], better: int) -> str:

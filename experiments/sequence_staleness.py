@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import training, tuning
+from experiments.markdown import markdown
 from experiments.store import Store
 from experiments.training import Method, Task
 from experiments.tuning import Cell, Study, Unit
@@ -228,20 +229,15 @@ def findings(read: Callable[[str], pd.DataFrame]) -> str:
         for what, rows in (("", own), (" for the wide joint GIPO", wide))
         for lag, *interval in rows[["lag", "estimate", "low", "high"]].to_numpy(float)
     ]
-    lines = [
+    text = (
         f"Does GIPO (σ = 1) per token beat the joint ratio? **{verdict}**. Area, token minus joint:"
-        f" {'; '.join(cells)}.",
-        "",
-        "| level | lag | survives | open | lost |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+        f" {'; '.join(cells)}.\n\n"
+    )
+    verdicts, rows = ("survives", "open", "lost"), []
     for (level, lag), part in table[table.lag > 0].groupby(["level", "lag"], sort=False):
-        names = [
-            ", ".join(part[part.verdict == verdict].method) or "-"
-            for verdict in ("survives", "open", "lost")
-        ]
-        lines.append(f"| {level} | {lag} | {' | '.join(names)} |")
-    return "\n".join(lines)
+        names = [", ".join(part[part.verdict == verdict].method) or "-" for verdict in verdicts]
+        rows.append([level, lag, *names])
+    return text + markdown(["level", "lag", *verdicts], rows)
 
 
 def _look(method: str) -> plots.Look:
