@@ -1,5 +1,6 @@
 """Policy and value networks (flax), and the action heads that turn outputs into distributions."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -163,8 +164,9 @@ class Torso(nn.Module):
     def __call__(self, x: Array) -> Array:
         activation = _ACTIVATIONS[self.activation]
         if self.conv:
-            large = min(x.shape[-3:-1]) >= LARGE_IMAGE
-            x = _strided_convolutions(x) if large else _small_convolution(x)
+            for layer in _LARGE if min(x.shape[-3:-1]) >= LARGE_IMAGE else _SMALL:
+                x = _convolution(x, *layer)
+            x = x.reshape(*x.shape[:-3], -1)
         for size in self.hidden_sizes:
             x = activation(_dense(size, np.sqrt(2.0))(x))
             if self.layer_norm:
@@ -172,30 +174,32 @@ class Torso(nn.Module):
         return x
 
 
-def _small_convolution(x: Array) -> Array:
-    """One 3 x 3 convolution to 16 channels, as for MinAtar (arXiv:1903.03176), flattened."""
-    # A dense layer over patches: a convolution whose kernels differ by run, as under vmap, is a
-    # grouped convolution, which XLA does slowly on CPU.
-    height, width = x.shape[-3] - 2, x.shape[-2] - 2
-    patches = jnp.concatenate(
-        [x[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)], -1
-    )
-    x = nn.relu(_dense(16, np.sqrt(2.0))(patches))
-    return x.reshape(*x.shape[:-3], -1)
+# One 3 x 3 convolution, as for MinAtar (arXiv:1903.03176).
+_SMALL = ((16, 3, 1),)
+# The three convolutions of DQN on Atari (Mnih et al., Nature, 2015).
+_LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 
-def _strided_convolutions(x: Array) -> Array:
-    """The three convolutions of DQN on Atari (Mnih et al., Nature, 2015), flattened."""
-    for channels, kernel, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-        layer = nn.Conv(
-            channels,
-            (kernel, kernel),
-            (stride, stride),
-            padding="VALID",
-            kernel_init=cpu.orthogonal(np.sqrt(2.0)),
-        )
-        x = nn.relu(layer(x))
-    return x.reshape(*x.shape[:-3], -1)
+def _convolution(x: Array, channels: int, kernel: int, stride: int) -> Array:
+    """A convolution without padding and its ReLU, ``[..., height, width, channels]``.
+
+    Args:
+        x: ``[..., height, width, channels]``.
+        channels: of the result.
+        kernel: side of its square kernel, a multiple of ``stride``.
+        stride: in both directions.
+    """
+    # A dense layer over patches. XLA on CPU is slow at the gradient of a convolution inside a loop
+    # (measured: 23 times), and at one whose kernels differ by run, as under vmap.
+    height, width = ((size - kernel) // stride + 1 for size in x.shape[-3:-1])
+    steps = kernel // stride
+    rows, columns = height + steps - 1, width + steps - 1
+    blocks = x[..., : rows * stride, : columns * stride, :]
+    blocks = blocks.reshape(*x.shape[:-3], rows, stride, columns, stride, x.shape[-1])
+    blocks = blocks.swapaxes(-4, -3).reshape(*x.shape[:-3], rows, columns, -1)
+    shifts = itertools.product(range(steps), repeat=2)
+    patches = [blocks[..., i : i + height, j : j + width, :] for i, j in shifts]
+    return nn.relu(_dense(channels, np.sqrt(2.0))(jnp.concatenate(patches, -1)))
 
 
 class PolicyOutput(nn.Module):

@@ -247,22 +247,32 @@ def test_layer_norm_makes_outputs_blind_to_the_scale_of_hidden_layers() -> None:
         assert (change < 1e-3) == layer_norm
 
 
-def test_patches_are_a_convolution() -> None:
-    """The dense layer over 3 x 3 patches against XLA's own convolution."""
+def _convolved(params: Any, x: jax.Array, kernel: int, stride: int) -> jax.Array:
+    """XLA's own convolution with the kernel of a dense layer over patches, and its ReLU."""
+    steps = kernel // stride
+    dense = params["kernel"].reshape(steps, steps, stride, stride, x.shape[-1], -1)
+    filters = dense.transpose(0, 2, 1, 3, 4, 5).reshape(kernel, kernel, x.shape[-1], -1)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    strides = (stride, stride)
+    y = jax.lax.conv_general_dilated(x, filters, strides, "VALID", dimension_numbers=numbers)
+    return jax.nn.relu(y + params["bias"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers"),
+    [((2, 6, 5, 3), [(3, 1)]), ((2, 45, 54, 4), [(8, 4), (4, 2), (3, 1)])],
+    ids=["MinAtar", "Atari"],
+)
+def test_patches_are_a_convolution(shape: tuple[int, ...], layers: list[tuple[int, int]]) -> None:
+    """Sides that the strides do not divide lose the same rows and columns at the end."""
     torso = networks.Torso(hidden_sizes=(), activation="relu", layer_norm=False, conv=True)
-    obs = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
+    obs = jax.random.normal(jax.random.key(0), shape)
     params = torso.init(jax.random.key(1), obs)
-    dense = params["params"]["Dense_0"]
-    convolved = jax.lax.conv_general_dilated(
-        obs,
-        dense["kernel"].reshape(3, 3, 3, 16),
-        (1, 1),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    expected = jax.nn.relu(convolved + dense["bias"]).reshape(2, -1)
+    expected = obs
+    for number, (kernel, stride) in enumerate(layers):
+        expected = _convolved(params["params"][f"Dense_{number}"], expected, kernel, stride)
     ours: Any = torso.apply(params, obs)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    np.testing.assert_allclose(ours, expected.reshape(len(obs), -1), atol=1e-4)
 
 
 def test_large_images_go_through_strided_convolutions() -> None:
@@ -271,7 +281,7 @@ def test_large_images_go_through_strided_convolutions() -> None:
     frames = jax.random.uniform(jax.random.key(0), (2, 3, 84, 84, 4))
     params = jax.eval_shape(torso.init, jax.random.key(1), frames)
     found = sorted(x.shape for x in jax.tree.leaves(params) if len(x.shape) > 1)
-    assert found == [(3, 3, 64, 64), (4, 4, 32, 64), (8, 8, 4, 32), (7 * 7 * 64, 5)]
+    assert found == [(8 * 8 * 4, 32), (4 * 4 * 32, 64), (3 * 3 * 64, 64), (7 * 7 * 64, 5)]
     assert jax.eval_shape(torso.apply, params, frames).shape == (2, 3, 5)
 
 
