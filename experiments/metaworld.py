@@ -1,13 +1,16 @@
 """The paper's own ground: Meta-World with fresh and stale replay, under the authors' settings."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 
 from experiments import training
-from experiments.store import Store
+from experiments.markdown import markdown
+from experiments.store import DataError, Store
 from experiments.training import BASELINES, GIPO, Method, Sweep
+from experiments.verdicts import OPEN, signs
 from gipo_jax import protocols, sweep
 from gipo_jax.analysis import plots, stats
 
@@ -51,21 +54,21 @@ class Scale:
 UNIT = ["regime", "env", "seed"]
 """Columns that tell sweeps apart."""
 
-_SIX = (
-    "ButtonPress",
-    "ButtonPressTopdown",
-    "CoffeeButton",
-    "ButtonPressWall",
+_FOUR = ("ButtonPress", "ButtonPressTopdown", "CoffeeButton", "ButtonPressWall")
+_HARDER = (
     "CoffeePull",
     "Assembly",
+    "Basketball",
+    "BinPicking",
+    "BoxClose",
+    "ButtonPressTopdownWall",
 )
 
 SCALES = {
     "quick": Scale(("ButtonPress",), (GIPO, PPO), ("stale",), 50, range(1)),
-    "committed": Scale(_SIX, (GIPO, Method("gipo", {"sigma": 0.2}), PPO), ("stale", "fresh"), 1000,
-                       range(5)),
+    "committed": Scale(_FOUR, (GIPO, PPO, SAPO), ("stale", "fresh"), 500, range(5)),
     "full": Scale(
-        (*_SIX, "Basketball", "BinPicking", "BoxClose", "ButtonPressTopdownWall"),
+        (*_FOUR, *_HARDER),
         (*PAPER, PPO, SAPO, NO_CLIP),
         ("stale", "fresh"),
         10_000,
@@ -108,8 +111,7 @@ def _sweeps(scale: Scale) -> list[Sweep]:
                     "buffer_size": REGIMES[regime],
                     "max_buffer_size": REGIMES[regime],
                     "total_steps": scale.iterations * EPISODE,
-                    # Ten iterations a point, so that the last tenth is the authors' 100 episodes.
-                    "num_logs": min(100, scale.iterations // 2),
+                    "num_logs": min(scale.iterations // 2, 50),
                 }
                 runs = tuple(
                     run
@@ -127,7 +129,7 @@ def _sweeps(scale: Scale) -> list[Sweep]:
 
 
 def draw(store: Store) -> None:
-    """Curves per task; normalised scores per regime; utilization of new and old data."""
+    """Curves per task; scores and comparisons per regime; utilization of new and old data."""
     columns = ["run", "regime", "env", "objective", "sigma", "sigma_neg_ratio", "seed"]
     runs = store.read("metaworld_runs", [*columns, "final_return"])
     names = ["run", "env_steps", "episode_return", "success_rate"]
@@ -136,9 +138,11 @@ def draw(store: Store) -> None:
     runs["method"], looks = _methods(runs)
     runs["task"] = runs.env.str.removeprefix("MetaWorld/").str.removesuffix("-v3")
     curves = curves.merge(runs[["run", "regime", "task", "method", "seed"]], on="run")
+    scored = scores(runs, curves)
     _draw_curves(store, curves, looks)
-    _draw_scores(store, runs, looks)
+    _draw_scores(store, scored, looks)
     _draw_utilization(store, curves, looks)
+    store.numbers("metaworld_comparison", compare(scored))
 
 
 def _methods(runs: pd.DataFrame) -> tuple[pd.Series, dict[str, plots.Look]]:
@@ -153,6 +157,79 @@ def _methods(runs: pd.DataFrame) -> tuple[pd.Series, dict[str, plots.Look]]:
         labels.append(label)
         looks[label] = look
     return pd.Series(labels, index=runs.index), looks
+
+
+def scores(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """Scores of the runs of the seeds that every regime, task and method has finished.
+
+    Returns:
+        regime, task, method, seed, ``success`` (mean rate of the last tenth), and, in units of what
+        a task has to gain, ``final``, ``area`` (mean of the learning curve) and ``drop`` (from the
+        best logged return to the final one, >= 0). A task's 0 is the mean of the first logged
+        returns and its 1 the best final mean of a method and regime.
+
+    Raises:
+        DataError: no seed has finished them all.
+    """
+    cells = len(runs[["regime", "task", "method"]].drop_duplicates())
+    runs = runs[runs.groupby("seed").run.transform("size") == cells]
+    if runs.empty:
+        raise DataError("metaworld_runs", "no seed has finished all tasks; continue the same run")
+    by_run = curves.sort_values("env_steps").groupby("run")
+    late = curves[curves.env_steps > 0.9 * curves.env_steps.max()].groupby("run")
+    first, peak, area = (
+        runs.run.map(getattr(by_run.episode_return, what)()) for what in ("first", "max", "mean")
+    )
+    low = first.groupby(runs.task).transform("mean")
+    means = runs.groupby(["task", "method", "regime"]).final_return.mean()
+    gain = runs.task.map(means.groupby("task").max()) - low
+    return runs[["regime", "task", "method", "seed"]].assign(
+        final=(runs.final_return - low) / gain,
+        area=(area - low) / gain,
+        drop=((peak - runs.final_return) / gain).clip(lower=0),
+        success=runs.run.map(late.success_rate.mean()),
+    )
+
+
+def _matrix(part: pd.DataFrame, method: str, score: str) -> np.ndarray:
+    """A method's scores, seeds x pairs of regime and task."""
+    own = part[part.method == method]
+    return own.pivot_table(index="seed", columns=["regime", "task"], values=score).to_numpy()
+
+
+JUDGED = {4: ("final", 1), 6: ("drop", -1), 7: ("area", 1)}
+"""Score that decides a claim of the paper here, and its better side."""
+
+LEAST_SEEDS = 3
+"""With fewer the verdicts are open."""
+
+
+def compare(scored: pd.DataFrame) -> pd.DataFrame:
+    """GIPO (sigma 1) minus every other method: final return in each regime, the others over both.
+
+    Returns:
+        claim, regime, method, ``difference`` (IQM over tasks and seeds) with ``low`` and ``high``,
+        judged (against PPO-Clip and SAPO), seeds.
+    """
+    ours, deciding = _label(GIPO), {_label(PPO), _label(SAPO)}
+    rows = []
+    for claim, (score, _) in JUDGED.items():
+        for regime in REGIMES if claim == 4 else ("both",):
+            part = scored if regime == "both" else scored[scored.regime == regime]
+            if ours not in set(part.method):
+                continue
+            for method in part.method.unique():
+                if method == ours:
+                    continue
+                pair = _matrix(part, ours, score), _matrix(part, method, score)
+                found = stats.paired_difference(*pair)
+                rows.append((claim, regime, method, *found, method in deciding, len(pair[0])))
+    names = ["claim", "regime", "method", "difference", "low", "high", "judged", "seeds"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _label(method: Method) -> str:
+    return plots.look(method.objective, method.parameters.get("sigma")).label
 
 
 def _draw_curves(store: Store, curves: pd.DataFrame, looks: dict[str, plots.Look]) -> None:
@@ -178,52 +255,41 @@ def _draw_curves(store: Store, curves: pd.DataFrame, looks: dict[str, plots.Look
     store.save(figure, "metaworld", table)
 
 
-def scores(runs: pd.DataFrame, regime: str) -> tuple[list[str], np.ndarray]:
-    """Final returns of a regime, normalised per task over the means of the compared methods.
-
-    Only tasks and seeds that every method has finished count.
-
-    Returns:
-        methods, and scores ``[methods, seeds, tasks]``.
-    """
-    part = runs[runs.regime == regime]
-    methods = part.method.unique().tolist()
-    cube = part.pivot_table(index=["task", "seed"], columns="method", values="final_return")
-    done = cube[methods].dropna()
-    # A rectangle of tasks and seeds: the seeds that every task has.
-    seeds = [s for s, part in done.groupby("seed") if len(part) == _task_count(done)]
-    table = done[done.index.get_level_values("seed").isin(seeds)].unstack("seed")
-    values = np.stack([table[method].to_numpy().T for method in methods])
-    means = values.mean(axis=1)
-    low, high = means.min(axis=0), means.max(axis=0)
-    return methods, (values - low) / np.where(high > low, high - low, 1.0)
-
-
-def _task_count(done: pd.DataFrame) -> int:
-    """Tasks in a table indexed by task and seed."""
-    return done.index.get_level_values("task").nunique()
-
-
-def _draw_scores(store: Store, runs: pd.DataFrame, looks: dict[str, plots.Look]) -> None:
-    regimes = runs.regime.unique().tolist()
-    figure, axes = plots.panels(1, len(regimes), width=max(3.6, 3.4 * len(regimes)), height=2.2)
+def _draw_scores(store: Store, scored: pd.DataFrame, looks: dict[str, plots.Look]) -> None:
+    """IQM, performance profile and Elo, a row a regime."""
+    regimes = scored.regime.unique().tolist()
+    figure, axes = plots.panels(len(regimes), 3, width=9, height=2.1)
+    thresholds = np.linspace(-0.2, 1.4, 65)
     rows = []
-    for axis, regime in zip(axes[0], regimes, strict=True):
-        methods, values = scores(runs, regime)
-        for position, (method, score) in enumerate(zip(methods, values, strict=True)):
+    for (bars, profile, elo), regime in zip(axes, regimes, strict=True):
+        part = scored[scored.regime == regime]
+        values = np.stack([_matrix(part, method, "final") for method in looks])
+        ratings = stats.elo_interval(values, resamples=200)
+        for position, (method, look) in enumerate(looks.items()):
+            score, rating = values[position], ratings[position]
             interval = stats.bootstrap(score)
-            look = looks[method]
-            axis.barh(-position, interval.estimate, color=look.color, alpha=0.75)
-            axis.plot(interval[1:], [-position] * 2, color="0.2", lw=1.3)
-            rows.append((regime, method, *interval, score.shape[0], score.shape[1]))
-        axis.set_yticks([-i for i in range(len(methods))], methods)
-        axis.set(title=regime, xlabel="normalised final return, IQM")
+            bars.barh(-position, interval.estimate, color=look.color, alpha=0.75)
+            bars.plot(interval[1:], [-position] * 2, color="0.2", lw=1.3)
+            share, low, high = stats.performance_profile(score, thresholds, resamples=500)
+            table = pd.DataFrame({"mean": share, "low": low, "high": high})
+            plots.band(profile, thresholds, table, look)
+            elo.plot(rating[1:], [-position] * 2, color=look.color, lw=2)
+            elo.plot(rating.estimate, -position, look.marker, color=look.color)
+            success = float(part[part.method == method].success.mean())
+            rows.append((regime, method, *interval, success, *rating, *score.shape))
+        for axis in (bars, elo):
+            axis.set_yticks([-i for i in range(len(looks))], list(looks))
+        bars.set(title=regime, xlabel="normalised final return, IQM")
+        profile.set(xlabel="normalised final return  τ", ylabel="share of runs above τ")
+        elo.set(xlabel="Elo")
     caption = (
-        "0 is the worst and 1 the best mean of a task among\nthese methods. Lines: 95 % stratified"
-        " bootstrap intervals\nover seeds. Final: the last tenth of the episodes."
+        "0: mean of a task's first returns; 1: its best final mean of a method and regime. Final:"
+        " the last tenth of the episodes.\nLines and shading: 95 % bootstrap intervals over"
+        f" {scored.seed.nunique()} seeds, within tasks."
     )
     plots.finish(figure, caption)
-    names = ["regime", "method", "iqm", "low", "high", "seeds", "tasks"]
+    names = ["regime", "method", "iqm", "low", "high", "success_rate"]
+    names += ["elo", "elo_low", "elo_high", "seeds", "tasks"]
     store.save(figure, "metaworld_scores", pd.DataFrame(rows, columns=names))
 
 
@@ -257,3 +323,50 @@ def _draw_utilization(store: Store, curves: pd.DataFrame, looks: dict[str, plots
     plots.finish(figure, caption)
     names = ["method", "quantity", "mean", "low", "high"]
     store.save(figure, "metaworld_utilization", pd.DataFrame(rows, columns=names))
+
+
+def findings(table: Callable[[str], pd.DataFrame]) -> str:
+    """The plan's verdicts and what decides them, from the stored tables."""
+    compared, scored = table("metaworld_comparison"), table("metaworld_scores")
+    rows = [
+        [
+            row.regime,
+            row.method,
+            f"{row.iqm:.2f} [{row.low:.2f}, {row.high:.2f}]",
+            f"{row.success_rate:.0%}",
+            f"{row.elo:.0f} [{row.elo_low:.0f}, {row.elo_high:.0f}]",
+        ]
+        for row in scored.itertuples()
+    ]
+    text = f"{scored.tasks.iloc[0]} tasks, {scored.seeds.iloc[0]} seeds. Final return, normalised:"
+    header = ["regime", "method", "IQM", "success", "Elo"]
+    text += "\n\n" + markdown(header, rows) + "\n\n"
+    found = {str(claim): verdict for claim, verdict in verdicts(compared).items()}
+    rows = [
+        [
+            str(row.claim),
+            row.regime,
+            row.method,
+            f"{row.difference:.3f} [{row.low:.3f}, {row.high:.3f}]",
+            f"**{found[str(row.claim)]}**" if row.judged else "not judged",
+        ]
+        for row in compared.itertuples()
+    ]
+    header = ["claim", "regime", "GIPO σ=1 minus", "difference", "verdict on the claim"]
+    text += (
+        "Claim 4: final return, claim 7: area under the curve, above zero GIPO is better. Claim 6:"
+        " drop from the peak, below zero GIPO is steadier.\n\n"
+    )
+    return text + markdown(header, rows)
+
+
+def verdicts(compared: pd.DataFrame) -> dict[int, str]:
+    """The verdict on each of ``JUDGED``, by the rule of protocol 1."""
+    found = {}
+    for claim, (_, better) in JUDGED.items():
+        part = compared[compared.judged & (compared.claim == claim)]
+        found[claim] = OPEN
+        if len(part) and part.seeds.min() >= LEAST_SEEDS:
+            intervals = list(zip(part.low.tolist(), part.high.tolist(), strict=True))
+            found[claim] = signs(intervals, better)
+    return found

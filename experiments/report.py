@@ -13,16 +13,13 @@ import numpy as np
 import pandas as pd
 
 import experiments
-from experiments import training, tuned_sizes
+from experiments import metaworld, training, tuned_sizes
 from experiments.markdown import markdown
 from experiments.store import DataError, Store
+from experiments.verdicts import NOT, OPEN, PARTLY, REPRODUCED, signs
 from gipo_jax.analysis import plots
 
 _DEPARTURES = Path(__file__).with_name("DEPARTURES.md")
-
-REPRODUCED, PARTLY, NOT = "reproduced", "partly", "not reproduced here"
-OPEN = "open"
-"""Verdict of protocol 2 while a regime has no finished unit."""
 
 GIPO, PPO, SAPO, NO_CLIP = (
     plots.look("gipo", 1.0).label,
@@ -69,6 +66,7 @@ def write(out: Path, path: Path) -> None:
     details = [
         *claims,
         second.section(),
+        _metaworld(out),
         _age_and_size(out),
         _proposal(out),
         _utilization(out),
@@ -87,11 +85,19 @@ def write(out: Path, path: Path) -> None:
         image = f"![{name}]({(folder / 'figures' / name).as_posix()}.png)"
         return [image, "", _source(manifest, name), ""]
 
+    own_ground = _metaworld_verdicts(out)
     rows = [
-        [section.title, f"**{section.verdict}**", *second.verdicts(number), section.short]
+        [
+            section.title,
+            f"**{section.verdict}**",
+            *second.verdicts(number),
+            own_ground.get(number, "not trained"),
+            section.short,
+        ]
         for number, section in enumerate(claims, 1)
     ]
     header = ["claim", "protocol 1", "protocol 2, paper's widths", "protocol 2, tuned widths"]
+    header.append("Meta-World")
     lines = [
         "# Results",
         "",
@@ -107,7 +113,7 @@ def write(out: Path, path: Path) -> None:
         markdown([*header, "what decides it in protocol 1"], rows),
         "",
         f"{second.status} Claims 1, 2, 3 and 5 are computed, not trained, and need no second "
-        "protocol. No comparison on Meta-World has been run.",
+        "protocol." + ("" if own_ground else " No comparison on Meta-World has been run."),
         "",
         "## A figure a claim",
         "",
@@ -314,6 +320,30 @@ class Protocol2:
         )
 
 
+def _metaworld(out: Path) -> Section:
+    title = "Meta-World, the paper's own ground"
+    if not _has_metaworld(out):
+        return Section(title, "", "Planned, not run yet.", ())
+    text = metaworld.findings(functools.partial(_table, out))
+    names = ("metaworld", "metaworld_scores", "metaworld_utilization")
+    return Section(title, "", text, names)
+
+
+def _metaworld_verdicts(out: Path) -> dict[int, str]:
+    """Cells of the table of verdicts by claim; none while nothing has run."""
+    if not _has_metaworld(out):
+        return {}
+    table = _table(out, "metaworld_comparison")
+    seeds = f"{table.seeds.min()} of {len(metaworld.SCALES['committed'].seeds)} seeds"
+    return {
+        claim: f"**{verdict}** ({seeds})" for claim, verdict in metaworld.verdicts(table).items()
+    }
+
+
+def _has_metaworld(out: Path) -> bool:
+    return (out / "tables" / "metaworld_comparison.csv").is_file()
+
+
 def _age_and_size(out: Path) -> Section:
     title = "Age of the data apart from the size of the buffer"
     if not (out / "tables" / "age_and_size_effects.csv").is_file():
@@ -399,20 +429,6 @@ def _source(manifest: dict[str, dict[str, dict[str, object]]], figure: str) -> s
 
 def _cell(row: pd.Series, name: str, low: str = "low", high: str = "high") -> str:
     return f"{row[name]:.3g} [{row[low]:.3g}, {row[high]:.3g}]"
-
-
-def signs(intervals: list[tuple[float, float]], better: int) -> str:
-    """Verdict on intervals of differences: all on the better side, some and none worse, or not.
-
-    Args:
-        intervals: (low, high).
-        better: 1 where above zero is better, -1 where below.
-    """
-    good = [low > 0 if better > 0 else high < 0 for low, high in intervals]
-    bad = [high < 0 if better > 0 else low > 0 for low, high in intervals]
-    if all(good):
-        return REPRODUCED
-    return PARTLY if any(good) and not any(bad) else NOT
 
 
 def _gradients(out: Path) -> Section:

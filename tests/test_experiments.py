@@ -1,6 +1,7 @@
 """Experiments end to end at tiny sizes, drawing from stored data, and damaged data."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import sys
@@ -33,6 +34,7 @@ from experiments import (  # noqa: E402
     training,
     tuned_sizes,
     tuning,
+    verdicts,
 )
 from experiments.store import Store, sha256  # noqa: E402
 from gipo_jax import objectives  # noqa: E402
@@ -482,11 +484,52 @@ def test_metaworld_trains_both_regimes_and_draws_them(
     assert np.all(np.abs(ages["stale"] - (iterations - 1) / 2) < 2)
 
     scores = numbers(tmp_path, "metaworld_scores")
-    assert sorted(scores[scores.regime == "stale"].iqm) == [0, 1]
+    assert np.isclose(scores.iqm.max(), 1) and scores.iqm.nunique() == 4
     used = numbers(tmp_path, "metaworld_utilization")
     assert used["mean"].notna().all() and len(used) == 2 * 4
     for name in ("metaworld", "metaworld_scores", "metaworld_utilization"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5000
+
+
+def _metaworld_tables(gain_of_gipo: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Three seeds, two tasks whose returns rise from 10 to 30 or so; sigma 1 ends higher."""
+    runs, curves = [], []
+    methods = ("GIPO σ=1", "PPO-Clip", "SAPO")
+    cells = itertools.product(("stale", "fresh"), ("A", "B"), methods, range(3))
+    for run, (regime, task, method, seed) in enumerate(cells):
+        end = 30.0 + (gain_of_gipo if method == "GIPO σ=1" else 0) + 0.1 * seed
+        runs.append((run, regime, task, method, seed, end))
+        for step, value in ((10, 10.0), (20, 34.0), (100, end)):
+            curves.append((run, step, value, 0.5))
+    names = ["run", "regime", "task", "method", "seed", "final_return"]
+    columns = ["run", "env_steps", "episode_return", "success_rate"]
+    return pd.DataFrame(runs, columns=names), pd.DataFrame(curves, columns=columns)
+
+
+def test_metaworld_scores_are_parts_of_what_a_task_has_to_gain() -> None:
+    runs, curves = _metaworld_tables(4.0)
+    runs = pd.concat([runs, runs[(runs.task == "A") & (runs.seed == 0)].assign(seed=9)])
+    scored = metaworld.scores(runs, curves)
+    # The best mean end is 34.1, so a task has 24.1 to gain; seed 9 lacks task B.
+    assert set(scored.seed) == {0, 1, 2}
+    ppo = scored[(scored.method == "PPO-Clip") & (scored.seed == 0)].iloc[0]
+    assert np.isclose(ppo.final, 20 / 24.1) and np.isclose(ppo["drop"], 4 / 24.1)
+    assert np.isclose(ppo.area, (74 / 3 - 10) / 24.1) and ppo.success == 0.5
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"),
+    [(4.0, [verdicts.REPRODUCED] * 3), (0.0, [verdicts.NOT] * 3), (-2.0, [verdicts.NOT] * 3)],
+)
+def test_metaworld_verdicts_follow_the_sign_of_the_difference(
+    gain: float, expected: list[str]
+) -> None:
+    compared = metaworld.compare(metaworld.scores(*_metaworld_tables(gain)))
+    assert len(compared) == 2 * 2 + 2 + 2 and compared.judged.all()
+    assert list(metaworld.verdicts(compared).values()) == expected
+    assert set(metaworld.verdicts(compared.assign(seeds=2)).values()) == {verdicts.OPEN}
+    alone = compared[compared.method == "SAPO"].assign(judged=False)
+    assert set(metaworld.verdicts(alone).values()) == {verdicts.OPEN}
 
 
 def test_development_is_scored_on_seeds_that_did_not_choose_the_rate() -> None:
@@ -552,11 +595,11 @@ def test_stability_by_hand() -> None:
 
 
 def test_verdicts_by_hand() -> None:
-    assert report.signs([(0.1, 0.2), (0.1, 0.3)], 1) == report.REPRODUCED
-    assert report.signs([(0.1, 0.2), (-0.1, 0.3)], 1) == report.PARTLY
-    assert report.signs([(0.1, 0.2), (-0.3, -0.1)], 1) == report.NOT
-    assert report.signs([(-0.1, 0.2), (-0.1, 0.3)], 1) == report.NOT
-    assert report.signs([(-0.2, -0.1)], -1) == report.REPRODUCED
+    assert verdicts.signs([(0.1, 0.2), (0.1, 0.3)], 1) == verdicts.REPRODUCED
+    assert verdicts.signs([(0.1, 0.2), (-0.1, 0.3)], 1) == verdicts.PARTLY
+    assert verdicts.signs([(0.1, 0.2), (-0.3, -0.1)], 1) == verdicts.NOT
+    assert verdicts.signs([(-0.1, 0.2), (-0.1, 0.3)], 1) == verdicts.NOT
+    assert verdicts.signs([(-0.2, -0.1)], -1) == verdicts.REPRODUCED
 
 
 def test_dominated_by_hand() -> None:
@@ -604,8 +647,8 @@ def test_committed_data_give_the_committed_numbers(
 
     report.write(tmp_path, tmp_path / "RESULTS.md")
     again_text = (tmp_path / "RESULTS.md").read_text()
-    assert verdicts(again_text) == verdicts((ROOT / "RESULTS.md").read_text())
-    assert len(verdicts(again_text)) == 7
+    assert verdict_rows(again_text) == verdict_rows((ROOT / "RESULTS.md").read_text())
+    assert len(verdict_rows(again_text)) == 7
     tokens = pd.read_csv(RESULTS / "tables" / "token_vs_joint.csv")
     mean = tokens[(tokens.age == 128) & (tokens.ratio_level == "joint") & (tokens.sigma == 2)][
         "mean"
@@ -614,7 +657,7 @@ def test_committed_data_give_the_committed_numbers(
     assert row.split("|")[4].strip().startswith(f"{mean:.3g} [")
 
 
-def verdicts(text: str) -> list[str]:
+def verdict_rows(text: str) -> list[str]:
     """The rows of the table of verdicts, a claim each."""
     table = text.split("## Verdicts", 1)[1].split("## A figure a claim", 1)[0]
     return [line for line in table.splitlines() if line.startswith("| ") and "**" in line]
