@@ -21,7 +21,7 @@ import gipo_jax
 from gipo_jax import cli, environments, networks, rollout, sweep, train
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.environments import envpool_env
-from gipo_jax.sweep import checkpoint
+from gipo_jax.sweep import checkpoint, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -277,6 +277,39 @@ def test_successful_episodes_are_counted(toy: Any) -> None:
     assert totals == [0, 1, 3]
 
 
+SWEPT = """
+import dataclasses, sys
+import pandas as pd
+from gipo_jax import cli, sweep
+
+runs = sweep.expand(
+    env="Hopper-v4", num_envs=2, rollout_length=30, batch_size=30, total_steps=60, num_logs=1,
+    buffer_size=120, hidden_sizes=(4,), seeds=5,
+)
+sweep.run(runs, sys.argv[1] + "/all", sweep.Options(devices=2, batch_mode="loop"))
+sweep.run(runs[3:], sys.argv[1] + "/last", sweep.Options(devices=1, batch_mode="loop", quiet=True))
+tables = [pd.read_csv(f"{sys.argv[1]}/{name}/metrics.csv") for name in ("all", "last")]
+tables[0].run -= 3
+tables = [table[table.run >= 0].set_index("run").sort_index() for table in tables]
+pd.testing.assert_frame_equal(*tables, check_exact=True)
+"""
+
+
+@pytest.mark.slow
+def test_parts_of_a_loop_on_two_devices_find_their_own_simulators(tmp_path: Path) -> None:
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", SWEPT, str(tmp_path)],
+        env=os.environ | {"XLA_FLAGS": flags},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(": compiled in") == 1
+
+
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec as P
@@ -510,6 +543,21 @@ def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
         whole, resumed = ((tmp_path / x / table).read_bytes() for x in ("whole", "stopped"))
         assert whole == resumed, table
     assert b"success_rate" not in whole
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_runs_of_a_loop_share_a_program_and_a_narrow_limit_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = sweep.Options(devices=1, batch_mode="loop")
+    tables = []
+    for most, programs in ((64, 1), (4, 1), (1, 2)):
+        monkeypatch.setattr(plan, "MOST_SIMULATORS", most)
+        sweep.run(swept(), tmp_path / str(most), options)
+        assert capsys.readouterr().err.count(": compiled in") == programs
+        tables.append((tmp_path / str(most) / "metrics.csv").read_bytes())
+    assert len(set(tables)) == 1
 
 
 @pytest.mark.slow

@@ -24,6 +24,9 @@ USABLE = 0.9
 SIMULATOR_BYTES = 20 * 2**20
 """What an environment outside JAX takes, measured on Meta-World."""
 
+MOST_SIMULATORS = 64
+"""Environments outside JAX that wait for their part at most, so that a sweep starts soon."""
+
 
 class Memory(NamedTuple):
     """Bytes that one run takes.
@@ -192,6 +195,22 @@ def slices(
         if width == 1:
             raise ConfigError("memory_limit", show(limit), _options(group, total, layout, limit))
         parts = -(-len(runs) // (width - 1))
+
+
+def parts_at_once(group: Group, slices: Slices) -> int:
+    """Parts that one compiled program serves.
+
+    All of them, but for simulators outside JAX: a program holds the addresses of those of all its
+    parts, which must fit in memory beside the part that trains.
+    """
+    if not group.algorithm.host:
+        return len(slices.parts)
+    simulators = slices.layout.width * group.algorithm.config.num_envs
+    more = MOST_SIMULATORS // simulators - 1
+    if slices.limit is not None:
+        spare = USABLE * slices.limit - slices.bytes
+        more = min(more, int(spare / (simulators * SIMULATOR_BYTES)))
+    return 1 + max(more, 0)
 
 
 def remaining(

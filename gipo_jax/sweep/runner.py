@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from gipo_jax import environments, train, user_files
 from gipo_jax.config import ConfigError, check_fields
@@ -117,53 +118,73 @@ def _train(
         for task in tasks:
             for line in plan.lines(task.group, task.slices):
                 reporter.say(line)
+        work = _Work(runs, folder, options, interrupts, reporter, dispatcher)
         for task in tasks:
-            group, stops = task.group, [0, *train.log_boundaries(task.group.algorithm.config)]
+            at_once = plan.parts_at_once(task.group, task.slices)
             while task.parts:
-                part = folder.take_up(task.parts.pop(0))
-                with _compiled(task, part.runs, reporter) as program:
-                    hparams = program.place([group.settings(run) for run in part.runs])
-                    state = program.start(hparams, part.state, len(part.runs))
-                    part = part._replace(state=None)
-                    if program.new_episodes:
-                        reporter.say(f"{program.new_episodes} environments began a new episode")
-                    _save_or_stop(folder, interrupts, options, part._replace(state=state))
-                    for point in range(part.point, len(stops) - 1):
-                        start, stop = stops[point], stops[point + 1]
-                        began = time.monotonic()
-                        state, metrics, diverged_at = program.train_and_log(
-                            state, hparams, start, stop
-                        )
-                        seconds = time.monotonic() - began
-                        dispatcher.send(folder.add(group, part.runs, stop, metrics))
-                        for run in folder.add_diverged(part.runs, diverged_at):
-                            reporter.say(f"{runs[run].name}: diverged")
-                        block = group.algorithm.config.block_size
-                        steps = (stop - start) * block * len(part.runs)
-                        env = grid.env_name(group.algorithm.config.env)
-                        medians = median_returns(folder.latest, folder.settings, env)
-                        reporter.advance(steps, seconds, group.name, env, medians)
-                        training = None
-                        if stop < stops[-1]:
-                            training = Part(part.runs, point + 1, state)
-                        else:
-                            folder.finish(part.runs, state)
-                        _save_or_stop(folder, interrupts, options, training)
-                    # The next part needs the memory.
-                    del state
+                served = task.parts[:at_once]
+                with _compiled(task, [part.runs for part in served], reporter) as program:
+                    for _ in served:
+                        _train_part(work, task.group, program, folder.take_up(task.parts.pop(0)))
         folder.close()
 
 
+class _Work(NamedTuple):
+    """What the training of any part needs."""
+
+    runs: Sequence[Run]
+    folder: Folder
+    options: Options
+    interrupts: Interrupts
+    reporter: Reporter
+    dispatcher: logs.Dispatcher
+
+
+def _train_part(work: _Work, group: Group, program: Program, part: Part) -> None:
+    """Trains a part from its last logged point on, one after the other."""
+    folder, reporter = work.folder, work.reporter
+    stops = [0, *train.log_boundaries(group.algorithm.config)]
+    hparams = program.place([group.settings(run) for run in part.runs])
+    state = program.start(hparams, part.state, len(part.runs))
+    part = part._replace(state=None)
+    if program.new_episodes:
+        reporter.say(f"{program.new_episodes} environments began a new episode")
+    _save_or_stop(folder, work.interrupts, work.options, part._replace(state=state))
+    for point in range(part.point, len(stops) - 1):
+        start, stop = stops[point], stops[point + 1]
+        began = time.monotonic()
+        state, metrics, diverged_at = program.train_and_log(state, hparams, start, stop)
+        seconds = time.monotonic() - began
+        work.dispatcher.send(folder.add(group, part.runs, stop, metrics))
+        for run in folder.add_diverged(part.runs, diverged_at):
+            reporter.say(f"{work.runs[run].name}: diverged")
+        steps = (stop - start) * group.algorithm.config.block_size * len(part.runs)
+        env = grid.env_name(group.algorithm.config.env)
+        medians = median_returns(folder.latest, folder.settings, env)
+        reporter.advance(steps, seconds, group.name, env, medians)
+        training = None
+        if stop < stops[-1]:
+            training = Part(part.runs, point + 1, state)
+        else:
+            folder.finish(part.runs, state)
+        _save_or_stop(folder, work.interrupts, work.options, training)
+
+
 @contextlib.contextmanager
-def _compiled(task: _Task, runs: Sequence[int], reporter: Reporter) -> Iterator[Program]:
-    """The program of a task, compiled once; with simulators outside JAX, one for these runs."""
+def _compiled(task: _Task, parts: Sequence[Sequence[int]], reporter: Reporter) -> Iterator[Program]:
+    """The program of a task, compiled once; with simulators outside JAX, one for these parts."""
     group, layout, program = task.group, task.slices.layout, task.program
     env = None
     if group.algorithm.host:
-        seeds = [int(group.settings(run).seed) for run in runs]
-        seeds += [seeds[-1]] * (layout.width - len(seeds))
+        seeds = []
+        for runs in parts:
+            own = [int(group.settings(run).seed) for run in runs]
+            seeds.append(own + [own[-1]] * (layout.width - len(own)))
+        # A device has the simulators of its share of every part.
+        devices = len(layout.devices)
+        by_device = np.reshape(seeds, (len(parts), devices, -1)).swapaxes(0, 1).ravel()
         config = group.algorithm.config
-        env = train.open_env(config, seeds, len(layout.devices))
+        env = train.open_env(config, by_device.tolist(), devices)
         program = Program(train.make(config, env), layout, group.hparams[0])
     try:
         if not program.is_compiled:
