@@ -57,6 +57,7 @@ from gipo_jax import (  # noqa: E402
 )
 from gipo_jax.config import Config  # noqa: E402
 from gipo_jax.environments import envpool_env  # noqa: E402
+from gipo_jax.sequences import train as sequences  # noqa: E402
 from gipo_jax.sweep import plan, program  # noqa: E402
 from scripts import peer_env  # noqa: E402
 
@@ -730,6 +731,62 @@ def bench_objectives(context: Context) -> list[Row]:
         steps = sum(training.env_steps for training in group)
         measured = row("objectives", {"objectives": count}, "env-steps/s", steps, times)
         measured["compile_s"] = sum(training.compile_s for training in group)
+        rows.append(measured)
+    return rows
+
+
+def bench_sequences(context: Context) -> list[Row]:
+    """Answers a second on ``tokens/reverse`` at egg's sizes: training, and sampling alone.
+
+    Sampling has a key-value cache; ``uncached`` computes the whole network again for each token.
+    """
+    # google-deepmind/egg: 10 tokens of 2, 10 prompts x 10 answers, 3 layers, width 64, 4 heads.
+    config = Config(
+        env="tokens/reverse", num_envs=10, rollout_length=10, batch_size=100, eval_episodes=0
+    )
+    iterations = 10 if context.quick else 100
+    trained = {
+        runs: Training(config, runs, iterations // runs, config.block_size) for runs in (1, 8)
+    }
+    made = sequences.make_parts(config)
+    params = jax.jit(made.decoder.init)(jax.random.key(0))
+    prompt = jnp.zeros((config.block_size, made.task.prompt_length), jnp.int32)
+
+    def uncached(params: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
+        length = made.task.answer_length
+        tokens = jnp.pad(prompt, ((0, 0), (0, length)))
+
+        def one(tokens: jax.Array, inputs: Any) -> Any:
+            key, position = inputs
+            logits = made.decoder.logits(params, tokens)[:, position - 1]
+            token = jax.random.categorical(key, logits)
+            return tokens.at[:, position].set(token), None
+
+        positions = prompt.shape[1] + jnp.arange(length)
+        return jax.lax.scan(one, tokens, (jax.random.split(key, length), positions))[0]
+
+    def sampling(function: Callable[..., Any]) -> Callable[[], float]:
+        def repeated(key: jax.Array) -> jax.Array:
+            keys = jax.random.split(key, iterations)
+            # Its sum alone, so that no answer is left out as unused.
+            return jnp.sum(jax.lax.map(lambda k: jnp.sum(function(params, prompt, k)), keys))
+
+        compiled = jax.jit(repeated).lower(jax.random.key(1)).compile()
+        return lambda: stopwatch(lambda: compiled(jax.random.key(1)))
+
+    cases: dict[str, Callable[[], float]] = {
+        f"training, {runs} run{'s'[: runs > 1]}": training for runs, training in trained.items()
+    }
+    cases["sampling"] = sampling(lambda *arguments: made.decoder.sample(*arguments)[0])
+    cases["sampling, uncached"] = sampling(uncached)
+    rows = []
+    for (label, case), times in zip(
+        cases.items(), in_turn([*cases.values()], context.repeats), strict=True
+    ):
+        work = case.env_steps if isinstance(case, Training) else iterations * config.block_size
+        measured = row("sequences", {"case": label}, "answers/s", work, times)
+        if isinstance(case, Training):
+            measured["compile_s"] = case.compile_s
         rows.append(measured)
     return rows
 
