@@ -188,7 +188,7 @@ def _draw_returns(store: Store, runs: pd.DataFrame, done: str) -> None:
             axis.plot(row.difference, at, look.marker, color=look.color, fillstyle=fill)
     axis.axvline(0, color="0.5", lw=0.8)
     axis.set_yticks([-y for y in range(len(appearance))], list(appearance), fontsize=7.5)
-    axis.set(title="filled: oldest minus newest\nhollow: widest minus narrowest", xlabel="change")
+    axis.set(title="filled: oldest - newest\nhollow: widest - narrowest", xlabel="change")
     caption = (
         f"Reuse-heavy, {done}. A window of n iterations of data behind those held back; the rate "
         f"is tuned in every cell.\nBars: 95 % bootstrap interval over {runs.seed.nunique()} seeds."
@@ -219,7 +219,7 @@ def _draw_utilization(store: Store, runs: pd.DataFrame, done: str) -> None:
                 part = own[own.width == width]
                 axis.plot(part.policy_age + 1, part[column], marker, color=look.color, markersize=4)
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="1 + mean age of sampled data (iterations)", ylabel=label)
+        axis.set(xlabel="1 + mean age of data (iterations)", ylabel=label)
     shapes = ("circle", "square", "triangle", "diamond", "wedge")
     names = ", ".join(f"{shape} {width}" for width, shape in zip(widths, shapes, strict=False))
     caption = (

@@ -366,6 +366,19 @@ def _age_and_size(out: Path) -> Section:
         "(wider).\n\n"
     )
     text += markdown(["method", "older", "wider"], rows)
+    below = {
+        name: f"{(part.high < 0).sum()} of {len(part)} methods"
+        for name, part in effects.groupby("effect")
+    }
+    text += (
+        f"\n\nIntervals below zero: older {below['older']}, wider {below['wider']}. Mean change over "
+        "methods: "
+        + ", ".join(
+            f"{name} {part.difference.mean():.2f}"
+            for name, part in effects.groupby("effect", sort=False)
+        )
+        + "."
+    )
     return Section(title, "", text, ("age_and_size", "age_and_size_utilization"))
 
 
