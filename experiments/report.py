@@ -371,8 +371,8 @@ def _age_and_size(out: Path) -> Section:
         for name, part in effects.groupby("effect")
     }
     text += (
-        f"\n\nIntervals below zero: older {below['older']}, wider {below['wider']}. Mean change over "
-        "methods: "
+        f"\n\nIntervals below zero: older {below['older']}, wider {below['wider']}. Mean change "
+        "over methods: "
         + ", ".join(
             f"{name} {part.difference.mean():.2f}"
             for name, part in effects.groupby("effect", sort=False)
