@@ -133,10 +133,11 @@ def _warm_up(of_dpo: training.Sweep) -> pd.DataFrame:
 
 def _finished(store: Store, item: training.Sweep) -> pd.DataFrame | None:
     """Exact match and summed costs at the logged points of a finished sweep."""
-    directory = store.out / "sweeps" / item.name
-    if training.finished(directory) is None:
+    if training.finished(store, item) is None:
         return None
-    metrics = results.read_metrics(directory).sort_values(["run", "iteration"])
+    metrics = results.read_metrics(store.out / "sweeps" / item.name).sort_values(
+        ["run", "iteration"]
+    )
     sums = metrics.groupby("run")[["prompts_sampled", "tokens_generated", "tokens_trained"]]
     spent = sums.cumsum().assign(answers=metrics.env_steps)
     columns = ["run", "iteration", "eval_return", "eval_return_sampled"]

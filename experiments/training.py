@@ -6,7 +6,6 @@ different questions of the same runs share it.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,7 +197,7 @@ def store_sweeps(store: Store, sweeps: Sequence[Sweep], batch_mode: str = "auto"
     for item in sweeps:
         directory = store.out / "sweeps" / item.name
         exists = (directory / results.CONFIG).exists()
-        if exists and finished(directory) is not None:
+        if finished(store, item) is not None:
             continue
         print(f"  sweep {item.name}: {len(item.runs)} runs", flush=True)
         sweep.run(item.runs, directory, sweep.Options(batch_mode=batch_mode), resume=exists)
@@ -214,11 +213,9 @@ def collect(store: Store, sweeps: Sequence[Sweep]) -> tuple[pd.DataFrame, pd.Dat
     tables, curves, offset = [], [], 0
     for item in sweeps:
         directory = store.out / "sweeps" / item.name
-        runs = finished(directory)
+        runs = finished(store, item)
         if runs is None:
             continue
-        if len(runs) != len(item.runs):
-            raise DataError(directory, "holds another sweep; give another --out")
         metrics = results.read_metrics(directory)
         returns = metrics.groupby("run")["episode_return"]
         runs["auc"] = runs["run"].map(returns.mean())
@@ -300,12 +297,19 @@ def take_slice(sweeps: Sequence[Sweep], part: tuple[int, int]) -> list[Sweep]:
     return list(sweeps[index - 1 :: count])
 
 
-def finished(directory: Path) -> pd.DataFrame | None:
-    """The runs of a sweep, or None while some are not through."""
+def finished(store: Store, item: Sweep) -> pd.DataFrame | None:
+    """The runs of a sweep, or None while some are not through.
+
+    Raises:
+        DataError: its folder holds another sweep.
+    """
+    directory = store.out / "sweeps" / item.name
     if not (directory / results.CONFIG).exists():
         return None
     try:
         runs = results.read_runs(directory)
     except results.ResultsError:
         return None
+    if len(runs) != len(item.runs):
+        raise DataError(directory, "holds another sweep; give another --out")
     return runs if runs["status"].isin(["done", "diverged"]).all() else None

@@ -142,7 +142,7 @@ def test_the_lag_study_trains_every_method_at_its_level_and_lag(
 def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
     def reached(start: float, ends: tuple[float, ...]) -> bool:
         rows = [
-            ("first", "gipo", seed, steps, value, value)
+            ("reverse, first attempt", "gipo", seed, steps, value, value)
             for seed, end in enumerate(ends)
             for steps, value in ((0, start), (100, end))
         ]
@@ -158,8 +158,8 @@ def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens(quick_compilation: None) -> None:
-    attempt = sequence_learning.ATTEMPTS["second"]._replace(first_seed=5300)
-    gipo, ppo = sequence_learning.runs(attempt, 1, total_steps=15_000, num_logs=1)
+    case = sequence_learning.CASES["reverse, second attempt"]._replace(first_seed=5300)
+    gipo, ppo = sequence_learning.runs(case, 1, total_steps=15_000, num_logs=1)
     train_all = jax.jit(train.make_train(gipo.config))
     for run in (gipo, ppo):
         _, metrics = train_all(jax.tree.map(jnp.asarray, run.hparams))
