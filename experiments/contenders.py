@@ -12,13 +12,21 @@ from gipo_jax import objectives
 
 NAMES = (
     *("gipo", "ppo_clip", "sapo", "no_clip", "geppo", "decoupled_ppo", "maspo", "p3o_ess", "m2po"),
-    *("proximal_gipo", "following"),
+    *("proximal_gipo", "following_gipo"),
 )
 
 
 @objectives.declare(
     kind="other-input",
-    positive=("sigma", "clip_eps", "tau_pos", "tau_neg", "sigma_stale", "sigma_prox", "target"),
+    positive=(
+        "sigma",
+        "clip_eps",
+        "tau_pos",
+        "tau_neg",
+        "sigma_stale",
+        "sigma_prox",
+        "mean_weight",
+    ),
 )
 def contenders(
     log_ratio: Array,
@@ -31,17 +39,10 @@ def contenders(
     tau_neg: ArrayLike = 2.0,
     sigma_stale: ArrayLike = 1.0,
     sigma_prox: ArrayLike = 0.5,
-    target: ArrayLike = 0.9,
+    mean_weight: ArrayLike = 0.7,
 ) -> Array:
-    """The objective of index ``which`` in ``NAMES``; parameters that it lacks are not used.
-
-    ``following`` is ``proximal_gipo`` with a stale width that follows the batch: for log-ratios
-    x_k ~ N(0, s^2) the mean of exp(-x_k^2 / (2 sigma^2)) is ``target`` at
-    sigma = s target / sqrt(1 - target^2), and s^2 is the batch mean of x_k^2.
-    """
+    """The objective of index ``which`` in ``NAMES``; parameters that it lacks are not used."""
     start = jax.lax.stop_gradient(log_ratio_start)
-    scale = target / jnp.sqrt(1 - jnp.asarray(target) ** 2)
-    followed = jnp.maximum(jnp.sqrt(jnp.mean(start**2)) * scale, 1e-3)
     branches = [
         lambda x, a, s: objectives.gipo(x, a, sigma=sigma),
         lambda x, a, s: objectives.ppo_clip(x, a, clip_eps=clip_eps),
@@ -53,6 +54,6 @@ def contenders(
         lambda x, a, s: objectives.p3o_ess(x, a),
         lambda x, a, s: objectives.m2po(x, a),
         lambda x, a, s: objectives.proximal_gipo(x, a, s, sigma_stale, sigma_prox),
-        lambda x, a, s: objectives.proximal_gipo(x, a, s, followed, sigma_prox),
+        lambda x, a, s: objectives.following_gipo(x, a, s, mean_weight, sigma_prox),
     ]
     return jax.lax.switch(jnp.asarray(which, jnp.int32), branches, log_ratio, advantage, start)

@@ -14,12 +14,12 @@ from experiments.training import REGIMES, Method, Task
 from experiments.tuning import Cell, Study, Unit
 from gipo_jax.analysis import plots, stats
 
-QUESTION = "Is proximal GIPO no worse than the best method at every staleness?"
+QUESTION = "Is following GIPO no worse than the best method at every staleness?"
 
-PROPOSAL = "proximal GIPO"
+PROPOSAL = "following GIPO"
 PROGRAM = training.PROGRAMS["contenders"]
 METHODS = {
-    PROPOSAL: Method("proximal_gipo", {"sigma_stale": 1.0, "sigma_prox": 0.5}),
+    PROPOSAL: Method("following_gipo", {"mean_weight": 0.7, "sigma_prox": 0.5}),
     "GIPO σ=0.2": Method("gipo", {"sigma": 0.2}),
     "GIPO σ=0.5": Method("gipo", {"sigma": 0.5}),
     "GIPO σ=1": Method("gipo", {"sigma": 1.0}),
@@ -66,10 +66,9 @@ class Scale:
 
 _FOUR_ROOMS = dataclasses.replace(training.CATCH, env="FourRooms-misc", threshold=0.5)
 _TASKS = (
-    tuning.with_steps(_FOUR_ROOMS, 65_536),
-    tuning.with_steps(training.REACHER, 65_536),
-    tuning.with_steps(training.BREAKOUT, 65_536),
-    tuning.with_steps(training.ASTERIX, 65_536),
+    tuning.with_steps(_FOUR_ROOMS, 32_768),
+    tuning.with_steps(training.BREAKOUT, 16_384),
+    tuning.with_steps(training.INVADERS, 16_384),
 )
 
 SCALES = {

@@ -22,10 +22,12 @@ VARIANTS = {
     for stale in (0.5, 1.0, 2.0, 100.0)
     for prox in (0.5, 1.0)
 } | {
-    f"mean weight {target:g}, prox 0.5": Method("following", {"target": target, "sigma_prox": 0.5})
-    for target in (0.7, 0.9, 0.97)
+    f"mean weight {mean:g}, prox 0.5": Method(
+        "following_gipo", {"mean_weight": mean, "sigma_prox": 0.5}
+    )
+    for mean in (0.7, 0.9, 0.97)
 }
-"""Fixed widths, and stale widths that follow the data; see ``contenders``."""
+"""Fixed widths, and stale widths that follow the data."""
 
 COLUMNS = [*tuning.TUNING_COLUMNS, "final_return"]
 

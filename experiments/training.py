@@ -115,8 +115,8 @@ OWN = {
     "tau_pos": ("sapo",),
     "tau_neg": ("sapo",),
     "sigma_stale": ("proximal_gipo",),
-    "sigma_prox": ("proximal_gipo", "following"),
-    "target": ("following",),
+    "sigma_prox": ("proximal_gipo", "following_gipo"),
+    "mean_weight": ("following_gipo",),
 }
 """The objectives that have a parameter."""
 

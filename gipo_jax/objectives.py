@@ -577,6 +577,44 @@ def proximal_gipo(
     return ratio(log_weight + log_ratio) * advantage
 
 
+@declare(kind="batch", positive=("mean_weight", "sigma_prox"))
+def following_gipo(
+    log_ratio: Array,
+    advantage: Array,
+    log_ratio_start: Array,
+    mean_weight: ArrayLike = 0.7,
+    sigma_prox: ArrayLike = 0.5,
+    mask: Array | None = None,
+) -> Array:
+    """``proximal_gipo`` whose width for staleness follows the batch, so that it fits any replay.
+
+    This project's own proposal; no paper has it. With x_k = log_ratio_start and s^2 the batch mean
+    of x_k^2, effective weight u = w_stale w_prox r as in ``proximal_gipo`` at
+
+        sigma_stale = s mean_weight / sqrt(1 - mean_weight^2),
+
+    where the mean of w_stale is ``mean_weight`` if x_k ~ N(0, s^2): E exp(-x_k^2 / (2 sigma^2)) =
+    sigma / sqrt(sigma^2 + s^2). So data as stale as the rest of its batch is always trusted alike.
+
+    Args:
+        log_ratio: x, any shape; the whole array is the batch.
+        advantage: A, same shape.
+        log_ratio_start: x_k, same shape.
+        mean_weight: mean of w_stale to aim at, in (0, 1); from 1 on w_stale is 1.
+        sigma_prox: width of w_prox in units of the ratio, > 0.
+        mask: false at padding; None where there is none.
+
+    Returns:
+        surrogate, same shape.
+    """
+    second_moment = jnp.mean(log_ratio_start**2, where=True if mask is None else mask)
+    below_one = jnp.maximum(1 - jnp.square(mean_weight), jnp.finfo(jnp.float32).tiny)
+    followed = jnp.sqrt(second_moment) * mean_weight / jnp.sqrt(below_one)
+    # On fresh data the mean is 0 / 0: no width is too narrow for x_k = 0.
+    sigma_stale = stop_gradient(jnp.maximum(followed, 1e-3))
+    return proximal_gipo(log_ratio, advantage, log_ratio_start, sigma_stale, sigma_prox)
+
+
 @declare(
     kind="other-input",
     source="arXiv:2602.04879",
@@ -852,6 +890,7 @@ REGISTRY: dict[str, Objective] = {
         m2po,
         m2po_mask,
         r2vpo,
+        following_gipo,
         geppo,
         decoupled_ppo,
         proximal_gipo,

@@ -21,7 +21,7 @@ def test_every_objective_documents_its_weight_and_source() -> None:
         doc = spec.function.__doc__ or ""
         assert "weight" in doc or "direction" in doc or name == "dppo_kl"
         assert spec.kind in signatures.KINDS
-        no_paper = name in ("no_clip", "proximal_gipo")
+        no_paper = name in ("no_clip", "proximal_gipo", "following_gipo")
         assert no_paper or (spec.source.startswith("arXiv:") and spec.source in doc)
 
 
@@ -34,7 +34,8 @@ def test_spec_reads_signature_and_declaration() -> None:
     assert [n for n in NAMES if objectives.spec(n).discrete_only] == ["dppo_tv", "dppo_kl"]
     assert [n for n in NAMES if objectives.spec(n).initial_state] == ["r2vpo"]
     kinds = {n: objectives.spec(n).kind for n in NAMES}
-    assert [n for n in NAMES if kinds[n] == "batch"] == ["p3o_ess", "m2po", "m2po_mask", "r2vpo"]
+    batch = ["p3o_ess", "m2po", "m2po_mask", "r2vpo", "following_gipo"]
+    assert [n for n in NAMES if kinds[n] == "batch"] == batch
     other_input = ["geppo", "decoupled_ppo", "proximal_gipo", "dppo_tv", "dppo_kl"]
     assert [n for n in NAMES if kinds[n] == "other-input"] == other_input
 
