@@ -21,10 +21,8 @@ THRESHOLD = 0.9
 PROMPTS, ANSWERS = 16, 8
 BLOCK = PROMPTS * ANSWERS
 EVALUATED = 256
-WARM_UP = 100
-"""Updates on demonstrations before training."""
 
-TASK = tasks.reverse_mixed(2, 6)
+TASK = tasks.reverse_mixed(2, 8)
 SHARED: dict[str, Any] = {
     "env": TASK,
     "num_envs": PROMPTS,
@@ -32,11 +30,12 @@ SHARED: dict[str, Any] = {
     "batch_size": BLOCK,
     "buffer_size": BLOCK,
     "learning_rate": 1e-3,
-    "entropy_coef": 0.0,
+    "warmup_iterations": 20,
+    "entropy_coef": 0.01,
     "decoder_layers": 2,
     "decoder_width": 32,
     "eval_episodes": EVALUATED,
-    "imitation_updates": WARM_UP,
+    "imitation_updates": 40,
 }
 SELECTIONS: dict[str, dict[str, Any]] = {
     "keep_all": {},
@@ -53,67 +52,68 @@ COSTS = {
     "tokens_generated": "tokens generated",
     "tokens_trained": "tokens trained on",
 }
-WEIGHTS = {"inf": np.inf, "4": 4.0}
-"""Widths of the trust weight on stale pairs, in nats; without one it is DPO as published."""
+PAIRS: dict[str, Any] = {
+    "objective": "dpo",
+    "learning_rate": 3e-4,
+    "imitation_updates": 60,
+    "buffer_size": 8 * BLOCK,
+    "min_age": 4,
+}
+"""Preference training: stale pairs, and a smaller rate, so that its warm-up is not unlearnt."""
+
+PREFERENCES: dict[str, dict[str, Any]] = {
+    "dpo": {"pair_sigma": np.inf},
+    "dpo_weighted": {"pair_sigma": 4.0},
+    "sage": {"pair_sigma": np.inf, "selection": "sage", "packed_size": BLOCK // 2},
+}
+"""DPO as published; with GIPO's trust weight of 4 nats; on half of the pairs, chosen by SAGE."""
 
 DPO_LOOKS = {
-    "inf": Look("#8C6D1F", "v", "-", "DPO"),
-    "4": Look("#009E73", "^", "-.", "DPO, trust weight of width 4"),
+    "dpo": Look("#8C6D1F", "v", "-", "DPO"),
+    "dpo_weighted": Look("#009E73", "^", "-.", "DPO, trust weight of width 4"),
+    "sage": Look("#CC79A7", "P", "--", "DPO, SAGE's pairs"),
 }
 SEEDS = {"quick": 2, "committed": 10, "full": 30}
-ITERATIONS = {"quick": (40, 20), "committed": (1200, 400), "full": (4800, 1600)}
+ITERATIONS = {"quick": (40, 20), "committed": (2000, 1000), "full": (8000, 4000)}
 """Of the selections, and of preference training."""
 
 
 def sweeps(preset: str) -> list[training.Sweep]:
-    """One sweep for each selection, and one of preference training."""
-    seeds, (iterations, of_dpo) = SEEDS[preset], ITERATIONS[preset]
-    shared = SHARED | {"seeds": seeds, "num_logs": min(40, iterations)}
-    found = [
-        training.Sweep(
-            f"selection_{name}",
-            tuple(
-                sweep.expand(
-                    **shared | settings, selection=name, total_steps=BLOCK * iterations
-                )
-            ),
-            {"method": name},
-        )
-        for name, settings in SELECTIONS.items()
-    ]  # fmt: skip
-    stale = {"buffer_size": 8 * BLOCK, "min_age": 4}
-    runs = sweep.expand(
-        **shared | stale, objective="dpo", pair_sigma=list(WEIGHTS.values()),
-        total_steps=BLOCK * of_dpo,
-    )  # fmt: skip
-    return [*found, training.Sweep("selection_dpo", tuple(runs), {})]
+    """One sweep for each selection, and for each form of preference training."""
+    seeds, (iterations, of_pairs) = SEEDS[preset], ITERATIONS[preset]
+    settings = {name: {"selection": name} | own for name, own in SELECTIONS.items()}
+    settings = {name: own | {"total_steps": BLOCK * iterations} for name, own in settings.items()}
+    settings |= {
+        name: PAIRS | own | {"total_steps": BLOCK * of_pairs} for name, own in PREFERENCES.items()
+    }
+    shared = SHARED | {"seeds": seeds, "num_logs": min(40, of_pairs)}
+    return [
+        training.Sweep(f"selection_{name}", tuple(sweep.expand(**shared | own)), {"method": name})
+        for name, own in settings.items()
+    ]
+
+
+CURVES = "selection_curves"
 
 
 def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
-    """Trains the sweeps, and stores the curves of those that are finished."""
+    """Trains the sweeps that are not stored yet, and stores each when it is finished."""
     planned = sweeps(preset)
-    training.store_sweeps(store, training.take_slice(planned, part))
-    curves = []
-    for item in planned:
-        metrics = _finished(store, item)
-        if metrics is None:
+    done = training.stored_units(store, CURVES, ["method"])
+    for item in training.take_slice(planned, part):
+        if (item.keys["method"],) in done:
             continue
-        by_run = {
-            run: {
-                "method": item.keys.get("method", "dpo"),
-                "seed": int(settings.hparams.seed),
-                "pair_sigma": settings.hparams.objective_params.get("pair_sigma", np.nan),
-            }
-            for run, settings in enumerate(item.runs)
-        }
-        keys = pd.DataFrame([by_run[run] for run in metrics.run])
-        curves.append(pd.concat([keys, metrics.drop(columns="run")], axis=1))
-    if curves:
-        table = pd.concat(curves, ignore_index=True)
-        # A table has no infinity.
-        table["pair_sigma"] = table.pair_sigma.map(lambda s: "" if np.isnan(s) else f"{s:g}")
-        store.write("selection_curves", table, 6)
-    if part[0] == 1:
+        training.store_sweeps(store, [item])
+        metrics = results.read_metrics(store.out / "sweeps" / item.name)
+        metrics = metrics.sort_values(["run", "iteration"])
+        sums = metrics.groupby("run")[["prompts_sampled", "tokens_generated", "tokens_trained"]]
+        spent = sums.cumsum().assign(answers=metrics.env_steps)
+        seeds = [int(run.hparams.seed) for run in item.runs]
+        keys = pd.DataFrame(item.keys | {"seed": metrics.run.map(dict(enumerate(seeds)))})
+        columns = ["iteration", "eval_return", "eval_return_sampled"]
+        table = pd.concat([keys, metrics[columns], spent], axis=1)
+        training.write_units(store, ["method"], {CURVES: table})
+    if part[0] == 1 and store.stored("selection_warm_up") is None:
         store.write("selection_warm_up", _warm_up(planned[-1]), 6)
 
 
@@ -131,28 +131,12 @@ def _warm_up(of_dpo: training.Sweep) -> pd.DataFrame:
     return pd.DataFrame({"seed": list(runs), "eval_return": np.asarray(exact, float)})
 
 
-def _finished(store: Store, item: training.Sweep) -> pd.DataFrame | None:
-    """Exact match and summed costs at the logged points of a finished sweep."""
-    if training.finished(store, item) is None:
-        return None
-    metrics = results.read_metrics(store.out / "sweeps" / item.name).sort_values(
-        ["run", "iteration"]
-    )
-    sums = metrics.groupby("run")[["prompts_sampled", "tokens_generated", "tokens_trained"]]
-    spent = sums.cumsum().assign(answers=metrics.env_steps)
-    columns = ["run", "iteration", "eval_return", "eval_return_sampled"]
-    return pd.concat([metrics[columns], spent], axis=1).reset_index(drop=True)
-
-
 def draw(store: Store) -> None:
     """Exact match against each cost, ratios of costs, and preference training."""
-    columns = ["method", "seed", "pair_sigma", "eval_return", *COSTS]
-    curves = store.read("selection_curves", columns).assign(
-        pair_sigma=lambda t: t.pair_sigma.astype(str).str.removesuffix(".0")
-    )
-    ratios = cost_ratios(curves[curves.method != "dpo"])
+    curves = store.read(CURVES, ["method", "seed", "iteration", "eval_return", *COSTS])
+    ratios = cost_ratios(curves[curves.method.isin(LOOKS)])
     store.numbers("selection_ratios", ratios)
-    pairs = curves[curves.method == "dpo"]
+    pairs = curves[curves.method.isin(DPO_LOOKS)]
     if len(pairs):
         start = store.read("selection_warm_up", ["seed", "eval_return"])
         store.numbers("selection_dpo", rise(pairs, start))
@@ -171,8 +155,8 @@ def draw(store: Store) -> None:
         axis.axhline(THRESHOLD, color="0.6", linewidth=0.8)
         axis.set(xlabel=COSTS[cost], ylabel="exact match", ylim=(0, 1))
         plots.thousands(axis)
-    for sigma, look in DPO_LOOKS.items():
-        own = pairs[pairs.pair_sigma == sigma]
+    for method, look in DPO_LOOKS.items():
+        own = pairs[pairs.method == method]
         if own.empty:
             continue
         table = plots.summarize(own, ["iteration"], "eval_return")
@@ -230,14 +214,13 @@ def rise(curves: pd.DataFrame, start: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     warm = start.sort_values("seed").eval_return.to_numpy(float)
-    for sigma, own in curves.groupby("pair_sigma", sort=False):
+    for method, own in curves.groupby("method", sort=False):
         by_seed = own.sort_values("iteration").groupby("seed").eval_return
         first, last = by_seed.first().to_numpy(float), by_seed.last().to_numpy(float)
-        scores = {"warm_up": warm, "first": first, "last": last}
-        scores |= {"rise": last - first, "rise_from_warm_up": last - warm}
+        scores = {"warm_up": warm, "first": first, "last": last, "rise": last - warm}
         for score, values in scores.items():
             interval = stats.bootstrap(values, stats.mean)._asdict()
-            rows.append({"pair_sigma": sigma, "score": score, "seeds": len(values)} | interval)
+            rows.append({"method": method, "score": score, "seeds": len(values)} | interval)
     return pd.DataFrame(rows)
 
 
@@ -256,15 +239,13 @@ def findings(table: Callable[[str], pd.DataFrame]) -> str:
             f"{row.ratio_estimate:.2f} [{row.ratio_low:.2f}, {row.ratio_high:.2f}], "
             f"{row.reached} of {row.seeds} runs there."
         )
-    for sigma, own in table("selection_dpo").groupby("pair_sigma"):
-        cells = {row.score: row for row in own.itertuples()}
-        first: Any = cells["rise"]
-        warm: Any = cells["rise_from_warm_up"]
-        learns = "yes" if first.low > 0 else "no"
-        kept = "" if warm.low > 0 else " It did not get above the warm-up."
+    for form, own in table("selection_dpo").groupby("method", sort=False):
+        cells: dict[Any, Any] = {row.score: row for row in own.itertuples()}
+        gain = cells["rise"]
+        verdict = "yes" if gain.low > 0 else "no" if gain.high < 0 else "open"
         text.append(
-            f"DPO, width {sigma:g}, learns, by the plan's rule: **{learns}**, exact match from the "
-            f"first to the last point {first.estimate:+.2f} [{first.low:.2f}, {first.high:.2f}]; "
-            f"from the warm-up {warm.estimate:+.2f} [{warm.low:.2f}, {warm.high:.2f}].{kept}"
+            f"{DPO_LOOKS[str(form)].label} learns from its warm-up: **{verdict}**, exact match "
+            f"from {cells['warm_up'].estimate:.2f} to {cells['last'].estimate:.2f}, a rise of "
+            f"{gain.estimate:+.2f} [{gain.low:.2f}, {gain.high:.2f}]."
         )
     return " ".join(text)
