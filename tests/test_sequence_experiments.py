@@ -14,7 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiments import sequence_bias, sequence_learning, sequence_staleness  # noqa: E402
+from experiments import (  # noqa: E402
+    selection,
+    sequence_bias,
+    sequence_learning,
+    sequence_staleness,
+)
 from gipo_jax import train  # noqa: E402
 from gipo_jax.analysis import plots, sequence_tree  # noqa: E402
 from scripts import reproduce  # noqa: E402
@@ -164,3 +169,53 @@ def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens(quick_compilation: None) 
     for run in (gipo, ppo):
         _, metrics = train_all(jax.tree.map(jnp.asarray, run.hparams))
         assert metrics["eval_return_sampled"][-1] > 0.9
+
+
+def test_costs_of_a_selection_count_up_to_the_threshold_and_are_paired_on_seeds() -> None:
+    # keep_all gets there with the second point, depo with the first, prune never.
+    reached = {"keep_all": (0.5, 0.95), "depo": (0.9, 0.8), "prune": (0.1, 0.2)}
+    rows = [
+        (method, seed, point, value, 100 * (point + 1), 10.0 * (point + 1), 1.0 * (point + 1))
+        for method, values in reached.items()
+        for seed in (0, 1)
+        for point, value in enumerate(values)
+    ]
+    columns = ["method", "seed", "iteration", "eval_return", *selection.COSTS]
+    found = selection.cost_ratios(pd.DataFrame(rows, columns=columns))
+    answers = found[found.cost == "answers"].set_index("method")
+    expected = {"keep_all": 1.0, "depo": 0.5, "prune": 1.0}
+    assert answers["ratio_low"].to_dict() == pytest.approx(expected)
+    assert answers["ratio_high"].to_dict() == pytest.approx(expected)
+    assert answers["reached"].to_dict() == {"keep_all": 2, "depo": 2, "prune": 0}
+
+
+def test_a_rise_is_from_the_warm_up_of_the_same_seed() -> None:
+    start = pd.DataFrame({"seed": [1, 0], "eval_return": [0.4, 0.1]})
+    rows = [("dpo", seed, point, 0.3 + 0.3 * seed + point) for seed in (0, 1) for point in (0, 1)]
+    curves = pd.DataFrame(rows, columns=["method", "seed", "iteration", "eval_return"])
+    found = selection.rise(curves, start).set_index("score")
+    low, high = found["low"].to_dict()["rise"], found["high"].to_dict()["rise"]
+    # Rises of 1.2 with seed 0 and 1.2 with seed 1: paired, the interval is a point.
+    assert [low, high] == pytest.approx([1.2, 1.2])
+    assert found["estimate"].to_dict()["warm_up"] == pytest.approx(0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_selection_study_trains_and_goes_on_from_what_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None
+) -> None:
+    monkeypatch.setattr(selection, "ITERATIONS", {"quick": (4, 3)})
+    monkeypatch.setattr(selection, "SELECTIONS", {"keep_all": {}, "prune": {"packed_size": 64}})
+    monkeypatch.setattr(selection, "PREFERENCES", {"dpo": {"pair_sigma": np.inf}})
+    assert run(tmp_path, "selection", "--part", "1/3") == 0
+    assert run(tmp_path, "selection", "--part", "2/3") == 0
+    assert run(tmp_path, "selection", "--part", "3/3") == 0
+    curves = pd.read_csv(tmp_path / "data" / "selection_curves.csv")
+    ends = curves.groupby(["method", "seed"])[["answers", "tokens_trained"]].max()
+    assert ends.index.tolist() == [(m, s) for m in ("dpo", "keep_all", "prune") for s in (0, 1)]
+    assert ends.answers.groupby("method").first().tolist() == [3 * 128, 4 * 128, 4 * 128]
+    trained = ends.tokens_trained.groupby("method").mean().to_dict()
+    assert 0.2 < trained["prune"] / trained["keep_all"] < 0.8
+    table = pd.read_csv(tmp_path / "tables" / "selection_dpo.csv")
+    assert set(table.method) == {"dpo"} and (table.seeds == 2).all()

@@ -141,7 +141,7 @@ class _Work(NamedTuple):
 
 
 def _train_part(work: _Work, group: Group, program: Program, part: Part) -> None:
-    """Trains a part from its last logged point on, one after the other."""
+    """Trains a part from its last logged point to its end."""
     folder, reporter = work.folder, work.reporter
     stops = [0, *train.log_boundaries(group.algorithm.config)]
     hparams = program.place([group.settings(run) for run in part.runs])
