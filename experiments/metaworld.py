@@ -338,26 +338,51 @@ def findings(table: Callable[[str], pd.DataFrame]) -> str:
         ]
         for row in scored.itertuples()
     ]
-    text = f"{scored.tasks.iloc[0]} tasks, {scored.seeds.iloc[0]} seeds. Final return, normalised:"
+    count = int(scored.seeds.iloc[0])
+    text = f"{scored.tasks.iloc[0]} tasks, {count} seeds. Final return, normalised:"
     header = ["regime", "method", "IQM", "success", "Elo"]
     text += "\n\n" + markdown(header, rows) + "\n\n"
-    found = {str(claim): verdict for claim, verdict in verdicts(compared).items()}
     rows = [
         [
             str(row.claim),
             row.regime,
             row.method,
             f"{row.difference:.3f} [{row.low:.3f}, {row.high:.3f}]",
-            f"**{found[str(row.claim)]}**" if row.judged else "not judged",
+            "yes" if row.judged else "no",
         ]
         for row in compared.itertuples()
     ]
-    header = ["claim", "regime", "GIPO σ=1 minus", "difference", "verdict on the claim"]
+    header = ["claim", "regime", "GIPO σ=1 minus", "difference", "judged"]
     text += (
         "Claim 4: final return, claim 7: area under the curve, above zero GIPO is better. Claim 6:"
         " drop from the peak, below zero GIPO is steadier.\n\n"
     )
-    return text + markdown(header, rows)
+    text += markdown(header, rows)
+    found = ", ".join(f"{claim} **{verdict}**" for claim, verdict in verdicts(compared).items())
+    alone = [
+        f"{regime}: {verdicts(part)[4]}"
+        for regime, part in compared[compared.claim == 4].groupby("regime", sort=False)
+    ]
+    text += (
+        f"\n\nVerdicts on the claims: {found}. Claim 4 in each regime by itself, by the same rule:"
+    )
+    text += f" {'; '.join(alone)}."
+    committed, full = SCALES["committed"], SCALES["full"]
+    left = (1 - count / len(committed.seeds)) * _core_hours(committed)
+    return text + (
+        f"\n\nNot run: {len(committed.seeds) - count} seeds of the plan, {left:.1f} hours of a core"
+        f", and preset `full` ({len(full.tasks)} tasks, {len(full.methods)} methods,"
+        f" {full.iterations:,} iterations), {_core_hours(full):,.0f} hours."
+    )
+
+
+SECONDS = 0.17
+"""Of an iteration on one core of the machine that the results are from."""
+
+
+def _core_hours(scale: Scale) -> float:
+    runs = len(scale.tasks) * len(scale.methods) * len(scale.regimes) * len(scale.seeds)
+    return runs * scale.iterations * SECONDS / 3600
 
 
 def verdicts(compared: pd.DataFrame) -> dict[int, str]:
