@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     pictures, titles = episode(agent, options.seed, options.frames)
     with plots.style():
-        figure, axes = plots.panels(1, len(pictures), width=1.45 * len(pictures), height=1.2)
+        figure, axes = plots.panels(1, len(pictures), width=1.45 * len(pictures), height=1.45)
         for axis, picture, title in zip(axes[0], pictures, titles, strict=True):
             axis.imshow(picture)
             axis.set_axis_off()
