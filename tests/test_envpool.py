@@ -277,6 +277,21 @@ def test_successful_episodes_are_counted(toy: Any) -> None:
     assert totals == [0, 1, 3]
 
 
+def on_two_devices(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script in a process of two devices, which must succeed."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | {"XLA_FLAGS": flags},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 SWEPT = """
 import dataclasses, sys
 import pandas as pd
@@ -297,16 +312,7 @@ pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 @pytest.mark.slow
 def test_parts_of_a_loop_on_two_devices_find_their_own_simulators(tmp_path: Path) -> None:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    done = subprocess.run(
-        [sys.executable, "-c", SWEPT, str(tmp_path)],
-        env=os.environ | {"XLA_FLAGS": flags},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
+    done = on_two_devices(SWEPT, str(tmp_path))
     assert done.stderr.count(": compiled in") == 1
 
 
@@ -339,16 +345,7 @@ print(len(jax.devices()), "devices")
 
 
 def test_runs_on_two_devices_equal_each_run_alone() -> None:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env=os.environ | {"XLA_FLAGS": flags},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
+    done = on_two_devices(SHARDED)
     assert done.stdout == "2 devices\n"
 
 
