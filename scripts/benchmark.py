@@ -173,9 +173,11 @@ class Training:
             train.make_hparams(config, seed=seed, buffer_size=buffer_size) for seed in range(runs)
         ]
         self.layout = program.layout(mode, lanes, devices, runs)
-        # Simulators outside JAX are opened for runs that fill the layout.
-        env = train.open_env(config, range(runs), len(self.layout.devices))
-        self.algorithm = train.make(config, env)
+        self.algorithm = train.make(config)
+        if self.algorithm.host:
+            # Simulators are opened for runs that fill the layout.
+            env = train.open_env(config, range(runs), len(self.layout.devices))
+            self.algorithm = train.make(config, env)
         self.planned = plan.needed(plan.measure(self.algorithm, hparams[0]), self.layout)
         self._program = program.Program(self.algorithm, self.layout, hparams[0])
         begin = time.perf_counter()
@@ -738,13 +740,20 @@ def bench_objectives(context: Context) -> list[Row]:
 def bench_sequences(context: Context) -> list[Row]:
     """Answers a second on ``tokens/reverse`` at egg's sizes: training, and sampling alone.
 
-    Sampling has a key-value cache; ``uncached`` computes the whole network again for each token.
+    ``loop`` is benchmarks/sequence_loop.py, one process a core, with egg's published settings. Our
+    sampling has a key-value cache; ``uncached`` computes the whole network again for each token.
     """
     # google-deepmind/egg: 10 tokens of 2, 10 prompts x 10 answers, 3 layers, width 64, 4 heads.
     config = Config(
-        env="tokens/reverse", num_envs=10, rollout_length=10, batch_size=100, eval_episodes=0
+        env="tokens/reverse",
+        objective="no_clip",
+        num_envs=10,
+        rollout_length=10,
+        batch_size=100,
+        updates_per_iteration=1,
+        eval_episodes=0,
     )
-    iterations = 10 if context.quick else 100
+    iterations = 16 if context.quick else 160
     trained = {
         runs: Training(config, runs, iterations // runs, config.block_size) for runs in (1, 8)
     }
@@ -774,22 +783,39 @@ def bench_sequences(context: Context) -> list[Row]:
         compiled = jax.jit(repeated).lower(jax.random.key(1)).compile()
         return lambda: stopwatch(lambda: compiled(jax.random.key(1)))
 
-    cases: dict[str, Callable[[], float]] = {
-        f"training, {runs} run{'s'[: runs > 1]}": training for runs, training in trained.items()
-    }
+    def label_of(runs: int) -> str:
+        return f"training, {runs} run{'s'[: runs > 1]}"
+
+    cases: dict[str, Callable[[], float]] = {label_of(runs): trained[runs] for runs in trained}
     cases["sampling"] = sampling(lambda *arguments: made.decoder.sample(*arguments)[0])
     cases["sampling, uncached"] = sampling(uncached)
+    cores = sorted(os.sched_getaffinity(0))
+    work = {"method": "reinforce", "steps": iterations // len(cores)}
+    command = [sys.executable, str(RESULTS / "sequence_loop.py"), "serve", json.dumps(work)]
+    pinned = [["taskset", "--cpu-list", str(core), *command] for core in cores]
+    with workers(pinned, {"OMP_NUM_THREADS": "1"}) as started:
+        cases[f"loop, {len(cores)} runs"] = side_by_side(started)
+        seconds = dict(zip(cases, in_turn([*cases.values()], context.repeats), strict=True))
     rows = []
-    for (label, case), times in zip(
-        cases.items(), in_turn([*cases.values()], context.repeats), strict=True
-    ):
-        work = case.env_steps if isinstance(case, Training) else iterations * config.block_size
-        measured = row("sequences", {"case": label}, "answers/s", work, times)
+    for label, times in seconds.items():
+        measured = row(
+            "sequences", {"case": label}, "answers/s", iterations * config.block_size, times
+        )
+        case = cases[label]
         if isinstance(case, Training):
             measured["compile_s"] = case.compile_s
         rows.append(measured)
+    loop = seconds[f"loop, {len(cores)} runs"]
+    for runs in trained:
+        # Both did the same number of answers.
+        ratios = [ours / theirs for ours, theirs in zip(seconds[label_of(runs)], loop, strict=True)]
+        ratio = row("sequences", {"case": f"{label_of(runs)}, by loop"}, "times", 1.0, ratios)
+        rows.append(ratio | ({"aim": LOOP_AIM} if runs == 8 else {}))
     return rows
 
+
+LOOP_AIM = 3.0
+"""Aim of ``sequences`` with 8 runs: times the answers a second of the loop on as many cores."""
 
 COPY_BYTES = 2**31
 """Traffic of one call of ``copy()``, reading and writing."""
