@@ -99,27 +99,43 @@ class Alone:
 # Meta-World runs out of time together; Hoppers fall one by one; DM Control observes a dict; Atari
 # gives bytes and takes discrete actions.
 @pytest.mark.parametrize(
-    ("name", "steps"),
-    [(BUTTON, 510), ("Hopper-v4", 150), ("WalkerWalk-v1", 50), ("Pong-v5", 30)],
+    ("name", "steps", "options"),
+    [
+        (BUTTON, 510, {"partially_observable": False}),
+        ("Hopper-v4", 150, {}),
+        ("WalkerWalk-v1", 50, {}),
+        ("Pong-v5", 30, {}),
+        (
+            "Breakout-v5:episodic_life=true,stack_num=2",
+            100,
+            {"episodic_life": True, "stack_num": 2},
+        ),
+    ],
 )
 def test_steps_inside_the_program_equal_those_of_the_numpy_interface(
-    name: str, steps: int, opened: Open
+    name: str, steps: int, options: dict[str, Any], opened: Open
 ) -> None:
     env = opened(Config(env=name, num_envs=3))
     taken = actions(env, steps)
     obs, state = start(env)
     _, ours = step_all(env, state, taken)
-    options = {"partially_observable": False} if name == BUTTON else {}
     ended = 0
     for i, seed in enumerate(np.asarray(state.seeds).tolist()):
-        alone = Alone(name, seed, options)
+        alone = Alone(name.partition(":")[0], seed, options)
         np.testing.assert_allclose(obs[i], alone.first, rtol=1e-6, atol=1e-6)
         theirs = [np.stack(x) for x in zip(*map(alone.step, taken[:, i]), strict=True)]
         for got, expected in zip((*ours[1:6],), theirs, strict=True):
             assert got[:, i].dtype in (np.float32, np.bool_, np.uint8)
             np.testing.assert_allclose(got[:, i], expected, rtol=1e-6, atol=1e-6)
         ended += len(alone.reset_rewards)
-    assert ended > 0 or name not in (BUTTON, "Hopper-v4")
+    assert ended > 0 or name in ("WalkerWalk-v1", "Pong-v5")
+
+
+def test_a_game_that_goes_on_after_a_lost_life_says_that_resuming_is_not_exact() -> None:
+    env = environments.make(Config(env="Breakout-v5:episodic_life=true"))
+    gap = environments.resume_gap(env)
+    assert gap is not None and "goes on with its game" in gap
+    assert environments.resume_gap(environments.make(Config(env="Breakout-v5"))) is None
 
 
 def test_a_meta_world_episode_is_cut_by_time_and_its_last_observation_is_kept(
@@ -443,6 +459,10 @@ def test_programs_with_simulators_stay_out_of_the_compilation_cache(
     [
         ("MetaWorld/ButonPress-v3", "such as MetaWorld/ButtonPress-v3"),
         ("Chess-v1", "one player"),
+        ("Breakout-v5:lives=3", "episodic_life=false, reward_clip=false"),
+        ("Breakout-v5:episodic_life=yes", "Breakout-v5:OPTION=VALUE,..."),
+        ("Breakout-v5:stack_num=2.5", "stack_num=4"),
+        ("Breakout-v5:seed=1", "Breakout-v5:OPTION=VALUE,..."),
         ("BabyAI-UnlockPickup-v0", "Box or Discrete observations, or a Dict of Box ones"),
     ],
 )

@@ -46,7 +46,7 @@ __all__ = [
 def make(config: Config) -> Environment:
     """Builds the environment a configuration names.
 
-    A name is gymnax's, or else EnvPool's.
+    A name is gymnax's, or else EnvPool's, which can have options: ``NAME:option=value,...``.
 
     Args:
         config: uses ``env`` (a name or a gymnax environment object), ``num_envs``,
@@ -58,7 +58,7 @@ def make(config: Config) -> Environment:
     if not isinstance(config.env, str) or config.env in gymnax.registered_envs:
         return gymnax_env.make(config)
     names = envpool_env.names()
-    if names is not None and config.env in names:
+    if names is not None and envpool_env.base_name(config.env) in names:
         return envpool_env.make(config)
     of_gymnax = f"one of gymnax's names ({', '.join(gymnax.registered_envs)})"
     if names is None:

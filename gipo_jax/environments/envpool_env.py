@@ -85,6 +85,11 @@ def names() -> list[str] | None:
     return envpool.list_all_envs()
 
 
+def base_name(name: str) -> str:
+    """EnvPool's name of an environment, without options: ``NAME`` of ``NAME:option=value,...``."""
+    return name.partition(":")[0]
+
+
 def make(config: Config) -> Environment:
     """Builds an EnvPool environment whose pools are not open yet; see ``environments.make``."""
     if sys.platform != "linux":
@@ -99,7 +104,7 @@ class _Task(NamedTuple):
     """What there is to know of one of EnvPool's environments before a pool of it is made.
 
     Attributes:
-        name: EnvPool's.
+        name: EnvPool's, with the options that were given.
         options: for ``envpool.make``.
         encode: leaves of an observation, ``[1, ...]`` each, and the module that computes with them
             (``numpy`` or ``jax.numpy``) to an array ``[*obs_shape]``.
@@ -143,10 +148,12 @@ def _read_task(config: Config) -> _Task:
     if config.max_episode_steps is not None:
         options["max_episode_steps"] = config.max_episode_steps
     try:
+        defaults = envpool.make_spec(base_name(name)).config._asdict()
         # Meta-World hides the goal by default; the papers' agents see it.
-        if "partially_observable" in envpool.make_spec(name)._config_keys:
+        if "partially_observable" in defaults:
             options["partially_observable"] = False
-        spec = envpool.make_spec(name, **options)
+        options |= _read_options(name, defaults)
+        spec = envpool.make_spec(base_name(name), **options)
         with warnings.catch_warnings():
             # gymnasium warns of bounds that it rounds.
             warnings.simplefilter("ignore")
@@ -171,8 +178,10 @@ def _read_task(config: Config) -> _Task:
 
     limit = int(spec.config.max_episode_steps)
     gap = None
-    if registry.specs[name][0] not in _REPLAYABLE:
+    if registry.specs[base_name(name)][0] not in _REPLAYABLE:
         gap = f"{name} cannot be put back into the middle of an episode"
+    elif options.get("episodic_life"):
+        gap = f"{name} goes on with its game after a reset"
     elif limit > _LONGEST_REPLAY:
         gap = f"{name} has episodes of {limit} steps, too many to replay"
     return _Task(
@@ -190,6 +199,39 @@ def _read_task(config: Config) -> _Task:
         reports_success="info:success" in spec._state_keys,
         resume_gap=gap,
     )
+
+
+# What the pools, or other settings, decide; and what changes nothing here.
+_NOT_OPTIONS = (
+    *("num_envs", "batch_size", "num_threads", "max_num_players", "thread_affinity_offset"),
+    *("base_path", "seed", "env_seed", "gym_reset_return_info", "max_episode_steps", "task"),
+    *("task_name", "xml_file", "reward_threshold", "gymnasium_v5_render_camera"),
+)
+
+
+def _read_options(name: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Options in a name, ``NAME:option=value,...``, as the type of their default.
+
+    Raises:
+        ConfigError: an option that the environment does not have, or not with this value.
+    """
+    base, _, given = name.partition(":")
+    known = {
+        option: default
+        for option, default in defaults.items()
+        if option not in _NOT_OPTIONS and isinstance(default, bool | int | float | str)
+    }
+    options: dict[str, Any] = {}
+    for part in given.split(",") if ":" in name else []:
+        option, _, text = part.partition("=")
+        try:
+            kind = type(known[option])
+            options[option] = {"true": True, "false": False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError) as error:
+            shown = ", ".join(f"{k}={str(v).lower()}" for k, v in known.items()) or "none"
+            valid = f"{base}:OPTION=VALUE,... with its options (defaults: {shown})"
+            raise ConfigError("env", name, valid) from error
+    return options
 
 
 def _observations(
@@ -252,7 +294,7 @@ class _Pool:
 
         self._task = task
         self._pool: Any = envpool.make(
-            task.name,
+            base_name(task.name),
             env_type="gymnasium",
             num_envs=seeds.size,
             batch_size=1,
