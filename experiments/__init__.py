@@ -2,7 +2,8 @@
 
 A module has ``QUESTION`` (one line), ``run(store, preset, part)``, which measures and stores
 tables (``part`` is (i, n): the i-th of n shares of the work), and ``draw(store)``, which makes
-figures from stored tables only. Mechanics live in ``gipo_jax``.
+figures from stored tables only. One that needs more than the core packages has ``check()``, which
+raises ConfigError where it cannot run. Mechanics live in ``gipo_jax``.
 """
 
 from types import ModuleType

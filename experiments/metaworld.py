@@ -11,8 +11,9 @@ from experiments.markdown import markdown
 from experiments.store import DataError, Store
 from experiments.training import BASELINES, GIPO, Method, Sweep
 from experiments.verdicts import OPEN, signs
-from gipo_jax import protocols, sweep
+from gipo_jax import environments, protocols, sweep
 from gipo_jax.analysis import plots, stats
+from gipo_jax.config import Config
 
 QUESTION = "Does GIPO win on Meta-World with stale replay, as the paper reports?"
 
@@ -75,6 +76,11 @@ SCALES = {
         range(5),
     ),
 }  # fmt: skip
+
+
+def check() -> None:
+    """Raises ConfigError where EnvPool is missing, or cannot run on this device."""
+    environments.make(Config(env="MetaWorld/ButtonPress-v3"))
 
 
 def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:

@@ -106,7 +106,10 @@ def write(out: Path, path: Path) -> None:
         "[experiments/PLAN.md](experiments/PLAN.md), fixed beforehand. Brackets hold 95 % "
         "bootstrap intervals over seeds. Final return is the mean training return of the episodes "
         "that ended in the last logged points covering at least a tenth of training, the last 2 of "
-        "16 points.",
+        "16 points. u is the effective weight, the factor on A * grad log pi "
+        "([docs/objectives.md](docs/objectives.md)). Replay n holds the last n iterations of data. "
+        "In the gentle regime an iteration makes few updates, in the reuse-heavy one 2 to 4 times "
+        "as many.",
         "",
         "## Verdicts",
         "",
@@ -583,8 +586,9 @@ def _bias_variance(out: Path) -> Section:
         rows.append([what, plots.look(name).label, *cells])
     text = (
         "Share of a baseline's settings (PPO's eps, SAPO's tau) that have more bias than GIPO at "
-        "equal variance, exact. For one logit PPO-Clip at eps 0.2 has no gradient at all in cases "
-        "A and B. For the whole gradient vector it has: other samples are left, and it is then on "
+        "equal variance, exact. The data comes from a uniform policy (A), from one near the target "
+        "(C), or from one between (B). For one logit PPO-Clip at eps 0.2 has no gradient at all in "
+        "cases A and B. For the whole gradient vector it has: other samples are left, and it is then on "
         "the frontier of the published settings in A and B, though above GIPO's curve.\n\n"
     )
     text += markdown(["gradient", "baseline", "A", "B", "C"], rows)
@@ -594,8 +598,8 @@ def _bias_variance(out: Path) -> Section:
         for name, part in one.groupby("objective")
     ]
     short = (
-        "Share of settings with more bias than GIPO at equal variance, one logit, least of the "
-        f"cases: {', '.join(shares)}."
+        "Share of a baseline's settings that have more bias than GIPO at equal variance in an "
+        f"exact GridWorld, the least of three behaviour policies: {', '.join(shares)}."
     )
     return Section(title, verdict, text, ("gridworld", "gridworld_vector"), short)
 

@@ -229,9 +229,11 @@ def findings(read: Callable[[str], pd.DataFrame]) -> str:
         for what, rows in (("", own), (" for the wide joint GIPO", wide))
         for lag, *interval in rows[["lag", "estimate", "low", "high"]].to_numpy(float)
     ]
+    undecided = verdict == "no" and not worse
     text = (
-        f"Does GIPO (σ = 1) per token beat the joint ratio? **{verdict}**. Area, token minus joint:"
-        f" {'; '.join(cells)}.\n\n"
+        f"Does GIPO (σ = 1) per token beat the joint ratio? **{verdict}**"
+        f"{' by the rule of the plan: the interval holds 0' if undecided else ''}."
+        f" Area, token minus joint: {'; '.join(cells)}.\n\n"
     )
     verdicts, rows = ("survives", "open", "lost"), []
     for (level, lag), part in table[table.lag > 0].groupby(["level", "lag"], sort=False):

@@ -94,14 +94,15 @@ KERNELS = ("gaussian", "laplacian", "cauchy")
 class Config:
     """Static settings: everything that changes shapes or code. Hashable; one program per value.
 
-    ``env`` may be a name or a gymnax environment object, ``objective`` a name or any function
-    ``objective(log_ratio, advantage, **its own parameters) -> surrogate``.
+    ``env`` may be a name, a gymnax environment or a task of tokens, ``objective`` a name or any
+    function ``objective(log_ratio, advantage, **its own parameters) -> surrogate``.
     """
 
     env: Any = setting(
         "CartPole-v1",
         "environment by gymnax's name, or EnvPool's such as MetaWorld/ButtonPress-v3; or a task of"
-        " answers of several tokens, such as tokens/reverse or your own",
+        " answers of several tokens, such as tokens/reverse or your own; or a density for flows,"
+        " flow/ring or flow/moons",
         "a gymnax environment name or object, an EnvPool name, or a task's name, FILE.py:TASK or"
         " object",
         lambda v: isinstance(v, str) or hasattr(v, "step_env") or hasattr(v, "reward"),
@@ -116,7 +117,10 @@ class Config:
         "gaussian", "shape of the trust weight", f"one of {', '.join(KERNELS)}", _one_of(*KERNELS)
     )
     total_steps: int = setting(
-        100_000, "environment steps a run takes", "an integer >= 1", _integer(1)
+        100_000,
+        "environment steps a run takes (answers of token tasks, samples of flows)",
+        "an integer >= 1",
+        _integer(1),
     )
     num_envs: int = setting(
         4,
@@ -299,7 +303,7 @@ class HParams:
     seed: Scalar = setting(0, "seed of the run", "an integer in [0, 2^31)", _integer(0, 2**31))
     buffer_size: Scalar = setting(
         DEFAULT_BUFFER_SIZE,
-        "transitions kept for replay",
+        "transitions (answers, chains) kept for replay",
         "an integer in [1, 2^31)",
         _integer(1, 2**31),
     )

@@ -713,8 +713,8 @@ def make_train(
 
     It works under ``jit``, ``vmap``, ``lax.map`` and ``shard_map``, alone and combined, with any
     traced settings mixed. Replay is allocated for ``config.max_buffer_size`` transitions. A
-    buffer size that does not fit turns all results into NaN, since a traced value cannot be
-    refused; ``grid`` and ``make_hparams`` refuse it beforehand.
+    buffer size or ``min_age`` that does not fit turns all results into NaN, since a traced value
+    cannot be refused; ``grid`` and ``make_hparams`` refuse it beforehand.
 
     Args:
         config: static settings.
@@ -934,6 +934,7 @@ def _poison_misfits(config: Config, hparams: HParams, state: TrainState) -> Trai
     """NaN for a run whose traced sizes replay cannot hold, which could not be refused before."""
     size, block = jnp.asarray(hparams.buffer_size), config.block_size
     fits = (size >= block) & (size <= config.allocated_size) & (size % block == 0)
-    fits &= jnp.asarray(hparams.min_age) < size // block
+    usable = size - jnp.asarray(hparams.min_age) * block
+    fits &= usable >= (config.batch_size if config.sampling == "shuffled" else block)
     params = jax.tree.map(lambda x: jnp.where(fits, x, jnp.nan), state.learner.params)
     return state._replace(learner=state.learner._replace(params=params))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Runs the paper's experiments and draws their figures.
+"""Runs the experiments, on the paper's claims and beyond, and draws their figures.
 
 python scripts/reproduce.py --list
 python scripts/reproduce.py gridworld bounds --preset quick --out runs/reproduce
@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=experiments.PRESETS,
         default="quick",
         help="scale: a check in minutes (quick, default), that of results/ (committed), or one for"
-        " a GPU (full)",
+        " a GPU (full; metaworld stays on CPU)",
     )
     parser.add_argument(
         "--out",
@@ -105,6 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module = experiments.REGISTRY[name]
             store = Store(options.out, name, given)
             print(f"{name}: {module.QUESTION}", flush=True)
+            if not options.names and not options.plot_only and hasattr(module, "check"):
+                try:
+                    module.check()
+                except ConfigError as missing:
+                    print(f"  left out: {missing}")
+                    continue
             if not options.plot_only:
                 module.run(store, options.preset, options.part)
             try:

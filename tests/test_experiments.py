@@ -39,6 +39,7 @@ from experiments import (  # noqa: E402
 from experiments.store import Store, sha256  # noqa: E402
 from gipo_jax import objectives  # noqa: E402
 from gipo_jax.analysis import plots  # noqa: E402
+from gipo_jax.environments import envpool_env  # noqa: E402
 from scripts import reproduce  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
@@ -79,6 +80,20 @@ def test_unknown_experiment(capsys: Any) -> None:
         reproduce.main(["nonsense"])
     assert stop.value.code == 2
     assert "'nonsense' is not valid" in capsys.readouterr().err
+
+
+def test_an_experiment_that_cannot_run_here_is_left_out_of_all_and_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(envpool_env, "names", lambda: None)
+    two = {name: experiments.REGISTRY[name] for name in ("metaworld", "trust_weights")}
+    monkeypatch.setattr(experiments, "REGISTRY", two)
+    assert run(tmp_path) == 0
+    assert "left out: env: 'MetaWorld/ButtonPress-v3'" in capsys.readouterr().out
+    assert (tmp_path / "figures" / "trust_weights.png").exists()
+    assert run(tmp_path, "metaworld") == 2
+    error = capsys.readouterr().err
+    assert 'pip install "gipo_jax[envpool]"' in error and error.count("\n") == 1
 
 
 def test_trust_weights(drawn: Path) -> None:

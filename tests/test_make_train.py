@@ -127,7 +127,7 @@ def test_default_hparams_train_without_being_completed(toy: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "misfit", [{"buffer_size": 8 * BLOCK}, {"buffer_size": 50}, {"min_age": 4}]
+    "misfit", [{"buffer_size": 8 * BLOCK}, {"buffer_size": 50}, {"min_age": 4}, {"min_age": 3}]
 )
 def test_traced_sizes_that_do_not_fit_give_nan_and_never_wrong_numbers(
     toy: Any, misfit: dict[str, int]

@@ -18,7 +18,7 @@ class Step(NamedTuple):
         terminated: ``[envs]``, bool; the episode ended by its own rules.
         truncated: ``[envs]``, bool; the time limit cut it, and it did not terminate.
         final_obs: ``[envs, *obs_shape]``, the observation the step led to.
-        success: ``[envs]``, bool, the task is solved now; None where tasks are not solved or not.
+        success: ``[envs]``, bool, the task is solved now; None where success is not reported.
     """
 
     state: Any

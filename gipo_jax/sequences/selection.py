@@ -4,7 +4,7 @@ A selection is one pure function of static shape, by name or in your own file. T
 parameter says what it weighs, and so when it is called::
 
     def short_first(prompts, state, key):    # tokens [candidates, prompt_length]
-        return 1.0 * (prompts[:, 8] == 2)    # weights [candidates]
+        return 1.0 * (prompts[:, 8] == 2)    # weights [candidates]; 2 is this task's end token
 
     def only_better(group, state, key):      # a Group: answers to prompts, with their rewards
         return 1.0 * (group.advantage > 0)   # weights [answers, prompts]
