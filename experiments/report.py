@@ -588,8 +588,8 @@ def _bias_variance(out: Path) -> Section:
         "Share of a baseline's settings (PPO's eps, SAPO's tau) that have more bias than GIPO at "
         "equal variance, exact. The data comes from a uniform policy (A), from one near the target "
         "(C), or from one between (B). For one logit PPO-Clip at eps 0.2 has no gradient at all in "
-        "cases A and B. For the whole gradient vector it has: other samples are left, and it is then on "
-        "the frontier of the published settings in A and B, though above GIPO's curve.\n\n"
+        "cases A and B. For the whole gradient vector it has: other samples are left, and it is "
+        "then on the frontier of the published settings in A and B, though above GIPO's curve.\n\n"
     )
     text += markdown(["gradient", "baseline", "A", "B", "C"], rows)
     title = "5. Better bias-variance trade-off"
