@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 import experiments
-from experiments import metaworld, training, tuned_sizes
+from experiments import metaworld, proposal, training, tuned_sizes
 from experiments.markdown import markdown
 from experiments.store import DataError, Store
 from experiments.verdicts import NOT, OPEN, PARTLY, REPRODUCED, signs
@@ -416,6 +416,28 @@ def _proposal(out: Path) -> Section:
             [[row["age"], row["method"], _cell(row, "difference")] for _, row in best.iterrows()],
         )
     )
+    by_unit = _table(out, "proposal_by_unit")
+    missed = by_unit[by_unit.high < 0]
+    text += (
+        f"\n\nUnits and sizes where the best other method is ahead: {len(missed)} of {len(by_unit)}"
+        f" (ours is ahead in {(by_unit.low > 0).sum()}, open in the rest).\n\n"
+    )
+    text += markdown(
+        ["regime", "task", "replay", "best other", "difference"],
+        [
+            [row["regime"], row["env"], row["age"], row["best"], _cell(row, "difference")]
+            for _, row in missed.iterrows()
+        ],
+    )
+    if (dropped := sorted(set(units.env) & set(proposal.DROPPED))) and len(by_unit):
+        whole = _table(out, "proposal_without_dropping")
+        ahead = whole[(whole.age == 0) & (whole.low > 0)].method
+        behind = whole[(whole.age == 0) & (whole.high < 0)].method
+        text += (
+            f"\n\n{', '.join(dropped)} is dropped by the plan's rule. With it the proposal is ahead"
+            f" of {', '.join(ahead) or 'none'} over all sizes, and behind"
+            f" {', '.join(behind) or 'none'} (intervals without 0)."
+        )
     return Section(title, "", text, ("proposal",))
 
 

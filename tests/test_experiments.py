@@ -461,6 +461,23 @@ def test_the_proposal_is_compared_with_every_method(
     runs = pd.read_csv(tmp_path / "data" / "proposal_runs.csv")
     stale = runs[(runs.age == 8) & (runs.seed == 3400)]
     assert stale.auc.nunique() >= 8
+    assert set(numbers(tmp_path, "proposal_by_unit").age) == {1, 8}
+
+
+def test_the_best_other_method_is_found_in_each_unit_apart() -> None:
+    """Every method gains the same by a seed, so that differences are exact."""
+    level = {proposal.PROPOSAL: 2.0, "GIPO σ=1": 1.0, "PPO-Clip": 0.0}
+    columns = ["regime", "env", "method", "age", "seed", "auc"]
+    rows = [
+        # On the second task the order is turned round.
+        ("gentle", env, method, 1, seed, sign * value + 0.1 * seed)
+        for env, sign in (("first", 1), ("second", -1))
+        for method, value in level.items()
+        for seed in range(2)
+    ]
+    found = proposal.by_unit(pd.DataFrame(rows, columns=columns)).set_index("env")
+    assert found.best.to_dict() == {"first": "GIPO σ=1", "second": "PPO-Clip"}
+    np.testing.assert_allclose(found.difference[["first", "second"]], [0.5, -1.0])
 
 
 def test_metaworld_trains_both_regimes_and_draws_them(
