@@ -224,7 +224,7 @@ def draw(store: Store) -> None:
     axis.set(title=f"{PROPOSAL} minus the other", xlabel="difference in area")
     caption = (
         f"{planned.finished.sum()} of {len(planned)} units. Right, from top to bottom: all sizes "
-        "(bold), then small to large replay; above 0 the proposal is better.\nBars: 95 % "
+        "(bold), then small to large replay; right of 0 the proposal is better.\nBars: 95 % "
         f"stratified bootstrap interval over {runs.seed.nunique()} seeds."
     )
     plots.finish(figure, caption, plots.legend([look(label) for label in METHODS]), columns=6)

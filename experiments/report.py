@@ -71,7 +71,7 @@ def write(out: Path, path: Path) -> None:
         _proposal(out),
         _utilization(out),
         _ablations(out),
-        Section("Departures from the plan", "", _DEPARTURES.read_text().strip(), ()),
+        Section("Departures from the plan", "", _DEPARTURES.read_text().partition("\n")[2].strip(), ()),
     ]
     folder = Path(os.path.relpath(out.resolve(), path.resolve().parent))
     manifest = Store(out, "report", "").manifest()

@@ -789,7 +789,7 @@ def bench_sequences(context: Context) -> list[Row]:
     cases: dict[str, Callable[[], float]] = {label_of(runs): trained[runs] for runs in trained}
     cases["sampling"] = sampling(lambda *arguments: made.decoder.sample(*arguments)[0])
     cases["sampling, uncached"] = sampling(uncached)
-    cores = sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0))[: max(trained)]
     work = {"method": "reinforce", "steps": iterations // len(cores)}
     command = [sys.executable, str(RESULTS / "sequence_loop.py"), "serve", json.dumps(work)]
     pinned = [["taskset", "--cpu-list", str(core), *command] for core in cores]
