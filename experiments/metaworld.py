@@ -374,11 +374,12 @@ def findings(table: Callable[[str], pd.DataFrame]) -> str:
     )
     text += f" {'; '.join(alone)}."
     committed, full = SCALES["committed"], SCALES["full"]
-    left = (1 - count / len(committed.seeds)) * _core_hours(committed)
+    missing = len(committed.seeds) - count
+    left = missing / len(committed.seeds) * _core_hours(committed)
+    of_plan = f"{missing} seeds of the plan, {left:.1f} hours of a core, and " if missing else ""
     return text + (
-        f"\n\nNot run: {len(committed.seeds) - count} seeds of the plan, {left:.1f} hours of a core"
-        f", and preset `full` ({len(full.tasks)} tasks, {len(full.methods)} methods,"
-        f" {full.iterations:,} iterations), {_core_hours(full):,.0f} hours."
+        f"\n\nNot run: {of_plan}preset `full` ({len(full.tasks)} tasks, {len(full.methods)} methods,"
+        f" {full.iterations:,} iterations), {_core_hours(full):,.0f} hours of a core."
     )
 
 
