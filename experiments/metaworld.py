@@ -378,8 +378,8 @@ def findings(table: Callable[[str], pd.DataFrame]) -> str:
     left = missing / len(committed.seeds) * _core_hours(committed)
     of_plan = f"{missing} seeds of the plan, {left:.1f} hours of a core, and " if missing else ""
     return text + (
-        f"\n\nNot run: {of_plan}preset `full` ({len(full.tasks)} tasks, {len(full.methods)} methods,"
-        f" {full.iterations:,} iterations), {_core_hours(full):,.0f} hours of a core."
+        f"\n\nNot run: {of_plan}preset `full` ({len(full.tasks)} tasks, {len(full.methods)} "
+        f"methods, {full.iterations:,} iterations), {_core_hours(full):,.0f} hours of a core."
     )
 
 

@@ -63,6 +63,7 @@ def write(out: Path, path: Path) -> None:
         _efficiency(out),
     ]
     second = Protocol2(out)
+    departures = _DEPARTURES.read_text().partition("\n")[2]  # without its title
     details = [
         *claims,
         second.section(),
@@ -71,7 +72,7 @@ def write(out: Path, path: Path) -> None:
         _proposal(out),
         _utilization(out),
         _ablations(out),
-        Section("Departures from the plan", "", _DEPARTURES.read_text().partition("\n")[2].strip(), ()),
+        Section("Departures from the plan", "", departures.strip(), ()),
     ]
     folder = Path(os.path.relpath(out.resolve(), path.resolve().parent))
     manifest = Store(out, "report", "").manifest()
