@@ -71,14 +71,16 @@ def test_loading_a_run_that_is_not_there_is_refused(trained: Path, tmp_path: Pat
 
 
 def test_the_documented_example_draws_an_episode(
-    trained: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
     example = next(block for block in blocks if "gipo_jax.load" in block)
-    monkeypatch.chdir(trained.parent)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "example").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     exec(compile(example, str(DOCUMENT), "exec"), {})
-    assert (trained.parent / "episode.gif").read_bytes().startswith(b"GIF")
+    assert (tmp_path / "episode.gif").read_bytes().startswith(b"GIF")
 
 
 def test_tensorboard_files_are_written(trained: Path) -> None:
