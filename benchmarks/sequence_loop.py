@@ -202,4 +202,6 @@ def curves(method: str, seeds: list[int], steps: int, points: int, prompts: int)
 
 if __name__ == "__main__":
     jobs: dict[str, Callable[..., None]] = {"serve": serve, "curves": curves}
+    if len(sys.argv) != 3 or sys.argv[1] not in jobs:
+        sys.exit("usage: sequence_loop.py serve|curves WORK, with WORK in JSON")
     jobs[sys.argv[1]](**json.loads(sys.argv[2]))

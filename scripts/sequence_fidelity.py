@@ -130,6 +130,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="only compare what --out holds")
     options = parser.parse_args(arguments)
     if options.table:
+        if not options.out.is_file():
+            parser.error(f"--out: {str(options.out)!r} is no file; run without --table first")
         curves = pd.read_csv(options.out)
     else:
         if options.seeds < 2 or not 1 <= options.points <= options.steps:
