@@ -81,7 +81,7 @@ def test_the_policy_gradient_of_a_batch_equals_that_of_an_independent_trainer(
     scale = max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(expected))
     assert scale > 1e-3
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * scale), found, expected
     )
 
 
