@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments import replay_sizes, training, tuning
-from experiments.store import Store
+from experiments.store import DataError, Store
 from experiments.training import REGIMES, Method, Task
 from experiments.tuning import Cell, Study, Unit
 from gipo_jax.analysis import plots, stats
@@ -197,6 +197,8 @@ def draw(store: Store) -> None:
     stored = store.read(RUNS, COLUMNS)
     planned = store.read("proposal_units", ["regime", "env", "finished"])
     runs = stored[~stored.env.isin(DROPPED)]
+    if runs.empty:
+        raise DataError(RUNS, "no unit that counts has finished; continue the same run")
     table = compare(runs)
     regimes = [regime for regime in REGIMES if (runs["regime"] == regime).any()]
     figure, axes = plots.panels(1, len(regimes) + 1, height=3.2, width=10)

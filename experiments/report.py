@@ -430,7 +430,7 @@ def _proposal(out: Path) -> Section:
             for _, row in missed.iterrows()
         ],
     )
-    if (dropped := sorted(set(units.env) & set(proposal.DROPPED))) and len(by_unit):
+    if dropped := sorted(set(units.env) & set(proposal.DROPPED)):
         whole = _table(out, "proposal_without_dropping")
         ahead = whole[(whole.age == 0) & (whole.low > 0)].method
         behind = whole[(whole.age == 0) & (whole.high < 0)].method

@@ -28,36 +28,36 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 from scipy import stats  # noqa: E402
 
+from benchmarks import sequence_loop as loop  # noqa: E402
 from gipo_jax import sweep  # noqa: E402
 from gipo_jax.config import ConfigError  # noqa: E402
 from gipo_jax.sweep import results  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-PEER = ROOT / "benchmarks" / "sequence_loop.py"
-METHODS = {"reinforce": ("no_clip", 1), "ppo": ("ppo_clip", 4)}
-"""Objective and updates on the answers of a step."""
+OBJECTIVES = {"reinforce": "no_clip", "ppo": "ppo_clip"}
+"""This project's, by the loop's methods."""
 
+BLOCK = loop.PROMPTS * loop.ANSWERS
 PROMPTS = 512
 """Fresh prompts that each point of a curve is measured on."""
 
 
 def settings(method: str, steps: int) -> dict[str, Any]:
-    """This project's settings for what ``PEER`` does."""
-    objective, updates = METHODS[method]
+    """This project's settings for what the loop does."""
     return {
         "env": "tokens/reverse",
-        "objective": objective,
-        "num_envs": 10,
-        "rollout_length": 10,
-        "batch_size": 100,
-        "buffer_size": 100,
-        "max_buffer_size": 100,
-        "updates_per_iteration": updates,
+        "objective": OBJECTIVES[method],
+        "num_envs": loop.PROMPTS,
+        "rollout_length": loop.ANSWERS,
+        "batch_size": BLOCK,
+        "buffer_size": BLOCK,
+        "max_buffer_size": BLOCK,
+        "updates_per_iteration": loop.PASSES[method],
         "learning_rate": 3e-4,
         "schedule": "constant",
         "max_grad_norm": 1e9,
         "entropy_coef": 0.0,
-        "total_steps": 100 * steps,
+        "total_steps": BLOCK * steps,
         "eval_episodes": PROMPTS,
     }
 
@@ -73,7 +73,7 @@ def ours(method: str, seeds: int, steps: int, points: int) -> pd.DataFrame:
             "by": "gipo_jax",
             "method": method,
             "seed": metrics["run"].map(seed),
-            "step": metrics["env_steps"] // 100,
+            "step": metrics["env_steps"] // BLOCK,
             "exact": metrics["eval_return_sampled"],
         }
     )
@@ -81,7 +81,7 @@ def ours(method: str, seeds: int, steps: int, points: int) -> pd.DataFrame:
 
 def theirs(method: str, seeds: int, steps: int, points: int) -> pd.DataFrame:
     work = {"method": method, "seeds": [*range(seeds)], "steps": steps, "points": points}
-    command = [sys.executable, str(PEER), "curves", json.dumps(work | {"prompts": PROMPTS})]
+    command = [sys.executable, loop.__file__, "curves", json.dumps(work | {"prompts": PROMPTS})]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     frame = pd.DataFrame(json.loads(done.stdout), columns=["seed", "step", "reward", "exact"])
     return frame.drop(columns="reward").assign(by="loop", method=method)
@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error("--steps must be a multiple of --points")
         asked = options.seeds, options.steps, options.points
         try:
-            found = [make(method, *asked) for method in METHODS for make in (ours, theirs)]
+            found = [make(method, *asked) for method in OBJECTIVES for make in (ours, theirs)]
         except ConfigError as error:
             print(error, file=sys.stderr)
             return 2

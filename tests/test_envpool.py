@@ -583,8 +583,9 @@ def test_an_episode_of_a_trained_policy_is_drawn(tmp_path: Path) -> None:
         if ctypes.util.find_library(library.removeprefix("lib").removesuffix(".so.1")) is None:
             pytest.skip(f"{library} is missing")
     runs = sweep.expand(
-        env="MetaWorld/Reach-v3", num_envs=1, rollout_length=40, batch_size=40, total_steps=40,
-        max_episode_steps=40, buffer_size=40, hidden_sizes=(4,), action_head="gaussian",
+        env="MetaWorld/Reach-v3:frame_skip=10", num_envs=1, rollout_length=40, batch_size=40,
+        total_steps=40, max_episode_steps=40, buffer_size=40, hidden_sizes=(4,),
+        action_head="gaussian",
     )  # fmt: skip
     sweep.run(runs, tmp_path / "sweep", sweep.Options(quiet=True, devices=1))
     out = tmp_path / "episode.png"

@@ -97,15 +97,15 @@ def make(config: Config) -> Environment:
     if jax.default_backend() != "cpu":
         valid = "a gymnax name on an accelerator; EnvPool steps on CPU (JAX_PLATFORMS=cpu)"
         raise ConfigError("env", config.env, valid)
-    return _environment(_read_task(config), config, (), "")
+    return _environment(read_task(config), config, (), "")
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
     """What there is to know of one of EnvPool's environments before a pool of it is made.
 
     Attributes:
         name: EnvPool's, with the options that were given.
-        options: for ``envpool.make``.
+        options: for ``envpool.make``, which takes ``base_name(name)``.
         encode: leaves of an observation, ``[1, ...]`` each, and the module that computes with them
             (``numpy`` or ``jax.numpy``) to an array ``[*obs_shape]``.
         action_dtype: type that EnvPool takes.
@@ -138,7 +138,12 @@ _REPLAYABLE = (
 _LONGEST_REPLAY = 100_000
 
 
-def _read_task(config: Config) -> _Task:
+def read_task(config: Config) -> Task:
+    """Looks an environment up.
+
+    Raises:
+        ConfigError: EnvPool cannot make it, or its spaces are of a kind that nothing here reads.
+    """
     import envpool
     from envpool.registration import registry
     from gymnasium import spaces
@@ -184,7 +189,7 @@ def _read_task(config: Config) -> _Task:
         gap = f"{name} goes on with its game after a reset"
     elif limit > _LONGEST_REPLAY:
         gap = f"{name} has episodes of {limit} steps, too many to replay"
-    return _Task(
+    return Task(
         name=name,
         options=options,
         encode=encode,
@@ -282,7 +287,7 @@ class _Pool:
     It answers for one environment at a time, so that any of them can be stepped without the rest.
     """
 
-    def __init__(self, task: _Task, seeds: np.ndarray, threads: int) -> None:
+    def __init__(self, task: Task, seeds: np.ndarray, threads: int) -> None:
         """Makes the simulators.
 
         Args:
@@ -359,7 +364,7 @@ class _Pool:
 _open_pools: dict[int, tuple[_Pool, ...]] = {}
 
 
-def _environment(task: _Task, config: Config, pools: tuple[_Pool, ...], axis: str) -> Environment:
+def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str) -> Environment:
     """The environment with its pools, one for each device along the mesh axis; none when closed."""
     num_envs = config.num_envs
 
