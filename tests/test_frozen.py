@@ -1,8 +1,9 @@
 """Training computes what it computed before, to the bit on CPU: 20 iterations of every domain.
 
 The numbers in ``tests/frozen`` were stored by ``python tests/test_frozen.py``. They hold for one
-version of XLA on one kind of processor, which round alike; elsewhere the first three iterations are
-compared, before differences in rounding have grown. Where a mended fault changes a number, the stored ones change in a commit that says so.
+version of XLA on one kind of processor, which round alike. Elsewhere the first three iterations are
+compared, before differences in rounding have grown. Where a mended fault changes a number, the
+stored ones change in a commit that says so.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # the same settings as under pytest, before JAX is imported
-    import conftest  # noqa: F401
+    __import__("conftest")
 
 import jax
 import jaxlib
