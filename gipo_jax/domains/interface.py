@@ -1,0 +1,155 @@
+"""What the loop asks of a domain: where data comes from, and what a policy says of it."""
+
+import abc
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from gipo_jax.config import Config, HParams
+from gipo_jax.learner import Metrics, TrainState
+from gipo_jax.signatures import Spec
+
+
+class Batch(NamedTuple):
+    """A labelled sample of replay.
+
+    Attributes:
+        data: what ``Domain.score`` reads.
+        behavior_log_prob: log mu of each token, ``[batch, tokens]``.
+        advantage: ``[batch]``.
+        age: iterations since collection, ``[batch]``.
+        value_target: ``[batch]``; None without a value function.
+        mask: false at padding, ``[batch, tokens]``; None where every token counts.
+        weight: factor on the surrogate, ``[batch, 1]`` or ``[1, tokens]``; None for 1.
+        token_weight: factor on entropy and KL, likewise.
+        spent: what is counted of it when an update trains on it, scalars by name.
+    """
+
+    data: Any
+    behavior_log_prob: Array
+    advantage: Array
+    age: Array
+    value_target: Array | None = None
+    mask: Array | None = None
+    weight: Array | None = None
+    token_weight: Array | None = None
+    spent: Metrics = {}  # noqa: RUF012
+
+
+class Scores(NamedTuple):
+    """What a policy says of a batch.
+
+    Attributes:
+        log_ratio: log pi - log mu of each token, ``[batch, tokens]``; anything at padding.
+        entropy: of each token's distribution in nats, same shape; None where it is not used.
+        kl: exact KL(mu || pi) of each token, same shape; None where it is estimated.
+        value: V, ``[batch]``; None without a value function.
+        margin: of pairs of responses, log pi(right) - log pi(wrong), less the same under the
+            reference policy, ``[batch]``; else None.
+        other_log_ratio: of pairs, joint log-ratio of the wrong response, ``[batch]``; else None.
+    """
+
+    log_ratio: Array
+    entropy: Array | None = None
+    kl: Array | None = None
+    value: Array | None = None
+    margin: Array | None = None
+    other_log_ratio: Array | None = None
+
+
+class Collected(NamedTuple):
+    """What an iteration collects.
+
+    Attributes:
+        rows: for replay, arrays ``[rollout_length, num_envs, ...]``.
+        domain: the domain's state from the next iteration on.
+        counted: what is added to ``TrainState.sums``, by name.
+    """
+
+    rows: Any
+    domain: Any
+    counted: Metrics
+
+
+class Domain(abc.ABC):
+    """One kind of training data under the loop of ``gipo_jax.train``; every method is pure.
+
+    Attributes:
+        config: the configuration.
+        env: its environment, or task.
+        objective: what its objective needs.
+        ratio_level: see ``ratio_levels``.
+        block: shapes and types of an iteration's rows, ``[rollout_length, num_envs, ...]``.
+        standardize: whether advantages are standardised in each batch.
+        eval_episodes: episodes of an evaluation, 0 for none.
+        activations: about how many numbers an update keeps for each sample, to plan memory.
+        host: whether its environments are simulated outside JAX, and so cannot be vmapped.
+        gather_once: whether all batches of an iteration are small enough to gather at once.
+        ordered: whether tokens have an order, and so a ``position``.
+        totals: names that it adds to ``TrainState.sums``.
+    """
+
+    config: Config
+    env: Any
+    objective: Spec
+    ratio_level: str
+    block: Any
+    standardize: bool
+    eval_episodes: int
+    activations: int
+    host = False
+    gather_once = True
+    ordered = True
+    totals: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def init(self, hparams: HParams, key: Array) -> tuple[Any, Any]:
+        """First parameters, ``{"policy": ...}`` and ``"value"``, and first state of the domain."""
+
+    @abc.abstractmethod
+    def collect(self, state: TrainState, hparams: HParams, key: Array) -> Collected:
+        """Acts with the current policy, and labels what came of it for replay."""
+
+    @abc.abstractmethod
+    def batch(
+        self,
+        state: TrainState,
+        params: Any,
+        rows: Any,
+        age: Array,
+        hparams: HParams,
+        key: Array | None = None,
+    ) -> Batch:
+        """A batch of rows of replay as an update takes it.
+
+        Args:
+            state: at the start of the update phase.
+            params: current parameters.
+            rows: ``[batch, ...]``, or segments ``[rollout_length, segments, ...]``.
+            age: of each row or segment, in iterations.
+            hparams: traced settings of the run.
+            key: PRNG key of a training batch; None for one that is only looked at.
+        """
+
+    @abc.abstractmethod
+    def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
+        """What the policy of ``params`` says of a batch."""
+
+    def acting(self, state: TrainState) -> Any:
+        """The part of a state that acting takes, and that is kept of a finished run."""
+        return {"params": state.learner.params, "normalizer": ()}
+
+    @abc.abstractmethod
+    def evaluate(self, acting: Any, hparams: HParams, key: Array, episodes: int) -> Metrics:
+        """``eval_return`` of fresh episodes with the most likely actions, ``eval_return_sampled``
+        with sampled ones, and what else the domain measures on them."""
+
+    @abc.abstractmethod
+    def choose_action(
+        self, acting: Any, hparams: HParams, obs: Array, key: Array | None = None
+    ) -> Array:
+        """Actions for observations ``[..., *obs_shape]``, the most likely ones without a key."""
+
+    def metrics(self, state: TrainState, batch: Batch) -> Metrics:
+        """What the domain reports at a logged point beside what all do."""
+        return {}
