@@ -157,11 +157,16 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
+    from gipo_jax.config import DOMAINS
+
     for field in dataclasses.fields(settings):
         if field.name in _SWEEP_ONLY:
             continue
         flag = "--" + field.name.replace("_", "-")
         meaning = f"{field.metadata['help']}".replace("%", "%%")
+        domains = field.metadata["domains"]
+        if domains != tuple(DOMAINS):
+            meaning = f"{' and '.join(DOMAINS[domain] for domain in domains)}: {meaning}"
         if field.metadata["valid"].startswith("true or false"):
             known = isinstance(field.default, bool)
             said = f" (default: {'yes' if field.default else 'no'})" if known else ""

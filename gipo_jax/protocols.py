@@ -64,6 +64,7 @@ _GIPO_METAWORLD = Protocol(
         "value_coef": Setting(0.5, "value coefficient 0.5 on the squared error"),
         "entropy_coef": Setting(0.0, "no entropy bonus"),
         "kl_coef": Setting(0.1, "KL(behavior || policy) coefficient 0.1"),
+        "kl": Setting("sampled", "estimated at the sampled action"),
         # Network.
         "action_head": Setting("tokens", "categorical bins for each action dimension"),
         "num_bins": Setting(256, "256 bins, value -1 + 2 token / 255"),
@@ -74,12 +75,16 @@ _GIPO_METAWORLD = Protocol(
         "activation": Setting("relu", "Linear, ReLU, LayerNorm"),
         "layer_norm": Setting(True, "Linear, ReLU, LayerNorm"),
         "normalize_obs": Setting(False, "observations as they are"),
+        "compute_dtype": Setting("float32", "float32"),
+        "param_dtype": Setting("float32", "float32"),
         # Optimizer.
         "learning_rate": Setting(3e-4, "policy and encoder 3e-4"),
         "value_learning_rate": Setting(3e-3, "value head 3e-3"),
         "warmup_iterations": Setting(10, "10 iterations of linear warm-up"),
         "schedule": Setting("cosine", "cosine decay"),
         "max_grad_norm": Setting(1.0, "gradient norm 1.0"),
+        "joint_grad_norm": Setting(False, "a norm each for policy and value"),
+        "adam_epsilon": Setting(1e-5, "this project's default"),
         # Reporting.
         "num_logs": Setting(100, "scores are means over the last 100 episodes, one point here"),
         "eval_episodes": Setting(0, "scores are of training episodes"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gipo_jax import environments, networks, protocols, train
-from gipo_jax.config import Config, ConfigError, HParams
+from gipo_jax.config import CONTROL, Config, ConfigError, HParams
 
 CONFIG_FIELDS = {field.name for field in dataclasses.fields(Config)}
 HPARAM_FIELDS = {field.name for field in dataclasses.fields(HParams)}
@@ -23,8 +23,10 @@ def test_a_protocol_sets_everything_but_what_an_experiment_varies(name: str) -> 
     off = {"max_buffer_size", "max_episode_steps", "recent_fraction", "ess_lr_power"}
     assert given <= CONFIG_FIELDS | HPARAM_FIELDS
     assert (CONFIG_FIELDS | HPARAM_FIELDS) - given >= varied
-    # Settings of token tasks are refused in control, so there is nothing to choose.
-    missing = (CONFIG_FIELDS | HPARAM_FIELDS) - given - varied - off - set(train.SEQUENCE_ONLY)
+    # Settings of other domains are refused in control, so there is nothing to choose.
+    fields = [*dataclasses.fields(Config), *dataclasses.fields(HParams)]
+    others = {f.name for f in fields if CONTROL not in f.metadata.get("domains", ())}
+    missing = (CONFIG_FIELDS | HPARAM_FIELDS) - given - varied - off - others
     assert not missing, "each is a choice that the protocol has to make"
     for setting in protocols.PROTOCOLS[name].settings.values():
         assert setting.source and "\n" not in setting.source

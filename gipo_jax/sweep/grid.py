@@ -14,6 +14,7 @@ import numpy as np
 from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
 from gipo_jax.sequences import selection
+from gipo_jax.signatures import Spec
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 HPARAM_FIELDS = tuple(f.name for f in dataclasses.fields(HParams) if f.name != "objective_params")
@@ -77,11 +78,12 @@ def expand(
 
     runs: dict[Any, Run] = {}
     chosen = static.get("selection", [])
+    kernels = any(spec.takes_kernel for spec in _specs(static))
     for fixed in _product(static):
+        spec = objectives.spec(fixed.get("objective", _CONFIG_DEFAULTS.objective))
+        if kernels and not spec.takes_kernel:
+            fixed.pop("kernel", None)
         config = _config(selection.own_settings(fixed, chosen) if chosen else fixed)
-        spec = objectives.spec(config.objective)
-        if not spec.takes_kernel:
-            config = dataclasses.replace(config, kernel=_CONFIG_DEFAULTS.kernel)
         takes = {name: values for name, values in own.items() if name in spec.params}
         for numbers in _product(traced):
             for parameters in _product(takes):
@@ -209,9 +211,14 @@ def _values(name: str, value: Any) -> list[Any]:
     return [v.item() if isinstance(v, np.generic) else v for v in values]
 
 
+def _specs(static: Mapping[str, Sequence[Any]]) -> list[Spec]:
+    """What the objectives of a sweep need."""
+    return [objectives.spec(o) for o in static.get("objective", [_CONFIG_DEFAULTS.objective])]
+
+
 def _check_used(own: Mapping[str, Any], static: Mapping[str, Sequence[Any]]) -> None:
     """Every parameter must belong to some objective of the sweep, so that no typo goes unseen."""
-    specs = [objectives.spec(o) for o in static.get("objective", [_CONFIG_DEFAULTS.objective])]
+    specs = _specs(static)
     parameters = {name for spec in specs for name in spec.params}
     for name, values in own.items():
         if name not in parameters:
