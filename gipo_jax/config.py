@@ -504,12 +504,12 @@ def check_sizes(config: Config, hparams: HParams) -> None:
         raise ConfigError(
             "total_steps", config.total_steps, f"a multiple of {product}, such as {near}"
         )
-    if config.policy_delay > config.reuse_per_batch:
+    if config.reuse_per_batch % config.policy_delay:
         raise ConfigError(
             "policy_delay",
             config.policy_delay,
-            f"at most reuse_per_batch {config.reuse_per_batch}, because the delay starts anew with"
-            " each batch",
+            f"a divisor of reuse_per_batch {config.reuse_per_batch}, because the delay starts anew"
+            " with each batch",
         )
     size, age = int(hparams.buffer_size), int(hparams.min_age)
     if size % block or size < block:

@@ -84,7 +84,7 @@ def objective_weight(objective: BoundObjective, log_ratio: Array, advantage: Arr
 def aggregate(
     values: Array, mask: Array, loss_agg_mode: str, max_tokens: ArrayLike | None = None
 ) -> Array:
-    """One number for values ``[batch, tokens]``; modes as in ``losses.policy_loss``, 0 over none."""
+    """One number for values ``[batch, tokens]``, 0 over none; modes as in ``policy_loss``."""
     values = jnp.where(mask, values, 0)
     lengths = jnp.sum(mask, axis=1)
     if loss_agg_mode == "token-mean":

@@ -79,7 +79,7 @@ class Surrogate(NamedTuple):
 
     Attributes:
         objective: ``x, advantage -> surrogate, next state``.
-        x: what it is a function of: log-ratios ``[batch, tokens]``, or margins of pairs ``[batch]``.
+        x: what it is a function of: log-ratios ``[batch, tokens]``, or margins ``[batch]``.
         advantage: as the objective sees it, the shape of ``x``.
         log_ratio: of the ratio level, ``[batch, tokens]``.
         token_log_ratio: of each token, ``[batch, tokens]``; 0 at padding.
@@ -96,9 +96,9 @@ class Surrogate(NamedTuple):
         weight = loss_terms.objective_weight(self.objective, self.x, self.advantage)
         if weight.ndim == 2:
             return weight, self.advantage
-        return tuple(
-            jnp.broadcast_to(x[:, None], self.log_ratio.shape) for x in (weight, self.advantage)
-        )
+        shape = self.log_ratio.shape
+        of_pairs = (weight[:, None], self.advantage[:, None])
+        return jnp.broadcast_to(of_pairs[0], shape), jnp.broadcast_to(of_pairs[1], shape)
 
 
 def surrogate_of(

@@ -39,6 +39,7 @@ class ActionHead(NamedTuple):
         mode: ``outputs -> most likely action``.
         log_prob: ``outputs, action -> log-probability`` of each token.
         entropy: ``outputs -> entropy`` of each token, in nats.
+        kl: ``old outputs, outputs -> KL(old || new)`` of each token, in nats, exact.
         to_env: ``action -> what the environment's step takes``.
     """
 
@@ -50,6 +51,7 @@ class ActionHead(NamedTuple):
     mode: Callable[[Array], Array]
     log_prob: Callable[[Array, Array], Array]
     entropy: Callable[[Array], Array]
+    kl: Callable[[Array, Array], Array]
     to_env: Callable[[Array], Array]
 
 
@@ -119,11 +121,17 @@ def categorical(num_tokens: int, bins: int) -> ActionHead:
         log_probs = logits - jax.nn.logsumexp(logits, axis=axis, keepdims=True)
         return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=axis)
 
+    def kl(old_logits: Array, logits: Array) -> Array:
+        old_log_probs, log_probs = (
+            jax.nn.log_softmax(jnp.moveaxis(x, -1, axis), axis=axis) for x in (old_logits, logits)
+        )
+        return jnp.sum(jnp.exp(old_log_probs) * (old_log_probs - log_probs), axis=axis)
+
     def mode(logits: Array) -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return ActionHead(
-        num_tokens, bins, True, noise, sample, mode, log_prob, entropy, lambda action: action
+        num_tokens, bins, True, noise, sample, mode, log_prob, entropy, kl, lambda action: action
     )
 
 
@@ -142,9 +150,14 @@ def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
     def entropy(outputs: Array) -> Array:
         return outputs[..., 1] + 0.5 * np.log(2 * np.pi * np.e)
 
+    def kl(old_outputs: Array, outputs: Array) -> Array:
+        mean, log_std = old_outputs[..., 0] - outputs[..., 0], outputs[..., 1]
+        log_ratio = old_outputs[..., 1] - log_std
+        return 0.5 * (jnp.exp(2 * log_ratio) + (mean * jnp.exp(-log_std)) ** 2 - 1) - log_ratio
+
     return ActionHead(
         dimensions, 2, False, noise, sample, lambda outputs: outputs[..., 0], log_prob, entropy,
-        to_env,
+        kl, to_env,
     )  # fmt: skip
 
 

@@ -99,9 +99,7 @@ class Control(Domain):
             moments = normalizer.update(moments, transition.obs)
         return Collected(rows, State(moments, envs), counted)
 
-    def _label(
-        self, state: TrainState, hparams: HParams, transition: rollouts.Transition
-    ) -> Row:
+    def _label(self, state: TrainState, hparams: HParams, transition: rollouts.Transition) -> Row:
         """The part of a rollout that replay keeps, with advantages where they are stored."""
         row = Row(
             transition.obs,
@@ -224,12 +222,12 @@ class Control(Domain):
 def make(config: Config, env: environments.Environment | None = None) -> Control:
     """Control of a configuration; see ``domains.make``."""
     check_fields(config)
-    check_applies(config, domain=CONTROL)
+    objective = objectives.spec(config.objective)
+    check_applies(config, domain=CONTROL, objective=objective)
     env = environments.make(config) if env is None else env
     if env.host and config.eval_episodes:
         valid = f"0, because {env.name} is simulated outside JAX: its training episodes tell"
         raise ConfigError("eval_episodes", config.eval_episodes, valid)
-    objective = objectives.spec(config.objective)
     signatures.check_single(objective)
     domain = Control(config, env)
     if objective.discrete_only and not domain.head.discrete:
@@ -246,7 +244,8 @@ def make(config: Config, env: environments.Environment | None = None) -> Control
 
 def check_hparams(config: Config, hparams: HParams) -> None:
     """Refuses traced settings that would do nothing. Raises ConfigError."""
-    check_applies(config, hparams, domain=CONTROL)
+    objective = objectives.spec(config.objective)
+    check_applies(config, hparams, domain=CONTROL, objective=objective)
 
 
 def _start_keys(key: Array) -> tuple[Array, Array]:

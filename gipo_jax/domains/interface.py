@@ -29,10 +29,10 @@ class Batch(NamedTuple):
     behavior_log_prob: Array
     advantage: Array
     age: Array
-    value_target: Array | None = None
-    mask: Array | None = None
-    weight: Array | None = None
-    token_weight: Array | None = None
+    value_target: Any = None
+    mask: Any = None
+    weight: Any = None
+    token_weight: Any = None
     spent: Metrics = {}  # noqa: RUF012
 
 

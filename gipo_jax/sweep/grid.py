@@ -13,7 +13,7 @@ import numpy as np
 
 from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
-from gipo_jax.sequences import selection
+from gipo_jax.domains.tokens import selection
 from gipo_jax.signatures import Spec
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))

@@ -172,10 +172,10 @@ def ratio_norm(log_ratio: Array, kl: Array, std: Any) -> Array:
 def make(config: Config, task: Task | None = None) -> Flow:
     """Flows of a configuration; see ``domains.make``."""
     check_fields(config)
-    check_applies(config, domain=FLOW)
+    objective = objectives.spec(config.objective)
+    check_applies(config, domain=FLOW, objective=objective)
     if config.eval_episodes == 1:
         raise ConfigError("eval_episodes", 1, "0, or at least 2 points to measure distances")
-    objective = objectives.spec(config.objective)
     signatures.check_single(objective)
     if objective.discrete_only:
         valid = "an objective that takes densities, which the steps of a flow have"
@@ -185,7 +185,8 @@ def make(config: Config, task: Task | None = None) -> Flow:
 
 def check_hparams(config: Config, hparams: HParams) -> None:
     """Refuses traced settings that would do nothing. Raises ConfigError."""
-    check_applies(config, hparams, domain=FLOW)
+    objective = objectives.spec(config.objective)
+    check_applies(config, hparams, domain=FLOW, objective=objective)
 
 
 def pretrained(domain: Flow, seed: int) -> Any:

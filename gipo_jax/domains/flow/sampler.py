@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from gipo_jax import cpu, networks
 from gipo_jax.config import Config
-from gipo_jax.flow.tasks import Task
+from gipo_jax.domains.flow.tasks import Task
 
 Velocity = Callable[[Array, Array], Array]
 """``points [..., 2], times [...] -> velocities [..., 2]``."""

@@ -6,7 +6,7 @@ diversity is measured beside it (``modes_covered``, ``pairwise_distance``).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,11 @@ class Task(NamedTuple):
     def host(self) -> bool:
         """Whether it is simulated outside JAX: never."""
         return False
+
+
+def is_task(env: Any) -> bool:
+    """Whether the setting ``env`` means a task of this kind, and not an environment."""
+    return isinstance(env, str) and env.startswith(PREFIX)
 
 
 def make(name: str) -> Task:
