@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gipo_jax import buffer, diagnostics, domains, environments, losses, signatures
+from gipo_jax import buffer, diagnostics, domains, losses, signatures
 from gipo_jax.config import Config, HParams, check_sizes
 from gipo_jax.domains import Batch, Domain
 from gipo_jax.learner import (
@@ -256,9 +256,7 @@ def report(
     return metrics
 
 
-def make_train(
-    config: Config, env: environments.Environment | None = None
-) -> Callable[[HParams], tuple[TrainState, Metrics]]:
+def make_train(config: Config, env: Any = None) -> Callable[[HParams], tuple[TrainState, Metrics]]:
     """A whole run, start to end, as one pure function of its hyper-parameters.
 
     It works under ``jit``, ``vmap``, ``lax.map`` and ``shard_map``, alone and combined, with any

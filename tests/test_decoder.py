@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gipo_jax.config import ConfigError
-from gipo_jax.sequences import decoder
+from gipo_jax.domains.tokens import decoder
 
 VOCAB, PROMPT, ANSWER, END = 3, 4, 5, 2
 SMALL = {"layers": 2, "width": 16, "heads": 2, "feed_forward": 24}

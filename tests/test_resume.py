@@ -16,7 +16,7 @@ import pytest
 
 from gipo_jax import sweep
 from gipo_jax.config import ConfigError
-from gipo_jax.flow import tasks
+from gipo_jax.domains.flow import tasks
 from gipo_jax.sweep import checkpoint, results
 from scripts import kill_test
 

@@ -118,7 +118,7 @@ def test_groups_share_what_is_static_and_allocate_for_the_largest() -> None:
     runs = sweep.expand(**settings, objective=["gipo", "no_clip"], sigma=[0.5, 1], seeds=2)
     groups = plan.group_runs(runs)
     assert [len(group.runs) for group in groups] == [8, 4]
-    assert {group.algorithm.config.max_buffer_size for group in groups} == {40}
+    assert {group.domain.config.max_buffer_size for group in groups} == {40}
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3, 7, 16])
@@ -349,7 +349,7 @@ def test_a_sweep_with_a_wrong_option_writes_nothing(
 def test_a_checkpoint_holds_every_array_of_the_state(
     grid_of_six: list[sweep.Run], tmp_path: Path
 ) -> None:
-    state = train.make(grid_of_six[0].config).init(grid_of_six[0].hparams)
+    state = train.init(train.make(grid_of_six[0].config), grid_of_six[0].hparams)
     path = checkpoint.save(tmp_path, 1, {}, state)
     assert checkpoint.newest(tmp_path, pytest.fail) == 1
     restored = checkpoint.read_arrays(path / checkpoint.ARRAYS, state)

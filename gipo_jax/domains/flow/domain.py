@@ -28,7 +28,7 @@ from gipo_jax.config import FLOW, Config, ConfigError, HParams, check_applies, c
 from gipo_jax.domains.flow import sampler, tasks
 from gipo_jax.domains.flow.tasks import Task
 from gipo_jax.domains.interface import Batch, Collected, Domain, Scores
-from gipo_jax.learner import INIT_STREAM, Metrics, TrainState, run_key
+from gipo_jax.learner import INIT_STREAM, Metrics, TrainState
 
 RATIO_NORM = "ratio_norm"
 """The ratio level of GRPO-Guard."""
@@ -187,8 +187,3 @@ def check_hparams(config: Config, hparams: HParams) -> None:
     """Refuses traced settings that would do nothing. Raises ConfigError."""
     objective = objectives.spec(config.objective)
     check_applies(config, hparams, domain=FLOW, objective=objective)
-
-
-def pretrained(domain: Flow, seed: int) -> Any:
-    """Parameters of the flow that the run of a seed begins with."""
-    return domain.pretrain(run_key(seed))

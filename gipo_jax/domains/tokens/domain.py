@@ -240,26 +240,34 @@ class Tokens(Domain):
         key: Array | None = None,
     ) -> Batch:
         """A batch, of which a selection of responses keeps the rows that it packs."""
+        if key is None or rows.weight is None:
+            return self.weighted(rows, age, None)
+        length = jnp.sum(self.decoder.mask(rows.answer), axis=1)
+        noise = jax.random.uniform(key, length.shape)
+        packed = selection.packed_rows(self.config)
+        index, weights = selection.pack(rows.weight, length, packed, noise)
+        rows, age = jax.tree.map(lambda x: x[index], (rows, age))
+        return self.weighted(rows, age, weights)
+
+    def weighted(self, rows: Row, age: Array, weights: selection.Weights | None) -> Batch:
+        """A batch of rows that count as the weights of a selection say; all alike for None."""
         mask = self.decoder.mask(rows.answer)
-        weights = rows.weight
-        if key is None:
-            weights = None
-        elif weights is not None:
-            length = jnp.sum(mask, axis=1)
-            noise = jax.random.uniform(key, length.shape)
-            index, weights = selection.pack(
-                weights, length, selection.packed_rows(self.config), noise
-            )
-            rows, age, mask = jax.tree.map(lambda x: x[index], (rows, age, mask))
-        batch = Batch(rows, rows.behavior_log_prob, rows.advantage, age, mask=mask)
-        if weights is not None:
-            of_tokens = self.config.loss_agg_mode == "token-mean" and not self.preference
-            weight = weights.token if of_tokens else weights.answer
-            batch = batch._replace(
-                weight=weight if self.preference else weight[:, None],
-                token_weight=weights.token[:, None],
-            )
-        return batch._replace(spent={"tokens_trained": self._tokens(rows, mask, weights)})
+        batch = Batch(
+            rows,
+            rows.behavior_log_prob,
+            rows.advantage,
+            age,
+            mask=mask,
+            spent={"tokens_trained": self._tokens(rows, mask, weights)},
+        )
+        if weights is None:
+            return batch
+        if self.preference:
+            weight = weights.answer
+        else:
+            of_tokens = self.config.loss_agg_mode == "token-mean"
+            weight = (weights.token if of_tokens else weights.answer)[:, None]
+        return batch._replace(weight=weight, token_weight=weights.token[:, None])
 
     def _tokens(self, rows: Row, mask: Array, weights: selection.Weights | None) -> Array:
         """Tokens of a batch that count."""
