@@ -112,13 +112,13 @@ def gradient_step(
     """
     # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
     flat = {group: ravel_pytree(tree) for group, tree in grads.items()}
-    vectors = {group: vector for group, (vector, _) in flat.items()}
+    vectors = {group: vector.astype(jnp.float32) for group, (vector, _) in flat.items()}
     together = [vectors] if config.joint_grad_norm else [{g: v} for g, v in vectors.items()]
     params, opt_state = dict(learner.params), dict(learner.opt_state)
     for bounded in (clip_by_global_norm(part, hparams.max_grad_norm) for part in together):
         for group, vector in bounded.items():
-            adam = _adam(hparams.adam_epsilon)
-            step, opt_state[group] = adam.update(vector, learner.opt_state[group])
+            gradient, adam = vector.astype(flat[group][0].dtype), _adam(hparams.adam_epsilon)
+            step, opt_state[group] = adam.update(gradient, learner.opt_state[group])
             updates = flat[group][1](-rates[group] * step)
             params[group] = optax.apply_updates(params[group], updates)
     norms = {group: optax.tree.norm(tree) for group, tree in grads.items()}

@@ -165,6 +165,16 @@ LARGE_IMAGE = 36
 """Images from this height and width on go through strided convolutions."""
 
 
+class Precision(NamedTuple):
+    """Types of numbers: those that layers compute in, and those of their parameters."""
+
+    compute: str
+    param: str
+
+
+FLOAT32 = Precision("float32", "float32")
+
+
 class Torso(nn.Module):
     """Hidden layers: for images convolutions first, then dense layers."""
 
@@ -172,18 +182,19 @@ class Torso(nn.Module):
     activation: str
     layer_norm: bool
     conv: bool
+    precision: Precision = FLOAT32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         activation = _ACTIVATIONS[self.activation]
         if self.conv:
             for layer in _LARGE if min(x.shape[-3:-1]) >= LARGE_IMAGE else _SMALL:
-                x = _convolution(x, *layer)
+                x = _convolution(x, *layer, self.precision)
             x = x.reshape(*x.shape[:-3], -1)
         for size in self.hidden_sizes:
-            x = activation(_dense(size, np.sqrt(2.0))(x))
+            x = activation(dense(size, np.sqrt(2.0), self.precision)(x))
             if self.layer_norm:
-                x = nn.LayerNorm()(x)
+                x = norm(self.precision)(x)
         return x
 
 
@@ -193,7 +204,7 @@ _SMALL = ((16, 3, 1),)
 _LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 
-def _convolution(x: Array, channels: int, kernel: int, stride: int) -> Array:
+def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: Precision) -> Array:
     """A convolution without padding and its ReLU, ``[..., height, width, channels]``.
 
     Args:
@@ -201,6 +212,7 @@ def _convolution(x: Array, channels: int, kernel: int, stride: int) -> Array:
         channels: of the result.
         kernel: side of its square kernel, a multiple of ``stride``.
         stride: in both directions.
+        precision: types of numbers.
     """
     # A dense layer over patches. XLA on CPU is slow at the gradient of a convolution inside a loop
     # (measured: 23 times), and at one whose kernels differ by run, as under vmap.
@@ -212,7 +224,7 @@ def _convolution(x: Array, channels: int, kernel: int, stride: int) -> Array:
     blocks = blocks.swapaxes(-4, -3).reshape(*x.shape[:-3], rows, columns, -1)
     shifts = itertools.product(range(steps), repeat=2)
     patches = [blocks[..., i : i + height, j : j + width, :] for i, j in shifts]
-    return nn.relu(_dense(channels, np.sqrt(2.0))(jnp.concatenate(patches, -1)))
+    return nn.relu(dense(channels, np.sqrt(2.0), precision)(jnp.concatenate(patches, -1)))
 
 
 class PolicyOutput(nn.Module):
@@ -221,19 +233,34 @@ class PolicyOutput(nn.Module):
     num_tokens: int
     width: int
     discrete: bool
+    precision: Precision = FLOAT32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         if self.discrete:
-            outputs = _dense(self.num_tokens * self.width, 0.01)(x)
+            outputs = dense(self.num_tokens * self.width, 0.01, self.precision)(x)
             return outputs.reshape(*x.shape[:-1], self.num_tokens, self.width)
-        mean = _dense(self.num_tokens, 0.01)(x)
-        log_std = self.param("log_std", nn.initializers.constant(-0.5), (self.num_tokens,))
+        mean = dense(self.num_tokens, 0.01, self.precision)(x)
+        first = nn.initializers.constant(-0.5)
+        log_std = self.param("log_std", first, (self.num_tokens,), self.precision.param)
+        log_std = log_std.astype(mean.dtype)
         return jnp.stack([mean, jnp.broadcast_to(log_std, mean.shape)], axis=-1)
 
 
-def _dense(size: int, scale: float) -> nn.Dense:
-    return nn.Dense(size, kernel_init=cpu.orthogonal(scale), dot_general=cpu.dot_general(size))
+def dense(size: int, scale: float, precision: Precision) -> nn.Dense:
+    """A dense layer with orthogonal initial weights."""
+    return nn.Dense(
+        size,
+        dtype=precision.compute,
+        param_dtype=precision.param,
+        kernel_init=cpu.orthogonal(scale),
+        dot_general=cpu.dot_general(size),
+    )
+
+
+def norm(precision: Precision) -> nn.LayerNorm:
+    """A LayerNorm."""
+    return nn.LayerNorm(dtype=precision.compute, param_dtype=precision.param)
 
 
 class Network(NamedTuple):
@@ -266,6 +293,7 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
         ConfigError: a shared torso of no layers.
     """
     conv = len(obs_shape) == 3
+    precision = Precision(config.compute_dtype, config.param_dtype)
     if config.shared_torso and not conv and len(config.hidden_sizes) == 1:
         valid = "False with one hidden size, because all but the last are shared"
         raise ConfigError("shared_torso", True, valid)
@@ -276,13 +304,13 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     value_own = config.value_hidden_sizes or own
 
     def layers(sizes: tuple[int, ...], first: bool) -> Torso:
-        return Torso(sizes, config.activation, config.layer_norm, conv and first)
+        return Torso(sizes, config.activation, config.layer_norm, conv and first, precision)
 
     torso = layers(shared, first=True)
     policy_tower = layers(own, first=not config.shared_torso)
     value_tower = layers(value_own, first=not config.shared_torso)
-    policy_output = PolicyOutput(head.num_tokens, head.output_width, head.discrete)
-    value_output = _dense(1, 1.0)
+    policy_output = PolicyOutput(head.num_tokens, head.output_width, head.discrete, precision)
+    value_output = dense(1, 1.0, precision)
 
     def flat(obs: Array) -> Array:
         if conv:
@@ -296,13 +324,13 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
 
     def policy_from(params: Params, x: Array) -> Array:
         x = _apply(policy_tower, params["policy"]["tower"], x)
-        return _apply(policy_output, params["policy"]["output"], x)
+        return _apply(policy_output, params["policy"]["output"], x).astype(jnp.float32)
 
     def value_from(params: Params, x: Array) -> Array:
         if config.shared_torso and config.detach_value:
             x = jax.lax.stop_gradient(x)
         x = _apply(value_tower, params["value"]["tower"], x)
-        return _apply(value_output, params["value"]["output"], x)[..., 0]
+        return _apply(value_output, params["value"]["output"], x)[..., 0].astype(jnp.float32)
 
     def init(key: Array) -> Params:
         key_torso, key_policy, key_output, key_value, key_value_output = jax.random.split(key, 5)

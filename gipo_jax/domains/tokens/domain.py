@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gipo_jax import objectives, ratio_levels
+from gipo_jax import networks, objectives, ratio_levels
 from gipo_jax.config import TOKENS, Config, ConfigError, HParams, check_applies, check_fields
 from gipo_jax.domains.interface import Batch, Collected, Domain, Scores
 from gipo_jax.domains.tokens import decoder, preference, selection, tasks
@@ -97,6 +97,7 @@ class Tokens(Domain):
             width=config.decoder_width,
             heads=config.decoder_heads,
             feed_forward=2 * config.decoder_width,
+            precision=networks.Precision(config.compute_dtype, config.param_dtype),
         )
         self.ratio_level = ratio_levels.choose(config.ratio_level, self.objective)
         self.standardize = config.normalize_advantage is True
