@@ -678,6 +678,6 @@ def test_committed_data_give_the_committed_numbers(
 
 
 def verdict_rows(text: str) -> list[str]:
-    """The rows of the table of verdicts, a claim each."""
-    table = text.split("## Verdicts", 1)[1].split("## A figure a claim", 1)[0]
+    """The rows of the table of verdicts, one per claim."""
+    table = text.split("## Verdicts", 1)[1].split("\n## ", 1)[0]
     return [line for line in table.splitlines() if line.startswith("| ") and "**" in line]
