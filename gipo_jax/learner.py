@@ -144,13 +144,13 @@ def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
-    """Factor on the learning rates: linear warm-up, then the configured decay.
+    """Factor on the learning rates: linear warm-up from 0, then the configured decay.
 
     Optax's schedules take their lengths as Python numbers; here the warm-up is traced.
     """
     done = jnp.asarray(iteration, jnp.float32)
     warmup = jnp.asarray(hparams.warmup_iterations, jnp.float32)
-    warm = jnp.minimum((done + 1) / jnp.maximum(warmup, 1.0), 1.0)
+    warm = jnp.where(done < warmup, done / jnp.maximum(warmup, 1.0), 1.0)
     progress = (done - warmup) / jnp.maximum(config.num_iterations - warmup, 1.0)
     progress = jnp.clip(progress, 0.0, 1.0)
     if config.schedule == "linear":

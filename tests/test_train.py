@@ -472,10 +472,10 @@ def test_policy_loss_of_a_reused_batch_is_damped(
 def test_adam_first_step_equals_the_scheduled_learning_rates(updated: dict[str, Updated]) -> None:
     """Adam's first step is its learning rate in every parameter that has a gradient."""
     before, after, _ = updated["once"]
-    for group, rates in (("policy", [0.01, 0.0025]), ("value", [0.04, 0.0025])):
+    for group, rates in (("policy", [0.01, 0.0]), ("value", [0.04, 0.0])):
         moved = jax.tree.map(lambda a, b: jnp.abs(a - b), after[group], before[group])
         largest = [max(x.max() for x in jax.tree.leaves(lane_of(moved, i))) for i in range(2)]
-        np.testing.assert_allclose(largest, rates, rtol=0.02)
+        np.testing.assert_allclose(largest, rates, rtol=0.02, atol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -486,7 +486,7 @@ def test_learning_rate_schedule_equals_numpy_formula(schedule: str, warmup: int)
     iteration = np.arange(50)
     factor_at = jax.vmap(partial(learner.learning_rate_factor, config, hparams))
     factor = np.asarray(factor_at(jnp.arange(50)))
-    rise = np.minimum((iteration + 1) / max(warmup, 1), 1)
+    rise = np.minimum(iteration / warmup, 1) if warmup else np.ones(50)
     progress = np.clip((iteration - warmup) / max(50 - warmup, 1), 0, 1)
     decay = {
         "constant": np.ones(50),
@@ -494,9 +494,9 @@ def test_learning_rate_schedule_equals_numpy_formula(schedule: str, warmup: int)
         "cosine": (1 + np.cos(np.pi * progress)) / 2,
     }[schedule]
     np.testing.assert_allclose(factor, rise * decay, atol=1e-6)
-    assert np.all(factor > 0) and factor.max() <= 1
+    assert np.all(factor[warmup > 0 :] > 0) and factor.max() <= 1
     if warmup < 50:
-        assert factor[max(warmup - 1, 0)] == pytest.approx(1)
+        assert factor[warmup] == pytest.approx(1)
 
 
 # ------------------------------------------------------------------ states and conveniences
