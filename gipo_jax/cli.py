@@ -289,6 +289,7 @@ def _what_next(out: str, drawn: bool) -> str:
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """What ``expand`` takes, from what was given on the command line."""
+    from gipo_jax import objectives
     from gipo_jax.sweep import grid
 
     settings = dict(given)
@@ -296,6 +297,8 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(settings.get(name), list):
             settings[name] = tuple(settings[name])
     if "objective" in settings:
+        for name in set(settings["objective"]) & set(objectives.RENAMED):
+            print(f"gipo-jax: {name} is called {objectives.RENAMED[name]} now", file=sys.stderr)
         settings["objective"] = [
             grid.load_objective(name) if ".py:" in name else name for name in settings["objective"]
         ]

@@ -110,7 +110,9 @@ def endless(toy: Any, **settings: Any) -> Program:
         max_buffer_size=4 * BLOCK,
     )
     common = {"learning_rate": 0.001, "value_learning_rate": 0.02, "buffer_size": BLOCK}
-    return program(config, [common | x for x in ENDLESS])
+    unused = {"gae_lambda"} if config.advantage_mode == "vtrace" else set()
+    lanes = [{name: x for name, x in lane.items() if name not in unused} for lane in ENDLESS]
+    return program(config, [common | lane for lane in lanes])
 
 
 def values(program: Program, state: train.TrainState) -> np.ndarray:
@@ -552,7 +554,9 @@ def test_replay_stores_only_the_fields_of_the_advantage_mode() -> None:
     kept = {}
     for mode in ("stored", "recomputed"):
         config = Config(**SMALL, advantage_mode=mode, max_buffer_size=3 * BLOCK)
-        replay = train.init(train.make(config), train.make_hparams(config)).replay
+        replay = train.init(
+            train.make(config), train.make_hparams(config, buffer_size=3 * BLOCK)
+        ).replay
         assert replay.obs.shape == (3, 4, 4, 4)
         kept[mode] = {name for name, x in replay._asdict().items() if x is not None}
     both = {"obs", "action", "behavior_log_prob"}
