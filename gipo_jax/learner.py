@@ -95,6 +95,12 @@ def sample_indices(
     return skipped // rows + jnp.where(from_newest, recent, index)
 
 
+def gather(config: Config, replay: Any, index: Array, iteration: int | Array) -> tuple[Any, Array]:
+    """Rows of replay, or segments, at indices ``[batch]``, and their ages in iterations."""
+    take = buffer.take_rows if config.advantage_mode == "stored" else buffer.take_segments
+    return take(replay, index, iteration)
+
+
 # One step of the optimizer.
 
 

@@ -27,6 +27,7 @@ from gipo_jax.learner import (
     Metrics,
     TrainState,
     first_update,
+    gather,
     gradient_step,
     init_optimizer,
     keep_finite,
@@ -128,8 +129,7 @@ def learn(
         return jax.lax.scan(one_round, learner, jnp.arange(0, reuse, delay))
 
     def take(index: Array) -> tuple[Any, Array]:
-        taker = buffer.take_rows if config.advantage_mode == "stored" else buffer.take_segments
-        return taker(state.replay, index, iteration)
+        return gather(config, state.replay, index, iteration)
 
     def all_updates(learner: Learner) -> tuple[Learner, Metrics, Metrics]:
         batches = config.updates_per_iteration
@@ -238,8 +238,7 @@ def report(
     key_evaluate, key_diagnose = jax.random.split(key)
     config, params = domain.config, state.learner.params
     index = sample_indices(config, hparams, iteration, key_diagnose, 1)[0]
-    take = buffer.take_rows if config.advantage_mode == "stored" else buffer.take_segments
-    batch = domain.batch(state, params, *take(state.replay, index, iteration), hparams)
+    batch = domain.batch(state, params, *gather(config, state.replay, index, iteration), hparams)
     scores = domain.score(params, batch, hparams)
     of = losses.surrogate_of(domain, state, state.learner, batch, scores, hparams)
     weight, advantage = of.weight()

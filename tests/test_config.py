@@ -141,7 +141,7 @@ def test_bad_traced_settings(field: str, value: Any) -> None:
         (
             {"policy_delay": 3, "reuse_per_batch": 2},
             {},
-            "policy_delay: 3 .*most reuse_per_batch 2,",
+            "policy_delay: 3 .*divisor of reuse_per_batch 2,",
         ),
         ({}, {"learning_rat": 0.1}, "learning_rat: 0.1 .*learning_rate"),
         ({"objective": "ppo_clip"}, {"sigma": 1.0}, "sigma: 1.0 .*clip_eps"),
