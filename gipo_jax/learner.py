@@ -11,7 +11,7 @@ import optax
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from gipo_jax import buffer
+from gipo_jax import buffer, networks
 from gipo_jax.config import Config, HParams
 
 Metrics = dict[str, Array]
@@ -118,7 +118,7 @@ def gradient_step(
     """
     # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
     flat = {group: ravel_pytree(tree) for group, tree in grads.items()}
-    vectors = {group: vector.astype(jnp.float32) for group, (vector, _) in flat.items()}
+    vectors = {group: networks.full(vector) for group, (vector, _) in flat.items()}
     together = [vectors] if config.joint_grad_norm else [{g: v} for g, v in vectors.items()]
     params, opt_state = dict(learner.params), dict(learner.opt_state)
     for bounded in (clip_by_global_norm(part, hparams.max_grad_norm) for part in together):

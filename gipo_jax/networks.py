@@ -166,13 +166,24 @@ LARGE_IMAGE = 36
 
 
 class Precision(NamedTuple):
-    """Types of numbers: those that layers compute in, and those of their parameters."""
+    """Types of numbers: those that layers compute in, None for their inputs', and parameters'."""
 
-    compute: str
+    compute: str | None
     param: str
 
 
-FLOAT32 = Precision("float32", "float32")
+FLOAT32 = Precision(None, "float32")
+
+
+def precision(config: Config) -> Precision:
+    """The types of numbers of a configuration."""
+    both = Precision(config.compute_dtype, config.param_dtype)
+    return FLOAT32 if set(both) == {"float32"} else both
+
+
+def full(x: Array) -> Array:
+    """Outputs of a network in at least single precision, for probabilities and values."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Torso(nn.Module):
@@ -293,7 +304,7 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
         ConfigError: a shared torso of no layers.
     """
     conv = len(obs_shape) == 3
-    precision = Precision(config.compute_dtype, config.param_dtype)
+    types = precision(config)
     if config.shared_torso and not conv and len(config.hidden_sizes) == 1:
         valid = "False with one hidden size, because all but the last are shared"
         raise ConfigError("shared_torso", True, valid)
@@ -304,13 +315,13 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     value_own = config.value_hidden_sizes or own
 
     def layers(sizes: tuple[int, ...], first: bool) -> Torso:
-        return Torso(sizes, config.activation, config.layer_norm, conv and first, precision)
+        return Torso(sizes, config.activation, config.layer_norm, conv and first, types)
 
     torso = layers(shared, first=True)
     policy_tower = layers(own, first=not config.shared_torso)
     value_tower = layers(value_own, first=not config.shared_torso)
-    policy_output = PolicyOutput(head.num_tokens, head.output_width, head.discrete, precision)
-    value_output = dense(1, 1.0, precision)
+    policy_output = PolicyOutput(head.num_tokens, head.output_width, head.discrete, types)
+    value_output = dense(1, 1.0, types)
 
     def flat(obs: Array) -> Array:
         if conv:
@@ -324,13 +335,13 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
 
     def policy_from(params: Params, x: Array) -> Array:
         x = _apply(policy_tower, params["policy"]["tower"], x)
-        return _apply(policy_output, params["policy"]["output"], x).astype(jnp.float32)
+        return full(_apply(policy_output, params["policy"]["output"], x))
 
     def value_from(params: Params, x: Array) -> Array:
         if config.shared_torso and config.detach_value:
             x = jax.lax.stop_gradient(x)
         x = _apply(value_tower, params["value"]["tower"], x)
-        return _apply(value_output, params["value"]["output"], x)[..., 0].astype(jnp.float32)
+        return full(_apply(value_output, params["value"]["output"], x)[..., 0])
 
     def init(key: Array) -> Params:
         key_torso, key_policy, key_output, key_value, key_value_output = jax.random.split(key, 5)

@@ -60,13 +60,13 @@ class VelocityField(nn.Module):
         x = networks.Torso(
             self.hidden_sizes, self.activation, self.layer_norm, False, self.precision
         )(x)
-        return networks.dense(2, 1.0, self.precision)(x).astype(jnp.float32)
+        return networks.full(networks.dense(2, 1.0, self.precision)(x))
 
 
 def velocity_field(config: Config) -> VelocityField:
     """The network of a configuration: its hidden layers and types of numbers."""
-    precision = networks.Precision(config.compute_dtype, config.param_dtype)
-    return VelocityField(config.hidden_sizes, config.activation, config.layer_norm, precision)
+    types = networks.precision(config)
+    return VelocityField(config.hidden_sizes, config.activation, config.layer_norm, types)
 
 
 class Chain(NamedTuple):

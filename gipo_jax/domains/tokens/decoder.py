@@ -102,7 +102,7 @@ def make(
     ) -> tuple[Array, Array]:
         """Answers whose tokens ``choose(logits [batch, vocab], noise)`` picks one by one."""
         shape = (prompt.shape[0], heads, time - 1, width // heads)
-        nothing = jnp.zeros(shape, precision.compute)
+        nothing = jnp.zeros(shape, precision.compute or jnp.float32)
         cache: Cache = ((nothing, nothing),) * layers
         if prompt_length > 1:
             cache = apply(params, prompt[:, :-1], cache, 0)[1]
@@ -179,7 +179,8 @@ class Transformer(nn.Module):
         compute, param = self.precision
         positions = self.param("positions", _INIT, (self.max_length, self.width), param)
         x = nn.Embed(self.vocab, self.width, compute, param, embedding_init=_INIT)(tokens)
-        x = x + jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1]).astype(compute)
+        positions = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1])
+        x = x + positions.astype(x.dtype)
         written = []
         for layer in range(self.layers):
             mixed, entry = Attention(self.heads, self.precision)(
@@ -191,7 +192,7 @@ class Transformer(nn.Module):
             x = x + _dense(self.width, self.precision)(hidden)
             written.append(entry)
         logits = _dense(self.vocab, self.precision)(networks.norm(self.precision)(x))
-        return logits.astype(jnp.float32), tuple(written)
+        return networks.full(logits), tuple(written)
 
 
 class Attention(nn.Module):

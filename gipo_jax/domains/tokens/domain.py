@@ -97,7 +97,7 @@ class Tokens(Domain):
             width=config.decoder_width,
             heads=config.decoder_heads,
             feed_forward=2 * config.decoder_width,
-            precision=networks.Precision(config.compute_dtype, config.param_dtype),
+            precision=networks.precision(config),
         )
         self.ratio_level = ratio_levels.choose(config.ratio_level, self.objective)
         self.standardize = config.normalize_advantage is True
