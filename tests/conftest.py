@@ -1,4 +1,4 @@
-"""Settings that must stand before JAX is imported."""
+"""Settings that must stand before JAX is imported, and what several files use."""
 
 import os
 import tempfile
@@ -22,6 +22,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 from gymnax.environments import environment, spaces  # noqa: E402
+
+from tests import limits  # noqa: E402
 
 
 class Toy(environment.Environment):
@@ -86,3 +88,7 @@ def quick_compilation() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.register(limits)

@@ -535,7 +535,6 @@ def swept() -> list[sweep.Run]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["loop", "map"])
 def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -563,7 +562,6 @@ def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_runs_of_a_loop_share_a_program_and_a_narrow_limit_changes_no_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

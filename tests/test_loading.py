@@ -14,8 +14,6 @@ from gipo_jax import sweep
 from gipo_jax.config import ConfigError
 from gipo_jax.sweep import logs, results
 
-pytestmark = pytest.mark.timeout(300)
-
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "sweeps.md"
 
 

@@ -15,7 +15,7 @@ import pytest
 from gipo_jax import sweep
 from gipo_jax.sweep import checkpoint, grid, results
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (

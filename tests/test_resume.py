@@ -20,7 +20,7 @@ from gipo_jax.flow import tasks
 from gipo_jax.sweep import checkpoint, results
 from scripts import kill_test
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 OPTIONS = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
 
