@@ -78,9 +78,11 @@ def _watch(config: pytest.Config, seconds: float) -> None:
     """Stops a run that takes too long: all stacks, the summary with the durations, a failure."""
     time.sleep(seconds)
     reporter: Any = config.pluginmanager.getplugin("terminalreporter")
-    reporter.write_line(f"\nstopped after {seconds:.0f} s")
-    for test, began in [*_running.items()]:
-        reporter.write_line(f"running for {time.monotonic() - began:.0f} s: {test}")
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        reporter.write_line(f"\nstopped after {seconds:.0f} s")
+        for test, began in [*_running.items()]:
+            reporter.write_line(f"running for {time.monotonic() - began:.0f} s: {test}")
     for pid in [*_workers.values()]:
         os.kill(pid, signal.SIGABRT)  # of which pytest prints all stacks
     os.kill(os.getpid(), signal.SIGINT)  # upon which pytest prints its summary
