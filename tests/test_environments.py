@@ -17,7 +17,7 @@ from gipo_jax.config import Config, ConfigError
 # MNISTBandit downloads its data.
 NAMES = [name for name in gymnax.registered_envs if name != "MNISTBandit-bsuite"]
 # Compiling takes nearly all the time here, and half of that is optimisation.
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 MINATAR = [name for name in NAMES if name.endswith("-MinAtar")]
 
 

@@ -147,7 +147,6 @@ def test_sage_takes_the_lowest_margins_of_each_pool_alike() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("chosen", "parameters"), [("keep_all", {}), ("sage", {"pair_sigma": 3.0, "beta": 0.3})]
 )

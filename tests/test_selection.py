@@ -289,7 +289,6 @@ def test_the_loss_of_the_difficulty_estimate_is_its_formula() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success() -> None:
     task = tasks.reverse_mixed(2, 14)
     config = dataclasses.replace(
@@ -378,7 +377,6 @@ def test_the_code_and_the_commands_of_the_guide_are_usable(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_sweep_over_selections_is_trained_interrupted_and_resumed_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

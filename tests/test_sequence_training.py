@@ -180,7 +180,6 @@ def test_imitation_learns_the_task_before_training() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("objective", ["gipo", "ppo_clip"])
 def test_reversing_four_tokens_is_learned_from_rewards_alone(objective: str) -> None:
     config = dataclasses.replace(
@@ -282,7 +281,6 @@ SIZES = "vocab=2, prompt_length=3, answer_length=3"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_sweep_over_a_task_of_the_user_is_trained_resumed_plotted_and_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
