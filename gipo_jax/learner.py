@@ -17,10 +17,10 @@ from gipo_jax.config import Config, HParams
 Metrics = dict[str, Array]
 
 INIT_STREAM = 2**31 - 1
-"""Folded into a run's key for its start, where iterations are not: beyond any of their indices."""
+"""Stream id for the start of a run, larger than any iteration's index."""
 
 LOG_STREAM = INIT_STREAM - 1
-"""Folded into a run's key for its logged points."""
+"""Stream id for its logged points."""
 
 
 class Learner(NamedTuple):
@@ -43,9 +43,9 @@ class TrainState(NamedTuple):
     Attributes:
         learner: parameters and optimizer.
         replay: arrays ``[blocks, rollout_length, num_envs, ...]``.
-        domain: what belongs to the domain, such as environments in mid-episode.
-        sums: totals since the last logged point by name: ``returns`` and number of the
-            ``episodes`` that ended, how many of them ``solved`` the task, and the domain's own.
+        domain_state: what belongs to the domain, such as environments in mid-episode.
+        totals: counts since the last logged point by name: sum of the ``returns`` and number of
+            the ``episodes`` that ended, how many of them ``solved`` the task, the domain's own.
         key: the run's key, never consumed, only folded.
         diverged_at: iteration whose updates gave non-finite parameters, -1 while none has; the
             learner is frozen from before that iteration on.
@@ -53,8 +53,8 @@ class TrainState(NamedTuple):
 
     learner: Learner
     replay: Any
-    domain: Any
-    sums: dict[str, Array]
+    domain_state: Any
+    totals: dict[str, Array]
     key: Array
     diverged_at: Array
 
@@ -68,10 +68,14 @@ def run_key(seed: Any) -> Array:
 
 
 def first_update(config: Config) -> int:
-    """First iteration that updates: without replacement, once replay holds a whole batch."""
+    """First iteration that updates: without replacement, once replay has a batch of rows."""
     if config.sampling == "uniform":
         return 0
     return -(-config.batch_size // config.block_size) - 1
+
+
+DRAWS = {"shuffled": buffer.draw_shuffled, "uniform": buffer.draw_uniform}
+"""How batches are drawn, by the setting ``sampling``."""
 
 
 def sample_indices(
@@ -82,17 +86,16 @@ def sample_indices(
     The newest ``min_age`` iterations are left out, and ``recent_fraction`` of each batch comes from
     the newest one of the rest.
     """
-    rows = 1 if config.advantage_mode == "stored" else config.rollout_length
-    size, block = config.batch_size // rows, config.block_size // rows
+    rows_per_draw = 1 if config.advantage_mode == "stored" else config.rollout_length
+    size, block = config.batch_size // rows_per_draw, config.block_size // rows_per_draw
     skipped, valid = buffer.window(
         iteration, hparams.buffer_size, config.block_size, hparams.min_age
     )
-    draw = buffer.draw_shuffled if config.sampling == "shuffled" else buffer.draw_uniform
     key_all, key_recent = jax.random.split(key)
-    index = draw(key_all, batches, size, valid // rows)
+    index = DRAWS[config.sampling](key_all, batches, size, valid // rows_per_draw)
     recent = buffer.draw_uniform(key_recent, batches, size, block)
     from_newest = jnp.arange(size) < hparams.recent_fraction * size
-    return skipped // rows + jnp.where(from_newest, recent, index)
+    return skipped // rows_per_draw + jnp.where(from_newest, recent, index)
 
 
 def gather(config: Config, replay: Any, index: Array, iteration: int | Array) -> tuple[Any, Array]:
@@ -104,35 +107,38 @@ def gather(config: Config, replay: Any, index: Array, iteration: int | Array) ->
 # One step of the optimizer.
 
 
+def make_optimizer(epsilon: Any) -> optax.GradientTransformation:
+    """The optimizer of each group of parameters; ``gradient_step`` applies the learning rate."""
+    return optax.scale_by_adam(eps=epsilon)
+
+
 def init_optimizer(params: Any) -> Any:
-    """First state of Adam for the parameters of a group."""
-    return _adam(0.0).init(ravel_pytree(params)[0])
+    """First state of the optimizer for the parameters of a group."""
+    return make_optimizer(0.0).init(ravel_pytree(params)[0])
 
 
 def gradient_step(
     config: Config, learner: Learner, grads: Any, rates: dict[str, Any], hparams: HParams
 ) -> tuple[Learner, dict[str, Array]]:
-    """One step of Adam for the parameter groups that have a gradient, and the gradients' norms.
+    """One optimizer step of the parameter groups that have a gradient; and the gradients' norms.
 
-    Norms are bounded by ``max_grad_norm``, each, or with ``joint_grad_norm`` that of all together.
+    Gradients are clipped to ``max_grad_norm``, those of policy and value function apart or with
+    ``joint_grad_norm`` together. The norms returned are those before clipping.
     """
     # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
-    flat = {group: ravel_pytree(tree) for group, tree in grads.items()}
-    vectors = {group: networks.full(vector) for group, (vector, _) in flat.items()}
-    together = [vectors] if config.joint_grad_norm else [{g: v} for g, v in vectors.items()]
+    vectors, unravel = {}, {}
+    for group, tree in grads.items():
+        vectors[group], unravel[group] = ravel_pytree(tree)
+    parts = [vectors] if config.joint_grad_norm else [{g: v} for g, v in vectors.items()]
     params, opt_state = dict(learner.params), dict(learner.opt_state)
-    for bounded in (clip_by_global_norm(part, hparams.max_grad_norm) for part in together):
-        for group, vector in bounded.items():
-            gradient, adam = vector.astype(flat[group][0].dtype), _adam(hparams.adam_epsilon)
-            step, opt_state[group] = adam.update(gradient, learner.opt_state[group])
-            updates = flat[group][1](-rates[group] * step)
+    for clipped in (clip_by_global_norm(part, hparams.max_grad_norm) for part in parts):
+        for group, gradient in clipped.items():
+            optimizer = make_optimizer(hparams.adam_epsilon)
+            step, opt_state[group] = optimizer.update(gradient, learner.opt_state[group])
+            updates = unravel[group](-rates[group] * step)
             params[group] = optax.apply_updates(params[group], updates)
     norms = {group: optax.tree.norm(tree) for group, tree in grads.items()}
     return learner._replace(params=params, opt_state=opt_state), norms
-
-
-def _adam(epsilon: Any) -> optax.GradientTransformation:
-    return optax.scale_by_adam(eps=epsilon)
 
 
 def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
@@ -140,13 +146,15 @@ def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
 
     Optax divides by the norm, which is then infinite, and returns zeros.
     """
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(grads)]))
+    # Norms of half-width numbers are taken in single precision.
+    full = jax.tree.map(networks.at_least_single, grads)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(full)]))
     # Squares of numbers below 1e18 do not overflow, and numbers stay as they are.
     shrink = jnp.where(largest > 1e18, 1e18 / largest, 1.0)
-    grads = jax.tree.map(lambda x: x * shrink, grads)
-    norm = optax.tree.norm(grads)
+    full = jax.tree.map(lambda x: x * shrink, full)
+    norm = optax.tree.norm(full)
     factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-    return jax.tree.map(lambda x: x * factor, grads)
+    return jax.tree.map(lambda x, given: (x * factor).astype(given.dtype), full, grads)
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
@@ -154,10 +162,10 @@ def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Arra
 
     Optax's schedules take their lengths as Python numbers; here the warm-up is traced.
     """
-    done = jnp.asarray(iteration, jnp.float32)
+    step = jnp.asarray(iteration, jnp.float32)
     warmup = jnp.asarray(hparams.warmup_iterations, jnp.float32)
-    warm = jnp.where(done < warmup, done / jnp.maximum(warmup, 1.0), 1.0)
-    progress = (done - warmup) / jnp.maximum(config.num_iterations - warmup, 1.0)
+    warm = jnp.where(step < warmup, step / jnp.maximum(warmup, 1.0), 1.0)
+    progress = (step - warmup) / jnp.maximum(config.num_iterations - warmup, 1.0)
     progress = jnp.clip(progress, 0.0, 1.0)
     if config.schedule == "linear":
         return warm * (1 - progress)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from gipo_jax import ratio_levels, signatures
 from gipo_jax.objectives import clamp_straight_through
 
-BoundObjective = Callable[[Array, Array], tuple[Array, Any]]
+SurrogateFunction = Callable[[Array, Array], tuple[Array, Any]]
 """``log_ratio, advantage -> surrogate, next state``: an objective with all else filled in."""
 
 MAX_KL_RATIO = 20.0
@@ -28,7 +28,7 @@ def bind(
     log_ratio_start: Callable[[], Array] | None = None,
     mask: Array | None = None,
     ordered: bool = True,
-) -> BoundObjective:
+) -> SurrogateFunction:
     """An objective with its parameters, and with those of its inputs that it asks for.
 
     Args:
@@ -56,7 +56,7 @@ def bind(
 
 def bind_pairs(
     spec: signatures.Spec, given: Mapping[str, Any], log_ratio: Array, other_log_ratio: Array
-) -> BoundObjective:
+) -> SurrogateFunction:
     """An objective of pairs of responses as a function of their margins, ``[batch]`` each.
 
     Args:
@@ -74,7 +74,7 @@ def bind_pairs(
     return objective
 
 
-def objective_weight(objective: BoundObjective, log_ratio: Array, advantage: Array) -> Array:
+def objective_weight(objective: SurrogateFunction, log_ratio: Array, advantage: Array) -> Array:
     """Effective weights u: the surrogate's derivative over A, and 0 where A is 0."""
     total = jax.grad(lambda x: jnp.sum(objective(x, advantage)[0]))
     weighted = total(jax.lax.stop_gradient(log_ratio))

@@ -10,6 +10,8 @@ from gipo_jax import diagnostics, loss_terms, ratio_levels
 from gipo_jax.config import Config, HParams
 from gipo_jax.domains import Batch, Domain, Scores
 from gipo_jax.learner import Learner, Metrics, TrainState
+
+# Part of the public interface: ``losses.policy_loss`` is the loss for other trainers.
 from gipo_jax.policy_loss import policy_loss as policy_loss
 
 
@@ -29,13 +31,14 @@ class Terms(NamedTuple):
 
 def loss(
     domain: Domain,
-    state: TrainState,
+    start: TrainState,
     learner: Learner,
     params: Any,
     batch: Batch,
     hparams: HParams,
     policy_scale: Array | float = 1.0,
-    policy: bool = True,
+    *,
+    train_policy: bool = True,
 ) -> tuple[Array, Terms]:
     """The loss of a batch, and its terms.
 
@@ -44,18 +47,28 @@ def loss(
            + kl_coef * mean KL(mu || pi)
            + value_coef * mean (V - target)^2
 
-    mu is the policy that collected the data. Without ``policy`` only the last term is left.
+    mu is the policy that collected the data.
+
+    Args:
+        domain: what is trained on.
+        start: state at the start of the update phase, whose policy some objectives compare with.
+        learner: the learner that this update changes; gives the objective's state.
+        params: the parameters to differentiate by.
+        batch: the sample.
+        hparams: traced settings of the run.
+        policy_scale: factor on the surrogate.
+        train_policy: false leaves the last term alone.
     """
     scores = domain.score(params, batch, hparams)
     total, metrics = jnp.zeros(()), {}
     ess, objective_state = jnp.ones(()), learner.objective_state
-    if policy:
-        of = surrogate_of(domain, state, learner, batch, scores, hparams)
-        surrogate, objective_state = of.objective(of.x, of.advantage)
-        policy_loss = -_mean_surrogate(domain.config, batch, surrogate)
-        total = policy_scale * policy_loss
-        metrics["policy_loss"] = policy_loss
-        ess = _effective_sample_size(of, batch)
+    if train_policy:
+        bound = bind_objective(domain, start, learner, batch, scores, hparams)
+        surrogate, objective_state = bound.function(bound.x, bound.advantage)
+        surrogate_loss = -_mean_surrogate(domain.config, batch, surrogate)
+        total = policy_scale * surrogate_loss
+        metrics["policy_loss"] = surrogate_loss
+        ess = _effective_sample_size(bound, batch)
 
         factor = 1.0 if batch.token_weight is None else batch.token_weight
         if scores.entropy is not None:
@@ -64,8 +77,8 @@ def loss(
         if scores.kl is not None:
             penalty = reported = scores.kl
         else:
-            penalty = loss_terms.kl_penalty(of.token_log_ratio)
-            reported = loss_terms.kl_estimate(jax.lax.stop_gradient(of.token_log_ratio))
+            penalty = loss_terms.kl_penalty(bound.token_log_ratio)
+            reported = loss_terms.kl_estimate(jax.lax.stop_gradient(bound.token_log_ratio))
         total += hparams.kl_coef * jnp.mean(penalty * factor, where=batch.mask)
         metrics["kl"] = jnp.mean(reported * factor, where=batch.mask)
     if scores.value is not None:
@@ -74,18 +87,18 @@ def loss(
     return total, Terms(metrics, ess, objective_state)
 
 
-class Surrogate(NamedTuple):
+class BoundObjective(NamedTuple):
     """An objective at a batch.
 
     Attributes:
-        objective: ``x, advantage -> surrogate, next state``.
+        function: ``x, advantage -> surrogate, next state``, with all else filled in.
         x: what it is a function of: log-ratios ``[batch, tokens]``, or margins ``[batch]``.
         advantage: as the objective sees it, the shape of ``x``.
         log_ratio: of the ratio level, ``[batch, tokens]``.
         token_log_ratio: of each token, ``[batch, tokens]``; 0 at padding.
     """
 
-    objective: loss_terms.BoundObjective
+    function: loss_terms.SurrogateFunction
     x: Array
     advantage: Array
     log_ratio: Array
@@ -93,22 +106,22 @@ class Surrogate(NamedTuple):
 
     def weight(self) -> tuple[Array, Array]:
         """Effective weights u and advantages, ``[batch, tokens]`` each."""
-        weight = loss_terms.objective_weight(self.objective, self.x, self.advantage)
+        weight = loss_terms.objective_weight(self.function, self.x, self.advantage)
         if weight.ndim == 2:
             return weight, self.advantage
         shape = self.log_ratio.shape
-        of_pairs = (weight[:, None], self.advantage[:, None])
-        return jnp.broadcast_to(of_pairs[0], shape), jnp.broadcast_to(of_pairs[1], shape)
+        pairs = (weight[:, None], self.advantage[:, None])
+        return jnp.broadcast_to(pairs[0], shape), jnp.broadcast_to(pairs[1], shape)
 
 
-def surrogate_of(
+def bind_objective(
     domain: Domain,
-    state: TrainState,
+    start: TrainState,
     learner: Learner,
     batch: Batch,
     scores: Scores,
     hparams: HParams,
-) -> Surrogate:
+) -> BoundObjective:
     """The objective with its parameters, inputs and state, at what it is a function of."""
     spec, mask, level = domain.objective, batch.mask, domain.ratio_level
     x = scores.log_ratio if mask is None else jnp.where(mask, scores.log_ratio, 0)
@@ -119,34 +132,34 @@ def surrogate_of(
     if spec.initial_state is not None:
         given["state"] = learner.objective_state
     if scores.margin is not None and scores.other_log_ratio is not None:
-        of_pairs = loss_terms.bind_pairs(spec, given, log_ratio[:, 0], scores.other_log_ratio)
-        return Surrogate(of_pairs, scores.margin, batch.advantage, log_ratio, x)
+        pairwise = loss_terms.bind_pairs(spec, given, log_ratio[:, 0], scores.other_log_ratio)
+        return BoundObjective(pairwise, scores.margin, batch.advantage, log_ratio, x)
 
     def log_ratio_start() -> Array:
-        return domain.score(state.learner.params, batch, hparams).log_ratio
+        return domain.score(start.learner.params, batch, hparams).log_ratio
 
-    objective = loss_terms.bind(
+    function = loss_terms.bind(
         spec, level, given, batch.behavior_log_prob, log_ratio_start, mask, domain.ordered
     )
     standard = loss_terms.standardize if domain.standardize else lambda advantage: advantage
     advantage = jnp.broadcast_to(standard(batch.advantage)[:, None], log_ratio.shape)
     if mask is not None:
         advantage = jnp.where(mask, advantage, 0)
-    return Surrogate(objective, log_ratio, advantage, log_ratio, x)
+    return BoundObjective(function, log_ratio, advantage, log_ratio, x)
 
 
 def _mean_surrogate(config: Config, batch: Batch, surrogate: Array) -> Array:
-    if batch.weight is not None:
-        surrogate = surrogate * batch.weight
+    if batch.surrogate_weight is not None:
+        surrogate = surrogate * batch.surrogate_weight
     if batch.mask is None or surrogate.ndim == 1:
         return jnp.mean(surrogate)
     longest = surrogate.shape[1]
     return loss_terms.aggregate(surrogate, batch.mask, config.loss_agg_mode, longest)
 
 
-def _effective_sample_size(of: Surrogate, batch: Batch) -> Array:
+def _effective_sample_size(bound: BoundObjective, batch: Batch) -> Array:
     """Effective sample size over the samples with an advantage; 1 where none has one."""
-    weight, advantage = of.weight()
+    weight, advantage = bound.weight()
     moved = advantage != 0 if batch.mask is None else batch.mask & (advantage != 0)
     ess = diagnostics.effective_sample_size(weight, moved)
     return jnp.where(jnp.isnan(ess), 1.0, ess)

@@ -181,7 +181,7 @@ def precision(config: Config) -> Precision:
     return FLOAT32 if set(both) == {"float32"} else both
 
 
-def full(x: Array) -> Array:
+def at_least_single(x: Array) -> Array:
     """Outputs of a network in at least single precision, for probabilities and values."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -335,13 +335,13 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
 
     def policy_from(params: Params, x: Array) -> Array:
         x = _apply(policy_tower, params["policy"]["tower"], x)
-        return full(_apply(policy_output, params["policy"]["output"], x))
+        return at_least_single(_apply(policy_output, params["policy"]["output"], x))
 
     def value_from(params: Params, x: Array) -> Array:
         if config.shared_torso and config.detach_value:
             x = jax.lax.stop_gradient(x)
         x = _apply(value_tower, params["value"]["tower"], x)
-        return full(_apply(value_output, params["value"]["output"], x)[..., 0])
+        return at_least_single(_apply(value_output, params["value"]["output"], x)[..., 0])
 
     def init(key: Array) -> Params:
         key_torso, key_policy, key_output, key_value, key_value_output = jax.random.split(key, 5)

@@ -76,12 +76,12 @@ def train_step(
 
     collected = domain.collect(state, hparams, key_collect)
     state = state._replace(replay=buffer.add(state.replay, collected.rows, iteration))
-    learner, metrics, spent = learn(domain, state, hparams, iteration, key_learn, key_use)
+    learner, metrics, counts = learn(domain, state, hparams, iteration, key_learn, key_use)
 
     state = keep_finite(state, learner, iteration)
-    counted = collected.counted | spent
-    sums = {name: total + counted.get(name, 0) for name, total in state.sums.items()}
-    return state._replace(domain=collected.domain, sums=sums), metrics
+    counts = collected.counts | counts
+    totals = {name: total + counts.get(name, 0) for name, total in state.totals.items()}
+    return state._replace(domain_state=collected.domain_state, totals=totals), metrics
 
 
 def learn(
@@ -92,14 +92,14 @@ def learn(
     key: Array,
     key_use: Array,
 ) -> tuple[Learner, Metrics, Metrics]:
-    """The update phase. Updates wait until replay holds a batch drawn without replacement.
+    """The update phase: ``updates_per_iteration`` batches, each used ``reuse_per_batch`` times.
 
-    Each batch is used ``reuse_per_batch`` times in a row. The policy takes part in the first use
-    and in every ``policy_delay``-th after it, its loss over sqrt(reuse index + 1), as in the
-    authors' code.
+    The policy takes part in the first use of a batch and in every ``policy_delay``-th after it; in
+    use i, counted from 0, the surrogate is multiplied by 1 / sqrt(i + 1), as in the authors' code.
+    Where batches are drawn without replacement, updates begin once replay has a batch of rows.
 
     Returns:
-        learner after it, means over the updates, and totals of ``Batch.spent``.
+        learner after it, means over the updates, and sums of ``Batch.counts``.
     """
     config = domain.config
     reuse, delay = config.reuse_per_batch, config.policy_delay
@@ -108,23 +108,25 @@ def learn(
         number, gathered = inputs
         rows, age = gathered if domain.gather_once else take(gathered)
 
-        def one_use(learner: Learner, use: Array, policy: bool) -> tuple[Learner, Any]:
+        def one_use(learner: Learner, use: Array, train_policy: bool) -> tuple[Learner, Any]:
             key = jax.random.fold_in(key_use, number * reuse + use)
             batch = domain.batch(state, learner.params, rows, age, hparams, key)
             scale = 1 / jnp.sqrt(use + 1.0)
-            return update(domain, state, learner, batch, hparams, iteration, scale, policy)
+            return update(
+                domain, state, learner, batch, hparams, iteration, scale, train_policy=train_policy
+            )
 
         def one_round(learner: Learner, first: Array) -> tuple[Learner, Any]:
-            learner, done = one_use(learner, first, policy=True)
+            learner, (metrics, counts) = one_use(learner, first, train_policy=True)
             if delay == 1:
-                return learner, done
+                return learner, (metrics, counts)
             learner, (rest, _) = jax.lax.scan(
-                lambda learner, use: one_use(learner, use, policy=False),
+                lambda learner, use: one_use(learner, use, train_policy=False),
                 learner,
                 first + jnp.arange(1, delay),
             )
-            metrics, spent = done
-            return learner, (metrics | {n: jnp.append(metrics[n], rest[n]) for n in rest}, spent)
+            metrics |= {name: jnp.append(metrics[name], rest[name]) for name in rest}
+            return learner, (metrics, counts)
 
         return jax.lax.scan(one_round, learner, jnp.arange(0, reuse, delay))
 
@@ -135,9 +137,9 @@ def learn(
         batches = config.updates_per_iteration
         indices = sample_indices(config, hparams, iteration, key, batches)
         inputs = jnp.arange(batches), jax.vmap(take)(indices) if domain.gather_once else indices
-        learner, (metrics, spent) = jax.lax.scan(use_batch, learner, inputs)
+        learner, (metrics, counts) = jax.lax.scan(use_batch, learner, inputs)
         means = {name: jnp.mean(x.reshape(-1)) for name, x in metrics.items()}
-        return learner, means, jax.tree.map(jnp.sum, spent)
+        return learner, means, jax.tree.map(jnp.sum, counts)
 
     if first_update(config) == 0:
         return all_updates(state.learner)
@@ -149,22 +151,27 @@ def learn(
 
 def update(
     domain: Domain,
-    state: TrainState,
+    start: TrainState,
     learner: Learner,
     batch: Batch,
     hparams: HParams,
     iteration: int | Array,
     policy_scale: Array,
-    policy: bool = True,
+    *,
+    train_policy: bool = True,
 ) -> tuple[Learner, tuple[Metrics, Metrics]]:
-    """One update of policy and value function, or without ``policy`` of the latter alone."""
-    trained = learner.params if policy else {"value": learner.params["value"]}
+    """One update of policy and value function, or of the latter alone.
 
-    def of_trained(params: Any) -> tuple[Array, losses.Terms]:
-        params = learner.params | params
-        return losses.loss(domain, state, learner, params, batch, hparams, policy_scale, policy)
+    ``start`` is the state at the start of the update phase; the rest is as in ``losses.loss``.
+    """
+    trained = learner.params if train_policy else {"value": learner.params["value"]}
 
-    grads, terms = jax.grad(of_trained, has_aux=True)(trained)
+    def loss_of(params: Any) -> tuple[Array, losses.Terms]:
+        everything = learner.params | params
+        arguments = (domain, start, learner, everything, batch, hparams, policy_scale)
+        return losses.loss(*arguments, train_policy=train_policy)
+
+    grads, terms = jax.grad(loss_of, has_aux=True)(trained)
     schedule = learning_rate_factor(domain.config, hparams, iteration)
     rates = {
         "policy": hparams.learning_rate * terms.ess**hparams.ess_lr_power * schedule,
@@ -173,7 +180,7 @@ def update(
     learner, norms = gradient_step(domain.config, learner, grads, rates, hparams)
     names = {"policy": "grad_norm", "value": "value_grad_norm"}
     metrics = terms.metrics | {names[group]: norm for group, norm in norms.items()}
-    return learner._replace(objective_state=terms.objective_state), (metrics, batch.spent)
+    return learner._replace(objective_state=terms.objective_state), (metrics, batch.counts)
 
 
 # Whole runs.
@@ -188,8 +195,8 @@ def init(domain: Domain, hparams: HParams) -> TrainState:
     return TrainState(
         learner=Learner(params, opt_state, objective_state),
         replay=buffer.init(domain.block, domain.config.allocated_size // domain.config.block_size),
-        domain=domain_state,
-        sums=dict.fromkeys(("returns", "episodes", "solved", *domain.totals), jnp.zeros(())),
+        domain_state=domain_state,
+        totals=dict.fromkeys(("returns", "episodes", "solved", *domain.own_totals), jnp.zeros(())),
         key=key,
         diverged_at=jnp.int32(-1),
     )
@@ -211,20 +218,20 @@ def train_and_log(
         state, and float32 scalars by name. NaN where undefined, such as the mean return of no
         episodes.
     """
-    state = state._replace(sums=jax.tree.map(jnp.zeros_like, state.sums))
+    state = state._replace(totals=jax.tree.map(jnp.zeros_like, state.totals))
 
     def step(iteration: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        state, sums = carry
+        state, metric_sums = carry
         state, metrics = train_step(domain, state, hparams, iteration)
-        return state, jax.tree.map(jnp.add, sums, metrics)
+        return state, jax.tree.map(jnp.add, metric_sums, metrics)
 
     shapes = jax.eval_shape(lambda s: train_step(domain, s, hparams, start)[1], state)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    state, sums = jax.lax.fori_loop(start, stop, step, (state, zeros))
+    state, metric_sums = jax.lax.fori_loop(start, stop, step, (state, zeros))
     learned = jnp.asarray(stop) - jnp.maximum(start, first_update(domain.config))
-    metrics = {name: x / jnp.maximum(learned, 0) for name, x in sums.items()}
-    metrics["episode_return"] = state.sums["returns"] / state.sums["episodes"]
-    metrics["episodes"] = state.sums["episodes"]
+    metrics = {name: x / jnp.maximum(learned, 0) for name, x in metric_sums.items()}
+    metrics["episode_return"] = state.totals["returns"] / state.totals["episodes"]
+    metrics["episodes"] = state.totals["episodes"]
 
     last = jnp.asarray(stop) - 1
     key = jax.random.fold_in(jax.random.fold_in(state.key, LOG_STREAM), last)
@@ -240,10 +247,10 @@ def report(
     index = sample_indices(config, hparams, iteration, key_diagnose, 1)[0]
     batch = domain.batch(state, params, *gather(config, state.replay, index, iteration), hparams)
     scores = domain.score(params, batch, hparams)
-    of = losses.surrogate_of(domain, state, state.learner, batch, scores, hparams)
-    weight, advantage = of.weight()
+    bound = losses.bind_objective(domain, state, state.learner, batch, scores, hparams)
+    weight, advantage = bound.weight()
     metrics = diagnostics.utilization(
-        of.log_ratio, advantage, weight, batch.age[:, None], batch.mask
+        bound.log_ratio, advantage, weight, batch.age[:, None], batch.mask
     )
     if scores.value is not None:
         variance = diagnostics.explained_variance(batch.value_target, scores.value)
@@ -265,8 +272,9 @@ def make_train(config: Config, env: Any = None) -> Callable[[HParams], tuple[Tra
 
     Args:
         config: static settings.
-        env: from ``open_env``, where the environment is simulated outside JAX; or a task in place
-            of the named one.
+        env: only for environments simulated outside JAX, from ``open_env``, and for a task of
+            tokens or a flow in place of the named one. An environment of your own goes into
+            ``Config(env=...)``.
 
     Returns:
         function ``hparams -> state, metrics``: the final state, and metrics ``[logged points]`` by

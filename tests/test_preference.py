@@ -69,8 +69,8 @@ def act(config: Config) -> Any:
 
     def first() -> Any:
         state = train.init(domain, hparams)
-        moved = jax.tree.map(lambda x: x + 0.05, state.domain.reference)
-        state = state._replace(domain=state.domain._replace(reference=moved))
+        moved = jax.tree.map(lambda x: x + 0.05, state.domain_state.reference)
+        state = state._replace(domain_state=state.domain_state._replace(reference=moved))
         return state, domain.collect(state, hparams, jax.random.key(4)).rows
 
     return domain, hparams, *jax.jit(first)()
@@ -102,7 +102,7 @@ def test_the_gradient_of_a_batch_of_stale_pairs_is_that_of_dpo_in_closed_form() 
         return (
             jax.grad(bound)(params)["policy"],
             [total(policy, answer) for answer in both],
-            [total(state.domain.reference, answer) for answer in both],
+            [total(state.domain_state.reference, answer) for answer in both],
             [jax.jacrev(total)(policy, answer) for answer in both],
         )
 

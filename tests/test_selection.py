@@ -65,7 +65,7 @@ def test_weights_of_one_for_all_answers_equal_no_selection_bit_for_bit() -> None
                 return train.train_step(domain, state, hparams, i)[0]
 
             state = jax.lax.fori_loop(0, 2, step, train.init(domain, hparams))
-            return state.learner, state.sums
+            return state.learner, state.totals
 
         results.append(jax.jit(two_steps)())
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
@@ -218,7 +218,7 @@ def test_pruning_saves_arithmetic_and_counts_fewer_tokens() -> None:
         step = traced.lower(state, hparams, 0).compile()
         analysis: Any = step.cost_analysis()
         operations[name] = analysis["flops"]
-        trained[name] = float(step(state, hparams, 0)[0].sums["tokens_trained"])
+        trained[name] = float(step(state, hparams, 0)[0].totals["tokens_trained"])
     assert operations["prune"] < 0.6 * operations["keep_all"]
     assert 0 < trained["prune"] < 0.35 * trained["keep_all"]
 
@@ -308,14 +308,14 @@ def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success()
         many = jnp.tile(prompts, (32, 1))
         answers, _ = domain.decoder.sample(state.learner.params["policy"], many, key_answers)
         exact = jax.vmap(lambda p, a: tasks.is_exact(task, p, a))(many, answers)
-        logits: Any = selection.Estimator(3).apply(state.domain.selection.params, prompts)
+        logits: Any = selection.Estimator(3).apply(state.domain_state.selection.params, prompts)
         return logits[:, 0], jnp.mean(exact.reshape(32, 200), axis=0), prompts
 
     estimate, success, prompts = measure(jax.random.key(9))
     assert np.std(success) > 0.1
     assert spearmanr(estimate, success).statistic >= 0.7
     # And so the prompts it chooses are less often hopeless or done than the others.
-    weight = np.asarray(chosen.select(prompts, state.domain.selection, jax.random.key(0)))
+    weight = np.asarray(chosen.select(prompts, state.domain_state.selection, jax.random.key(0)))
     mixed = (success > 0.1) & (success < 0.9)
     assert 0 < weight.sum() < 200
     assert mixed[weight > 0].mean() > mixed[weight == 0].mean() + 0.2

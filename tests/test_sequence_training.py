@@ -97,7 +97,7 @@ def test_replay_holds_the_answers_with_their_advantage_within_the_group() -> Non
     hparams = settings(SMALL)
     state = jax.jit(lambda: train.init(domain, hparams))()
     collected = jax.jit(lambda s: domain.collect(s, hparams, jax.random.key(1)))(state)
-    answers, counted = collected.rows, collected.counted
+    answers, counted = collected.rows, collected.counts
     assert answers.prompt.shape == (GROUP, PROMPTS, 4)
     np.testing.assert_array_equal(answers.prompt[0], answers.prompt[-1])
     reward = np.mean(answers.answer == answers.prompt[:, :, ::-1], axis=-1)

@@ -238,7 +238,7 @@ def test_traced_buffer_size_equals_a_buffer_allocated_with_that_size(toy: Any) -
         sizes = (1, allocated, 2)
         lanes = [{"buffer_size": x * BLOCK, "learning_rate": 0.03} for x in sizes]
         state, metrics = program(config, lanes).run(11)
-        picked = {"learner": state.learner, "envs": state.domain.envs, "metrics": metrics}
+        picked = {"learner": state.learner, "envs": state.domain_state.envs, "metrics": metrics}
         return [lane_of(picked, i) for i in range(3)]
 
     shared, alone = run(8), run(2)
@@ -291,9 +291,12 @@ def test_observation_statistics_equal_numpy_mean_and_variance(fresh: Any) -> Non
     for lane in range(2):
         obs = np.asarray(state.replay.obs[lane], float).reshape(-1, 1)
         assert obs.max() == 5
-        assert state.domain.normalizer.total[lane] == obs.size
-        np.testing.assert_allclose(state.domain.normalizer.mean[lane], obs.mean(0), rtol=1e-4)
-        variance = state.domain.normalizer.squares[lane] / state.domain.normalizer.total[lane]
+        moments = state.domain_state.normalizer
+        assert moments.total[lane] == obs.size
+        np.testing.assert_allclose(moments.mean[lane], obs.mean(0), rtol=1e-4)
+        variance = (
+            state.domain_state.normalizer.squares[lane] / state.domain_state.normalizer.total[lane]
+        )
         np.testing.assert_allclose(variance, obs.var(0), rtol=1e-4)
 
 

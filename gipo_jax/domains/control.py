@@ -83,24 +83,26 @@ class Control(Domain):
         return self.network.init(key_params), State(normalizer.init(self.env.obs_shape), envs)
 
     def collect(self, state: TrainState, hparams: HParams, key: Array) -> Collected:
-        config, (moments, envs_before) = self.config, state.domain
+        config, (moments, envs_before) = self.config, state.domain_state
         policy = self._policy(self.acting(state))
         keep = config.kl == "exact"
         envs, transition, returns, episodes = rollouts.collect(
             self.env, self.head, policy, envs_before, key, config.rollout_length, keep
         )
-        counted = {"returns": returns, "episodes": episodes}
+        counts = {"returns": returns, "episodes": episodes}
         if self.env.reports_success:
             before, after = (rollouts.solved_episodes(x) for x in (envs_before, envs))
-            counted["solved"] = after - before
+            counts["solved"] = after - before
         transition = transition._replace(reward=transition.reward * hparams.reward_scale)
-        rows = self._label(state, hparams, transition)
+        rows = self._with_targets(state, hparams, transition)
         if config.normalize_obs:
             moments = normalizer.update(moments, transition.obs)
-        return Collected(rows, State(moments, envs), counted)
+        return Collected(rows, State(moments, envs), counts)
 
-    def _label(self, state: TrainState, hparams: HParams, transition: rollouts.Transition) -> Row:
-        """The part of a rollout that replay keeps, with advantages where they are stored."""
+    def _with_targets(
+        self, state: TrainState, hparams: HParams, transition: rollouts.Transition
+    ) -> Row:
+        """What replay keeps of a rollout: with ``stored`` its advantages and value targets."""
         row = Row(
             transition.obs,
             transition.action,
@@ -115,7 +117,7 @@ class Control(Domain):
                 final_obs=transition.final_obs,
             )
         value = functools.partial(self.network.value, state.learner.params)
-        moments = state.domain.normalizer
+        moments = state.domain_state.normalizer
         advantage, value_target = advantages.gae(
             transition.reward,
             transition.terminated,
@@ -136,24 +138,29 @@ class Control(Domain):
         hparams: HParams,
         key: Array | None = None,
     ) -> Batch:
-        config, moments = self.config, state.domain.normalizer
+        config, moments = self.config, state.domain_state.normalizer
         obs = self._input(moments, rows.obs)
         data = (obs, rows.action, rows.behavior_outputs)
         if config.advantage_mode == "stored":
-            labels = (rows.advantage, age, rows.value_target)
-            return Batch(data, rows.behavior_log_prob, *labels)
-        rewards = (rows.reward, rows.terminated, rows.truncated)
+            return Batch(
+                data, rows.behavior_log_prob, rows.advantage, age, value_target=rows.value_target
+            )
+        rewards_and_ends = (rows.reward, rows.terminated, rows.truncated)
         outputs, value = self.network.policy_and_value(params, obs)
         next_value = self.network.value(params, self._input(moments, rows.final_obs))
         if config.advantage_mode == "vtrace":
             log_prob = self.head.log_prob(outputs, rows.action)
             log_ratio = jnp.sum(log_prob - rows.behavior_log_prob, axis=-1)
-            made = advantages.vtrace(log_ratio, *rewards, value, next_value, hparams.gamma)
+            targets = advantages.vtrace(
+                log_ratio, *rewards_and_ends, value, next_value, hparams.gamma
+            )
         else:
-            made = advantages.gae(*rewards, value, next_value, hparams.gamma, hparams.gae_lambda)
-        advantage, value_target = stop_gradient(made)
+            targets = advantages.gae(
+                *rewards_and_ends, value, next_value, hparams.gamma, hparams.gae_lambda
+            )
+        advantage, value_target = stop_gradient(targets)
         age = jnp.broadcast_to(age, value.shape)
-        batch = Batch(data, rows.behavior_log_prob, advantage, age, value_target)
+        batch = Batch(data, rows.behavior_log_prob, advantage, age, value_target=value_target)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
 
     def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
@@ -168,7 +175,7 @@ class Control(Domain):
         )
 
     def acting(self, state: TrainState) -> Any:
-        return {"params": state.learner.params, "normalizer": state.domain.normalizer}
+        return {"params": state.learner.params, "normalizer": state.domain_state.normalizer}
 
     def evaluate(self, acting: Any, hparams: HParams, key: Array, episodes: int) -> Metrics:
         greedy, sampled = rollouts.evaluate(
@@ -189,7 +196,7 @@ class Control(Domain):
     def metrics(self, state: TrainState, batch: Batch) -> Metrics:
         if not self.env.reports_success:
             return {}
-        return {"success_rate": state.sums["solved"] / state.sums["episodes"]}
+        return {"success_rate": state.totals["solved"] / state.totals["episodes"]}
 
     def _policy(self, acting: Any) -> Callable[[Array], Array]:
         """The policy: observations ``[..., *obs_shape]`` -> outputs of the action head."""

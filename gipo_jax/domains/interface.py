@@ -11,7 +11,7 @@ from gipo_jax.signatures import Spec
 
 
 class Batch(NamedTuple):
-    """A labelled sample of replay.
+    """A sample of replay with its targets. Tokens of control are the dimensions of an action.
 
     Attributes:
         data: what ``Domain.score`` reads.
@@ -20,9 +20,10 @@ class Batch(NamedTuple):
         age: iterations since collection, ``[batch]``.
         value_target: ``[batch]``; None without a value function.
         mask: false at padding, ``[batch, tokens]``; None where every token counts.
-        weight: factor on the surrogate, ``[batch, 1]`` or ``[1, tokens]``; None for 1.
-        token_weight: factor on entropy and KL, likewise.
-        spent: what is counted of it when an update trains on it, scalars by name.
+        surrogate_weight: factor on the surrogate, ``[batch, 1]`` or ``[1, tokens]``, for pairs
+            ``[batch]``; None for 1.
+        token_weight: factor on entropy and KL, ``[batch, 1]``; None for 1.
+        counts: added to ``TrainState.totals`` by an update that uses the batch, by name.
     """
 
     data: Any
@@ -31,13 +32,13 @@ class Batch(NamedTuple):
     age: Array
     value_target: Any = None
     mask: Any = None
-    weight: Any = None
+    surrogate_weight: Any = None
     token_weight: Any = None
-    spent: Metrics = {}  # noqa: RUF012
+    counts: Metrics = {}  # noqa: RUF012
 
 
 class Scores(NamedTuple):
-    """What a policy says of a batch.
+    """A batch under some parameters: log-ratios, entropy, KL and value.
 
     Attributes:
         log_ratio: log pi - log mu of each token, ``[batch, tokens]``; anything at padding.
@@ -62,13 +63,13 @@ class Collected(NamedTuple):
 
     Attributes:
         rows: for replay, arrays ``[rollout_length, num_envs, ...]``.
-        domain: the domain's state from the next iteration on.
-        counted: what is added to ``TrainState.sums``, by name.
+        domain_state: the domain's state from the next iteration on.
+        counts: added to ``TrainState.totals``, by name.
     """
 
     rows: Any
-    domain: Any
-    counted: Metrics
+    domain_state: Any
+    counts: Metrics
 
 
 class Domain(abc.ABC):
@@ -86,7 +87,7 @@ class Domain(abc.ABC):
         host: whether its environments are simulated outside JAX, and so cannot be vmapped.
         gather_once: whether all batches of an iteration are small enough to gather at once.
         ordered: whether tokens have an order, and so a ``position``.
-        totals: names that it adds to ``TrainState.sums``.
+        own_totals: names that it adds to ``TrainState.totals``.
     """
 
     config: Config
@@ -100,7 +101,7 @@ class Domain(abc.ABC):
     host = False
     gather_once = True
     ordered = True
-    totals: tuple[str, ...] = ()
+    own_totals: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def init(self, hparams: HParams, key: Array) -> tuple[Any, Any]:
@@ -108,7 +109,7 @@ class Domain(abc.ABC):
 
     @abc.abstractmethod
     def collect(self, state: TrainState, hparams: HParams, key: Array) -> Collected:
-        """Acts with the current policy, and labels what came of it for replay."""
+        """Data of the current policy, with what replay keeps of it."""
 
     @abc.abstractmethod
     def batch(
@@ -133,7 +134,7 @@ class Domain(abc.ABC):
 
     @abc.abstractmethod
     def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
-        """What the policy of ``params`` says of a batch."""
+        """Log-ratios, entropy, KL and value of a batch under ``params``."""
 
     def acting(self, state: TrainState) -> Any:
         """The part of a state that acting takes, and that is kept of a finished run."""

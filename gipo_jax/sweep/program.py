@@ -183,8 +183,8 @@ class Program:
             last = np.minimum(np.arange(self.layout.width), runs - 1)
             stored = jax.tree.map(lambda x: x[last], stored)
             if self._simulated is not None:
-                envs, self.new_episodes = rollout.restore(self._simulated, stored.domain.envs)
-                stored = stored._replace(domain=stored.domain._replace(envs=envs))
+                envs, self.new_episodes = rollout.restore(self._simulated, stored.domain_state.envs)
+                stored = stored._replace(domain_state=stored.domain_state._replace(envs=envs))
             return self._copy(self._place(stored))
         if runs == self.layout.width:
             return self._copy(stored)

@@ -85,12 +85,12 @@ class Flow(Domain):
         noise = jax.random.normal(key_noise, (*self.block.advantage.shape, 2))
         chain = sampler.sample(self.flow(state.learner.params), self.env, key_steps, noise)
         reward = tasks.reward(self.env, chain.points[..., -1, :])
-        counted = {"returns": jnp.sum(reward), "episodes": jnp.float32(reward.size)}
+        counts = {"returns": jnp.sum(reward), "episodes": jnp.float32(reward.size)}
         scaled = reward * hparams.reward_scale
         standard = self.config.normalize_advantage is not False
         advantage = loss_terms.standardize(scaled) if standard else scaled - jnp.mean(scaled)
         rows = Row(chain.points, chain.mean, chain.log_prob, advantage)
-        return Collected(rows, (), counted)
+        return Collected(rows, (), counts)
 
     def batch(
         self,
@@ -103,7 +103,7 @@ class Flow(Domain):
     ) -> Batch:
         # GRPO-Guard divides by dt, since D has a factor dt, so that all steps count alike.
         weight = jnp.asarray(1 / self.steps.dt)[None] if self.ratio_norm else None
-        return Batch(rows, rows.behavior_log_prob, rows.advantage, age, weight=weight)
+        return Batch(rows, rows.behavior_log_prob, rows.advantage, age, surrogate_weight=weight)
 
     def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
         """Log-ratios and exact KL(mu || pi) of the steps, abs(mu_theta - mu_old)^2 / (2 s^2)."""

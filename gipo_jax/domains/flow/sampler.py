@@ -60,7 +60,7 @@ class VelocityField(nn.Module):
         x = networks.Torso(
             self.hidden_sizes, self.activation, self.layer_norm, False, self.precision
         )(x)
-        return networks.full(networks.dense(2, 1.0, self.precision)(x))
+        return networks.at_least_single(networks.dense(2, 1.0, self.precision)(x))
 
 
 def velocity_field(config: Config) -> VelocityField:

@@ -192,7 +192,7 @@ class Transformer(nn.Module):
             x = x + _dense(self.width, self.precision)(hidden)
             written.append(entry)
         logits = _dense(self.vocab, self.precision)(networks.norm(self.precision)(x))
-        return networks.full(logits), tuple(written)
+        return networks.at_least_single(logits), tuple(written)
 
 
 class Attention(nn.Module):

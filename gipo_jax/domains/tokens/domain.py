@@ -79,7 +79,7 @@ class Row(NamedTuple):
 class Tokens(Domain):
     """Groups of responses to fresh prompts; see ``Domain``."""
 
-    totals = TOTALS
+    own_totals = TOTALS
 
     def __init__(self, config: Config, task: tasks.Task) -> None:
         self.config, self.env = config, task
@@ -143,7 +143,7 @@ class Tokens(Domain):
         config, task = self.config, self.env
         key_prompts, key_answers, key_select = jax.random.split(key, 3)
         prompts = selection.draw_prompts(
-            self.selection, state.domain.selection, config, task, key_prompts
+            self.selection, state.domain_state.selection, config, task, key_prompts
         )
         prompt = jnp.tile(prompts, (config.rollout_length, 1))
         answer, log_prob = self.decoder.sample(
@@ -158,7 +158,7 @@ class Tokens(Domain):
 
         advantage = group_advantage(groups(reward)) * hparams.reward_scale
         rows = Row(groups(prompt), groups(answer), groups(log_prob), advantage)
-        counted = {
+        counts = {
             "returns": jnp.sum(reward),
             "episodes": reward.size,
             "solved": jnp.sum(exact),
@@ -168,7 +168,7 @@ class Tokens(Domain):
         rows, learned = self._select(
             state, hparams, prompts, rows, groups(exact), groups(mask), key_select
         )
-        return Collected(rows, state.domain._replace(selection=learned), counted)
+        return Collected(rows, state.domain_state._replace(selection=learned), counts)
 
     def _select(
         self,
@@ -198,8 +198,8 @@ class Tokens(Domain):
         if self.preference:
             rows, margin = self._pair(state, hparams, rows, exact, key_pair)
             group = group._replace(advantage=rows.advantage, margin=margin)
-        weight = selection.weigh(self.selection, state.domain.selection, group, key_weigh)
-        learned = self.selection.update(state.domain.selection, group)
+        weight = selection.weigh(self.selection, state.domain_state.selection, group, key_weigh)
+        learned = self.selection.update(state.domain_state.selection, group)
         return rows._replace(weight=weight), learned
 
     def _pair(
@@ -209,7 +209,7 @@ class Tokens(Domain):
         pairs = preference.pair(exact, key)
         prompt, answer = (x.reshape(-1, x.shape[-1]) for x in (rows.prompt, rows.answer))
         log_prob, _ = self.decoder.score(
-            state.domain.reference, prompt, answer, hparams.temperature
+            state.domain_state.reference, prompt, answer, hparams.temperature
         )
         log_prob = jnp.where(self.decoder.mask(answer), log_prob, 0)
         reference = jnp.sum(log_prob, axis=1).reshape(exact.shape)
@@ -259,7 +259,7 @@ class Tokens(Domain):
             rows.advantage,
             age,
             mask=mask,
-            spent={"tokens_trained": self._tokens(rows, mask, weights)},
+            counts={"tokens_trained": self._tokens(rows, mask, weights)},
         )
         if weights is None:
             return batch
@@ -268,7 +268,7 @@ class Tokens(Domain):
         else:
             of_tokens = self.config.loss_agg_mode == "token-mean"
             weight = (weights.token if of_tokens else weights.answer)[:, None]
-        return batch._replace(weight=weight, token_weight=weights.token[:, None])
+        return batch._replace(surrogate_weight=weight, token_weight=weights.token[:, None])
 
     def _tokens(self, rows: Row, mask: Array, weights: selection.Weights | None) -> Array:
         """Tokens of a batch that count."""
@@ -323,8 +323,8 @@ class Tokens(Domain):
     def metrics(self, state: TrainState, batch: Batch) -> Metrics:
         assert batch.mask is not None
         length = jnp.sum(batch.mask, axis=1).astype(jnp.float32)
-        return {name: state.sums[name] for name in TOTALS} | {
-            "success_rate": state.sums["solved"] / state.sums["episodes"],
+        return {name: state.totals[name] for name in TOTALS} | {
+            "success_rate": state.totals["solved"] / state.totals["episodes"],
             "answer_length": jnp.mean(length),
         }
 
