@@ -74,6 +74,11 @@ def first_update(config: Config) -> int:
     return -(-config.batch_size // config.block_size) - 1
 
 
+def updates_begin(config: Config, hparams: HParams) -> Any:
+    """``first_update`` of a run, whose ``min_age`` delays when a batch of rows may be drawn."""
+    return first_update(config) + (0 if config.sampling == "uniform" else hparams.min_age)
+
+
 DRAWS = {"shuffled": buffer.draw_shuffled, "uniform": buffer.draw_uniform}
 """How batches are drawn, by the setting ``sampling``."""
 
@@ -174,11 +179,13 @@ def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Arra
     return warm
 
 
-def keep_finite(state: TrainState, learner: Learner, iteration: int | Array) -> TrainState:
-    """Takes the new learner, unless it or an earlier one is not finite."""
+def keep_finite(
+    state: TrainState, learner: Learner, iteration: int | Array, updated: Array
+) -> TrainState:
+    """Takes the new learner where it was ``updated``, unless it or an earlier one is not finite."""
     sums = [jnp.sum(x) for x in jax.tree.leaves((learner.params, learner.objective_state))]
-    finite = jnp.all(jnp.isfinite(jnp.stack(sums)))
-    good = finite & (state.diverged_at < 0)
+    finite = jnp.all(jnp.isfinite(jnp.stack(sums))) | ~updated
+    good = finite & updated & (state.diverged_at < 0)
     return state._replace(
         learner=jax.tree.map(lambda new, old: jnp.where(good, new, old), learner, state.learner),
         diverged_at=jnp.where(

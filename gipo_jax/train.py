@@ -34,6 +34,7 @@ from gipo_jax.learner import (
     learning_rate_factor,
     run_key,
     sample_indices,
+    updates_begin,
 )
 from gipo_jax.settings import fill_defaults, grid, log_boundaries, make_hparams
 
@@ -78,7 +79,10 @@ def train_step(
     state = state._replace(replay=buffer.add(state.replay, collected.rows, iteration))
     learner, metrics, counts = learn(domain, state, hparams, iteration, key_learn, key_use)
 
-    state = keep_finite(state, learner, iteration)
+    # With min_age there may be fewer rows than a batch, and the batch would repeat them.
+    updated = jnp.asarray(iteration) >= updates_begin(domain.config, hparams)
+    state = keep_finite(state, learner, iteration, updated)
+    metrics, counts = jax.tree.map(lambda x: jnp.where(updated, x, 0), (metrics, counts))
     counts = collected.counts | counts
     totals = {name: total + counts.get(name, 0) for name, total in state.totals.items()}
     return state._replace(domain_state=collected.domain_state, totals=totals), metrics
@@ -96,7 +100,7 @@ def learn(
 
     The policy takes part in the first use of a batch and in every ``policy_delay``-th after it; in
     use i, counted from 0, the surrogate is multiplied by 1 / sqrt(i + 1), as in the authors' code.
-    Where batches are drawn without replacement, updates begin once replay has a batch of rows.
+    Where batches are drawn without replacement, updates begin once a batch of rows may be drawn.
 
     Returns:
         learner after it, means over the updates, and sums of ``Batch.counts``.
@@ -228,7 +232,7 @@ def train_and_log(
     shapes = jax.eval_shape(lambda s: train_step(domain, s, hparams, start)[1], state)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     state, metric_sums = jax.lax.fori_loop(start, stop, step, (state, zeros))
-    learned = jnp.asarray(stop) - jnp.maximum(start, first_update(domain.config))
+    learned = jnp.asarray(stop) - jnp.maximum(start, updates_begin(domain.config, hparams))
     metrics = {name: x / jnp.maximum(learned, 0) for name, x in metric_sums.items()}
     metrics["episode_return"] = state.totals["returns"] / state.totals["episodes"]
     metrics["episodes"] = state.totals["episodes"]

@@ -387,6 +387,22 @@ def test_update_follows_an_independently_written_loss(toy: Any, joint: bool) -> 
         np.testing.assert_allclose((new - 0.9 * old) / 0.1, flat, atol=1e-4)
 
 
+def test_updates_wait_until_a_batch_of_rows_is_as_old_as_min_age(toy: Any) -> None:
+    """Before that a batch would hold some rows several times."""
+    config = Config(
+        env=toy(clock=True), max_buffer_size=8 * BLOCK, **(SMALL | {"batch_size": 2 * BLOCK})
+    )
+    hparams = train.make_hparams(config, buffer_size=8 * BLOCK, min_age=3, learning_rate=0.1)
+    domain = train.make(config)
+    step, states = quick(partial(train.train_step, domain)), [train.init(domain, hparams)]
+    for iteration in range(5):
+        states, metrics = record(states, step, hparams, iteration)
+        # In iteration 4 the blocks of iterations 0 and 1 are old enough: a batch of two.
+        assert (metrics["value_loss"] > 0) == (iteration == 4)
+    assert equal(states[0].learner, states[4].learner)
+    assert not equal(states[4].learner, states[5].learner)
+
+
 def record(
     states: list[train.TrainState], step: Any, hparams: HParams, iteration: int
 ) -> tuple[list[train.TrainState], dict[str, Array]]:
