@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,8 @@ from jax.flatten_util import ravel_pytree
 import gipo_jax
 from gipo_jax import agents, sweep, train
 from gipo_jax.config import Config, ConfigError, HParams
+from gipo_jax.domains.flow import tasks as flow_tasks
+from gipo_jax.domains.tokens import tasks as token_tasks
 
 BLOCK = 16
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
@@ -50,6 +53,18 @@ def whole_config(toy: Any) -> Config:
 
 def compiled(function: Any) -> Any:
     return jax.jit(function, compiler_options=QUICK)
+
+
+NAMES = [*gymnax.registered_envs, *token_tasks.TASKS, *flow_tasks.TASKS]
+WITHOUT_DATA = {"MNISTBandit-bsuite"}  # downloads its images
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - WITHOUT_DATA))
+def test_default_settings_of_every_environment_make_a_program(name: str) -> None:
+    """Also where the training function itself is made inside a trace."""
+    config = Config(env=name)
+    shapes = jax.eval_shape(lambda h: train.make_train(config)(h), train.make_hparams(config))
+    assert shapes[1]["eval_return_sampled"].shape == (config.num_logs,)
 
 
 def test_make_train_logs_points_and_waits_for_a_full_batch(toy: Any) -> None:
