@@ -69,7 +69,9 @@ def make(name: str) -> Task:
     """
     if name not in TASKS:
         raise ConfigError("env", name, f"one of {', '.join(TASKS)}")
-    return TASKS[name]()
+    # A training function may be made under a trace; centers of modes stay numbers there.
+    with jax.ensure_compile_time_eval():
+        return TASKS[name]()
 
 
 def ring() -> Task:
