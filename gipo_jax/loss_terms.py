@@ -93,8 +93,7 @@ def aggregate(
     if loss_agg_mode == "seq-mean-token-mean":
         responses = responses / jnp.maximum(lengths, 1)
     elif loss_agg_mode == "seq-mean-token-sum-norm":
-        longest = jnp.maximum(jnp.max(lengths), 1)
-        responses = responses / (longest if max_tokens is None else max_tokens)
+        responses = responses / (values.shape[1] if max_tokens is None else max_tokens)
     return jnp.sum(responses) / jnp.maximum(jnp.sum(lengths > 0), 1)
 
 

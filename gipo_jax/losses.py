@@ -153,8 +153,7 @@ def _mean_surrogate(config: Config, batch: Batch, surrogate: Array) -> Array:
         surrogate = surrogate * batch.surrogate_weight
     if batch.mask is None or surrogate.ndim == 1:
         return jnp.mean(surrogate)
-    longest = surrogate.shape[1]
-    return loss_terms.aggregate(surrogate, batch.mask, config.loss_agg_mode, longest)
+    return loss_terms.aggregate(surrogate, batch.mask, config.loss_agg_mode)
 
 
 def _effective_sample_size(bound: BoundObjective, batch: Batch) -> Array:

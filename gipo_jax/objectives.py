@@ -40,6 +40,7 @@ from jax.typing import ArrayLike
 
 from gipo_jax import signatures
 from gipo_jax.config import KERNELS, ConfigError
+from gipo_jax.gradients import straight_through
 from gipo_jax.signatures import Objective, Spec, declare
 
 KNOWN: dict[str, Objective] = {}
@@ -76,7 +77,7 @@ def clamp_straight_through(x: Array, maximum: ArrayLike) -> Array:
     Returns:
         the shape of ``x``. A plain minimum would stop the gradient of every clamped sample.
     """
-    return jnp.where(x > maximum, maximum + (x - stop_gradient(x)), x)
+    return straight_through(jnp.minimum(x, maximum), x)
 
 
 def ratio(log_ratio: Array, max_log_ratio: ArrayLike = 80.0) -> Array:

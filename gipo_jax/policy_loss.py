@@ -28,7 +28,8 @@ def policy_loss(
     """The policy's loss on answers of several tokens, for any trainer in JAX.
 
     It is minus the aggregated surrogate of the objective. Gradients flow to ``log_prob`` alone, and
-    padding changes neither the loss nor a metric, whatever stands there.
+    what stands at padding changes neither the loss nor a metric. A log-probability of -inf under
+    one policy is a ratio of 0 or beyond all bounds; a token that has it under both is left out.
 
     Args:
         log_prob: log pi of each token under the policy in training, ``[batch, tokens]``.
@@ -43,8 +44,8 @@ def policy_loss(
             ``seq-mean-token-mean``, the mean over answers of the sum or the mean over their tokens;
             ``seq-mean-token-sum-norm``, the mean over answers of the sum, over ``max_tokens``.
             Answers without a token do not count.
-        max_tokens: length that ``seq-mean-token-sum-norm`` divides by, > 0; by default that of the
-            longest answer in the batch, so that padding does not matter.
+        max_tokens: length that ``seq-mean-token-sum-norm`` divides by, > 0; by default the width
+            of the arrays, so that the parts of a batch add up to the whole.
         parameters: the objective's own parameters, and ``kernel``, ``log_ratio_start`` (of each
             token, ``[batch, tokens]``) or ``state`` where it takes them. Without ``state`` it is
             the first.
@@ -73,17 +74,20 @@ def policy_loss(
 
     dtype = jnp.promote_types(log_prob.dtype, jnp.float32)
     log_prob, old_log_prob = log_prob.astype(dtype), stop_gradient(old_log_prob.astype(dtype))
+    # Impossible under both policies, a token says nothing.
+    mask &= ~(jnp.isneginf(log_prob) & jnp.isneginf(old_log_prob))
+    token_log_ratio = log_prob - old_log_prob
     advantage = advantages if advantages.ndim == 2 else advantages[:, None]
     advantage = jnp.where(mask, stop_gradient(advantage.astype(dtype)), 0)
     start = given.pop("log_ratio_start", None)
     bound = loss_terms.bind(spec, level, given, old_log_prob, lambda: start, mask)
 
-    log_ratio = ratio_levels.transform(log_prob - old_log_prob, level, mask)
+    log_ratio = ratio_levels.transform(token_log_ratio, level, mask)
     surrogate, state = bound(log_ratio, advantage)
     loss = -loss_terms.aggregate(surrogate, mask, loss_agg_mode, max_tokens)
     log_ratio = stop_gradient(log_ratio)
     weight = loss_terms.objective_weight(bound, log_ratio, advantage)
-    token_log_ratio = jnp.where(mask, stop_gradient(log_prob) - old_log_prob, 0)
+    token_log_ratio = jnp.where(mask, ratio_levels.bounded(stop_gradient(token_log_ratio)), 0)
     metrics: dict[str, Any] = {
         "policy_loss": stop_gradient(loss),
         "kl": jnp.mean(loss_terms.kl_estimate(token_log_ratio), where=mask),

@@ -148,6 +148,8 @@ def spec(objective: Objective) -> Spec:
     if list(parameters)[:2] != ["log_ratio", "advantage"]:
         valid = "a function whose first two parameters are log_ratio and advantage"
         raise ConfigError("objective", name, valid)
+    # What is bound stays bound, also against a setting of the run.
+    bound = objective.keywords if isinstance(objective, functools.partial) else {}
     params: dict[str, float] = {}
     inputs: list[str] = []
     for key, parameter in list(parameters.items())[2:]:
@@ -175,7 +177,7 @@ def spec(objective: Objective) -> Spec:
         function=objective,
         params=params,
         inputs=tuple(inputs),
-        takes_kernel="kernel" in parameters,
+        takes_kernel="kernel" in parameters and "kernel" not in bound,
         takes_mask="mask" in parameters,
         **said,
     )
