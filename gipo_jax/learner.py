@@ -99,7 +99,7 @@ def sample_indices(
     key_all, key_recent = jax.random.split(key)
     index = DRAWS[config.sampling](key_all, batches, size, valid // rows_per_draw)
     recent = buffer.draw_uniform(key_recent, batches, size, block)
-    from_newest = jnp.arange(size) < hparams.recent_fraction * size
+    from_newest = jnp.arange(size) < jnp.round(hparams.recent_fraction * size)
     return skipped // rows_per_draw + jnp.where(from_newest, recent, index)
 
 

@@ -224,7 +224,7 @@ def test_logging_at_other_points_gives_the_same_state(
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
     assert not compiled
-    for field in ("learner", "replay", "domain", "key", "diverged_at"):
+    for field in ("learner", "replay", "domain_state", "key", "diverged_at"):
         a, b = ({"x": getattr(s, field)} for s in (whole, state))
         assert all(equal(lane_of(a, i), lane_of(b, i)) for i in range(5))
 
