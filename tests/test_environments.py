@@ -56,7 +56,7 @@ def test_environments_step(name: str) -> None:
     env = environments.make(config)
     head = networks.make_head(config, env)
     _, transition, _, _ = jax.jit(lambda: random_steps(env, head, 4), compiler_options=QUICK)()
-    assert all(bool(jnp.all(jnp.isfinite(x))) for x in transition)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(transition))
     assert not np.any(transition.terminated & transition.truncated)
 
 

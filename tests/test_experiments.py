@@ -516,7 +516,8 @@ def test_metaworld_trains_both_regimes_and_draws_them(
     assert np.all(np.abs(ages["stale"] - (iterations - 1) / 2) < 2)
 
     scores = numbers(tmp_path, "metaworld_scores")
-    assert np.isclose(scores.iqm.max(), 1) and scores.iqm.nunique() == 4
+    # The best final mean is 1. It is no maximum where training has made the returns worse.
+    assert np.isclose(scores.iqm, 1).sum() == 1 and scores.iqm.nunique() == 4
     used = numbers(tmp_path, "metaworld_utilization")
     assert used["mean"].notna().all() and len(used) == 2 * 4
     for name in ("metaworld", "metaworld_scores", "metaworld_utilization"):

@@ -62,7 +62,7 @@ def test_a_run_of_all_tests_is_ended_with_stacks_and_durations(tmp_path: Path) -
     while not (tmp_path / "pid").exists():  # where it ended before the test began
         seconds *= 2
         done = run(tmp_path, f"total_timeout={seconds}")
-    assert done.returncode == 2
+    assert done.returncode in (1, 2)  # 1 where the end of its processes is noticed first
     assert re.search(r"running for \d+ s: .*test_it.py::test_hangs", done.stdout)
     assert "slowest durations" in done.stdout
     assert re.search(STACK, done.stderr)
