@@ -12,6 +12,7 @@ from experiments import (
     age_and_size,
     asymmetry,
     bounds,
+    evidence,
     flow,
     gridworld,
     kernel,
@@ -65,6 +66,7 @@ REGISTRY: dict[str, ModuleType] = {
         sequence_bias,
         sequence_staleness,
         sequence_learning,
+        evidence,
     )
 }
 """Experiments by name, in the order in which they run."""

@@ -12,11 +12,12 @@ import pandas as pd
 
 from experiments.markdown import markdown
 from experiments.store import Store
-from gipo_jax import train as core
+from gipo_jax import learner, train
 from gipo_jax.analysis import plots, stats
 from gipo_jax.analysis.plots import Look
 from gipo_jax.config import Config, HParams, stack
-from gipo_jax.flow import sampler, tasks, train
+from gipo_jax.domains.flow import domain as flow_domain
+from gipo_jax.domains.flow import sampler, tasks
 
 QUESTION = "What do clip, GRPO-Guard and GIPO do to a flow's reward and diversity?"
 
@@ -85,7 +86,7 @@ def configure(method: Method, iterations: int) -> Config:
 
 def settings(method: Method, config: Config, regime: str, seed: int) -> HParams:
     """Traced settings of a run."""
-    return core.make_hparams(
+    return train.make_hparams(
         config,
         objective_params=method.parameters,
         seed=seed,
@@ -121,7 +122,7 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
             last = _describe(after[lane])
             curve = pd.DataFrame({column: metrics[column][lane] for column in CURVES})
             curve = pd.concat([pd.DataFrame([first]), curve], ignore_index=True)
-            stops = [0, *core.log_boundaries(config)]
+            stops = [0, *train.log_boundaries(config)]
             curves.append(curve.assign(**keys, samples=CHAINS * np.array(stops)))
             scores = {f"{key}_before": value for key, value in first.items()}
             area = float(metrics["eval_return_sampled"][lane].mean())
@@ -139,25 +140,40 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
 
 def _pretrain(seeds: range) -> Any:
     """Parameters of the flow that runs of each seed begin with, whatever their method."""
-    parts = train.make_parts(configure(METHODS["ppo_clip"], 1))
-    return jax.jit(jax.vmap(lambda seed: train.pretrain(parts, seed)))(jnp.array(seeds))
+    domain = flow_domain.make(configure(METHODS["ppo_clip"], 1))
+    pretrained = jax.vmap(lambda seed: domain.pretrain(learner.run_key(seed)))
+    return jax.jit(pretrained)(jnp.array(seeds))
+
+
+def _init(domain: flow_domain.Flow, hparams: HParams, flow: Any) -> train.TrainState:
+    """First state of a run from a flow trained before."""
+    state = train.init(domain, hparams)
+    return state._replace(learner=state.learner._replace(params={"policy": flow}))
+
+
+def _ends(domain: flow_domain.Flow, state: train.TrainState, key: jax.Array) -> jax.Array:
+    """End points of the SDE, ``[samples, 2]``."""
+    key_noise, key_steps = jax.random.split(key)
+    noise = jax.random.normal(key_noise, (SAMPLES, 2))
+    return domain.choose_action(domain.acting(state), HParams(), noise, key_steps)
 
 
 def _train(config: Config, hparams: list[HParams], flows: Any) -> tuple[np.ndarray, ...]:
     """End points before and after training, ``[runs, samples, 2]``, metrics and divergence."""
-    parts, algorithm = train.make_parts(config), train.make(config)
-    stops = core.log_boundaries(config)
+    domain = flow_domain.make(config)
+    stops = train.log_boundaries(config)
     bounds = (jnp.array([0, *stops[:-1]]), jnp.array(stops))
 
     def one(hparams: HParams, flow: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(1), hparams.seed)
         key_before, key_after = jax.random.split(key)
-        start = train.init_from(parts, hparams, flow)
+        start = _init(domain, hparams, flow)
         state, metrics = jax.lax.scan(
-            lambda state, bounds: algorithm.train_and_log(state, hparams, *bounds), start, bounds
+            lambda state, bounds: train.train_and_log(domain, state, hparams, *bounds),
+            start,
+            bounds,
         )
-        _, before = train.draw(parts, start.learner.params, key_before, SAMPLES)
-        _, after = train.draw(parts, state.learner.params, key_after, SAMPLES)
+        before, after = _ends(domain, start, key_before), _ends(domain, state, key_after)
         return before, after, metrics, state.diverged_at
 
     result: tuple[np.ndarray, ...] = jax.device_get(jax.jit(jax.vmap(one))(stack(hparams), flows))
@@ -182,24 +198,26 @@ def _ratios(iterations: int, seeds: range, flows: Any) -> pd.DataFrame:
     """Log-ratios by step of old chains under a newer flow, plain and corrected, for every seed."""
     method = METHODS["no_clip"]
     config = configure(method, iterations)
-    algorithm, parts = train.make(config), train.make_parts(config)
-    guard = train.make_parts(dataclasses.replace(config, ratio_level=train.RATIO_NORM))
+    domain = flow_domain.make(config)
+    guard = flow_domain.make(dataclasses.replace(config, ratio_level=flow_domain.RATIO_NORM))
     old_at, new_at = (round(part * iterations) for part in SNAPSHOTS)
 
     def one(hparams: HParams, flow: Any) -> tuple[jax.Array, jax.Array]:
-        state = train.init_from(parts, hparams, flow)
-        state, _ = algorithm.train_and_log(state, hparams, 0, old_at)
-        old = train.flow_of(parts, state.learner.params)
+        state = _init(domain, hparams, flow)
+        state, _ = train.train_and_log(domain, state, hparams, 0, old_at)
+        old = domain.flow(state.learner.params)
         key = jax.random.fold_in(jax.random.key(2), hparams.seed)
         key_noise, key_steps = jax.random.split(key)
         noise = jax.random.normal(key_noise, (RATIO_CHAINS, 2))
-        chain = sampler.sample(old, parts.task, key_steps, noise)
-        rows = train.ReplayRow(chain.points, chain.mean, chain.log_prob, jnp.zeros(RATIO_CHAINS))
-        state, _ = algorithm.train_and_log(state, hparams, old_at, new_at)
+        chain = sampler.sample(old, domain.env, key_steps, noise)
+        advantage = age = jnp.zeros(RATIO_CHAINS)
+        rows = flow_domain.Row(chain.points, chain.mean, chain.log_prob, advantage)
+        state, _ = train.train_and_log(domain, state, hparams, old_at, new_at)
         params = state.learner.params
+        batch = domain.batch(state, params, rows, age, hparams)
         return (
-            train.compare(parts, params, rows).log_ratio,
-            train.compare(guard, params, rows).log_ratio,
+            domain.score(params, batch, hparams).log_ratio,
+            guard.score(params, batch, hparams).log_ratio,
         )
 
     hparams = stack([settings(method, config, "stale", seed) for seed in seeds])

@@ -1,19 +1,20 @@
 """RESULTS.md: a verdict on each claim, by the rules of PLAN.md, from the numbers of the figures.
 
-First what fits into five minutes: a table of verdicts, a figure a claim, and what changed between
-the protocols; then the details.
+First what fits into five minutes: a table of verdicts, what they rest on, one figure per claim, and
+what changed between the protocols; then the details.
 """
 
 import functools
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 import experiments
-from experiments import metaworld, proposal, training, tuned_sizes
+from experiments import age_and_size, evidence, metaworld, proposal, training, tuned_sizes
+from experiments.evidence import REUSE
 from experiments.markdown import markdown
 from experiments.store import DataError, Store
 from experiments.verdicts import NOT, OPEN, PARTLY, REPRODUCED, signs
@@ -109,8 +110,10 @@ def write(out: Path, path: Path) -> None:
         "that ended in the last logged points covering at least a tenth of training, the last 2 of "
         "16 points. u is the effective weight, the factor on A * grad log pi "
         "([docs/objectives.md](docs/objectives.md)). Replay n holds the last n iterations of data. "
-        "In the gentle regime an iteration makes few updates, in the reuse-heavy one 2 to 4 times "
-        "as many.",
+        "Low and high reuse are 4 and 16 updates an iteration (MinAtar 2 and 4); tables in `data` "
+        "and some figures call them gentle and reuse-heavy. On Meta-World the two-episode buffer "
+        "is `fresh` in the data: it is not fresh as the authors' regime is "
+        "([docs/metaworld.md](docs/metaworld.md)).",
         "",
         "## Verdicts",
         "",
@@ -119,9 +122,21 @@ def write(out: Path, path: Path) -> None:
         f"{second.status} Claims 1, 2, 3 and 5 are computed, not trained, and need no second "
         "protocol." + ("" if own_ground else " No comparison on Meta-World has been run."),
         "",
-        "## A figure a claim",
+        "Claims 4, 6 and 7: width and shape are confounded, so that no verdict on them is one on "
+        "the Gaussian.",
         "",
     ]
+    commands = [str(entry["command"]) for entry in manifest["data"].values()]
+    rest = []
+    if all("--preset committed" in command for command in commands):
+        rest = evidence.findings(functools.partial(_table, out))
+    if rest:
+        lines += ["## What the verdicts rest on", "", _AFTERWARDS, ""]
+    for finding in rest:
+        lines += [f"### {finding.title}", "", finding.text, ""]
+        for name, caption in finding.figures:
+            lines += [*figure(name), caption, ""]
+    lines += ["## One figure per claim", ""]
     for number, section in enumerate(claims, 1):
         lines += [f"**{section.title}.** {section.short}", ""]
         for name in second.figure(number) or section.figures[:1]:
@@ -154,6 +169,13 @@ def write(out: Path, path: Path) -> None:
         for name in (name for name, owner in left.items() if owner == experiment):
             lines += figure(name)
     path.write_text("\n".join(lines).rstrip() + "\n")
+
+
+_AFTERWARDS = (
+    "Written after the results were seen; the verdicts above keep the rules fixed beforehand. "
+    "Means are of paired differences, GIPO (sigma 1) minus the other method where nothing else "
+    "is said, with 95 % bootstrap intervals over seeds within tasks."
+)
 
 
 class Protocol2:
@@ -194,7 +216,7 @@ class Protocol2:
         return signs(intervals, 1 if claim == 4 else -1)
 
     def verdicts(self, claim: int) -> list[str]:
-        """Cells of the table of verdicts: a case each."""
+        """Cells of the table of verdicts, one per case."""
         if claim not in tuned_sizes.JUDGED:
             return ["not trained"] * 2
         partial = "" if self.count == self.planned else f" ({self.count} of {self.planned} units)"
@@ -213,7 +235,7 @@ class Protocol2:
             "it at 1 and 128: a method whose best rate moves with the replay size is then judged "
             "at a bad rate. Protocol 2 tunes it at each size, among four rates on five seeds that "
             "are never reported; judges the methods twice, with the paper's widths and with widths "
-            "tuned on the same budget; drops Pendulum, which nothing learnt in the gentle regime; "
+            "tuned on the same budget; drops Pendulum, which nothing learnt with low reuse; "
             "leaves MinAtar, which had been cut short, to the full scale; and corrects "
             "for its 16 comparisons (Holm)."
         )
@@ -246,19 +268,21 @@ class Protocol2:
             [
                 f"{row['claim']}",
                 row["case"],
-                row["regime"],
+                REUSE.get(row["regime"], row["regime"]),
                 row["method"],
                 _cell(row, "difference"),
+                self.mean(row),
                 f"{row['p']:.2g}",
                 f"{row['p_holm']:.2g}",
             ]
             for _, row in judged.iterrows()
         ]
-        header = ["claim", "case", "regime", "GIPO minus", "difference", "p", "Holm p"]
+        header = ["claim", "case", "reuse", "GIPO minus", "difference", "mean", "p", "Holm p"]
         text = (
             f"{self.status} Claim 4: final return, above zero GIPO is better. Claim 6: drop from "
-            "the peak, and claim 7: time to the threshold, below zero GIPO is better.\n\n"
-            + markdown(header, rows)
+            "the peak, and claim 7: time to the threshold, below zero GIPO is better. Differences "
+            "are IQMs for claims 4 and 6 and means for claim 7; beside claim 4 stands its mean. "
+            f"{_CONFOUNDED}\n\n" + markdown(header, rows)
         )
         rows = [
             [
@@ -276,18 +300,29 @@ class Protocol2:
         finals = self.table[self.table.claim == 4]
         ages = sorted(age for age in finals.age.unique() if age)
         rows = [
-            [str(case), str(regime), str(method)]
+            [str(case), REUSE[str(regime)], str(method)]
             + [_cell(part[part.age == age].iloc[0], "difference") for age in (0, *ages)]
             for (case, regime, method), part in finals.groupby(
                 ["case", "regime", "method"], sort=False
             )
         ]
-        header = ["case", "regime", "GIPO minus", "all sizes", *(f"replay {age}" for age in ages)]
-        text += "\n\nFinal return by size, all cases (one rate: not judged):\n\n"
+        header = ["case", "reuse", "GIPO minus", "all sizes", *(f"replay {age}" for age in ages)]
+        text += "\n\nFinal return by size, IQM, all cases (one rate: not judged):\n\n"
         text += markdown(header, rows)
+        means = _table(self.out, "evidence_means")
+        text += f"\n\nThe same as means. {_SHARES}\n\n"
+        text += evidence.means_table(means, tuned_sizes.CASES)
         text += "\n\nChosen widths and rates: `tables/tuned_sizes_choices.csv`."
         text += "\n\n" + self.cell()
         return Section(title, "", text, ("tuned_sizes", "tuned_sizes_comparison"))
+
+    def mean(self, row: pd.Series) -> str:
+        """The mean beside the IQM of a comparison of claim 4, else a dash."""
+        if row["claim"] != 4:
+            return "-"
+        means: Any = _table(self.out, "evidence_means")
+        means = means.set_index(["study", "regime", "method", "age"])
+        return evidence.signed(means.loc[(row["case"], row["regime"], row["method"], 0)], "mean")
 
     def cell(self) -> str:
         """How to train one cell again with other seeds, and what to compare it with."""
@@ -319,9 +354,18 @@ class Protocol2:
             f"--{name.replace('_', '-')} {value}" for name, value in settings.items()
         )
         return (
-            f"One cell again with other seeds ({env}, {regime}, GIPO sigma 1, replay of {age}, "
-            f"final return {_cell(found, 'mean')}):\n\n    gipo-jax sweep {options}"
+            f"One cell again with other seeds ({env}, {REUSE[str(regime)]}, GIPO sigma 1, "
+            f"replay of {age}, final return {_cell(found, 'mean')}):\n\n"
+            f"    gipo-jax sweep {options}"
         )
+
+
+_WORDS = {11: "eleven"}
+_CONFOUNDED = "Width and shape are confounded: see what the verdicts rest on."
+_SHARES = (
+    "In brackets the shares of GIPO's and of the other's runs that end at the ceiling, of the "
+    "tasks that have one."
+)
 
 
 def _metaworld(out: Path) -> Section:
@@ -329,6 +373,23 @@ def _metaworld(out: Path) -> Section:
     if not _has_metaworld(out):
         return Section(title, "", "Planned, not run yet.", ())
     text = metaworld.findings(functools.partial(_table, out))
+    if (out / "tables" / "metaworld_interaction_differences.csv").is_file():
+        both: Any = _table(out, "metaworld_interaction_differences")
+        rows = [
+            [
+                metaworld.SHOWN_AS[str(regime)],
+                method,
+                *(
+                    evidence.signed(part.set_index("score").loc[score])
+                    for score in ("final", "area")
+                ),
+            ]
+            for (regime, method), part in both[
+                both.effect.isin(metaworld.REGIMES) & (both.statistic == "mean")
+            ].groupby(["effect", "method"], sort=False)
+        ]
+        text += "\n\nMeans beside the IQMs. " + _CONFOUNDED + "\n\n"
+        text += markdown(["regime", "GIPO σ=1 minus", "final return", "area"], rows)
     names = ("metaworld", "metaworld_scores", "metaworld_utilization")
     return Section(title, "", text, names)
 
@@ -364,7 +425,8 @@ def _age_and_size(out: Path) -> Section:
         for method, part in effects.groupby("method", sort=False)
     ]
     text = (
-        f"{units.finished.sum()} of {len(units)} tasks, reuse-heavy. Change of the normalised "
+        f"**This measures a cold start, not the age of data alone.** {_cold_start()}\n\n"
+        f"{units.finished.sum()} of {len(units)} tasks, high reuse. Change of the normalised "
         "final return from the fewest to the most iterations held back, the amount of data being "
         "equal (older), and from the narrowest to the widest window, what is held back being equal "
         "(wider).\n\n"
@@ -386,6 +448,22 @@ def _age_and_size(out: Path) -> Section:
     return Section(title, "", text, ("age_and_size", "age_and_size_utilization"))
 
 
+def _cold_start() -> str:
+    """How often the first block is used before a held-back window moves on."""
+    scale = age_and_size.SCALES["committed"]
+    held_back = max(scale.min_ages)
+    task = scale.tasks[0]
+    block = task.block
+    passes = held_back * task.updates[age_and_size.REGIME] * training.COMMON["batch_size"] // block
+    lengths = " or ".join(str(unit.settings["total_steps"] // unit.block) for unit in scale.tasks)
+    return (
+        f"While no data is as old as asked for, a run samples the oldest block. With {held_back} "
+        f"iterations held back that is the first one for {held_back} iterations of {lengths}: "
+        f"{passes} passes over {block} transitions of an untrained policy before the first other "
+        "block can be drawn. How much of `older` is this start and how much the age is not known."
+    )
+
+
 def _proposal(out: Path) -> Section:
     title = "The project's own objective"
     if not (out / "tables" / "proposal.csv").is_file():
@@ -403,13 +481,19 @@ def _proposal(out: Path) -> Section:
         verdict = "partly reached"
     if not units.finished.all():
         verdict = "open"
+    worse = (overall.difference < 0) & (overall.p_holm < tuned_sizes.LEVEL)
+    found = (
+        f"It beats {'none' if not better.any() else int(better.sum())} of the "
+        f"{_WORDS.get(len(overall), len(overall))} baselines over all sizes, and is worse than "
+        f"{' and '.join(overall[worse].method) or 'none'} after Holm's correction."
+    )
     rows = [
         [str(row["method"]), _cell(row, "difference"), f"{row['p_holm']:.2g}"]
         for _, row in overall.iterrows()
     ]
     text = (
-        f"Aim: **{verdict}**, {units.finished.sum()} of {len(units)} units. Normalised area, the "
-        "proposal minus every other method, over all sizes:\n\n"
+        f"Aim: **{verdict}**, {units.finished.sum()} of {len(units)} units. {found} Normalised "
+        "area, the proposal minus every other method, over all sizes:\n\n"
         + markdown(["method", "difference", "Holm p"], rows)
         + "\n\nAgainst the best other method at each size:\n\n"
         + markdown(
@@ -424,11 +508,15 @@ def _proposal(out: Path) -> Section:
         f" (ours is ahead in {(by_unit.low > 0).sum()}, open in the rest).\n\n"
     )
     text += markdown(
-        ["regime", "task", "replay", "best other", "difference"],
+        ["reuse", "task", "replay", "best other", "difference"],
         [
-            [row["regime"], row["env"], row["age"], row["best"], _cell(row, "difference")]
+            [REUSE[row["regime"]], row["env"], row["age"], row["best"], _cell(row, "difference")]
             for _, row in missed.iterrows()
         ],
+    )
+    text += (
+        "\n\nWidths are not tuned, and many best rates are the largest tried: see what the "
+        "verdicts rest on, with the tuning areas at replay 16."
     )
     if dropped := sorted(set(units.env) & set(proposal.DROPPED)):
         whole = _table(out, "proposal_without_dropping")
@@ -565,27 +653,35 @@ def _replay(out: Path) -> Section:
             for _, row in part.sort_values("age").iterrows()
         ]
         better = part[part.age == 0].iloc[0]
-        rows.append([regime, method, *cells, _cell(better, "better", "better_low", "better_high")])
+        cells.append(_cell(better, "better", "better_low", "better_high"))
+        rows.append([REUSE[str(regime)], method, *cells])
     ages = [str(a) for a in sorted(table.age.unique()) if a]
-    header = ["regime", "GIPO σ=1 minus", "all sizes", *(f"replay {a}" for a in ages), "P(better)"]
+    header = ["reuse", "GIPO σ=1 minus", "all sizes", *(f"replay {a}" for a in ages), "P(better)"]
     text = (
         "IQM of the paired difference in normalised final return, GIPO (sigma 1) minus each "
         "method, and the probability that a run of GIPO is better, over all sizes. Above zero, or "
-        "above one half, GIPO is better.\n\n" + markdown(header, rows)
+        f"above one half, GIPO is better. {_CONFOUNDED}\n\n" + markdown(header, rows)
     )
+    means = _table(out, "evidence_means")
+    text += f"\n\nThe same as means. {_SHARES}\n\n"
+    text += evidence.means_table(means, ["protocol 1"])
     elo = _table(out, "replay_sizes_elo")
     rows = [
-        [r.regime, r.method, f"{r.elo:.0f} [{r.low:.0f}, {r.high:.0f}]"] for r in elo.itertuples()
+        [REUSE[str(r.regime)], r.method, f"{r.elo:.0f} [{r.low:.0f}, {r.high:.0f}]"]
+        for r in elo.itertuples()
     ]
-    text += "\n\n" + markdown(["regime", "method", "Elo"], rows)
+    text += "\n\n" + markdown(["reuse", "method", "Elo"], rows)
     names = [f"replay_sizes_{r.replace('-', '_')}" for r in regimes]
     figures = ("replay_sizes", "replay_sizes_comparison", *names)
+    own: Any = means[(means.study == "protocol 1") & (means.age == 0)]
+    own = own.set_index(["regime", "method"])
     cells = [
-        f"{row['regime']}, {row['method']}: "
+        f"{REUSE[row['regime']]}, {row['method']}: "
         + _cell(row, "difference", "difference_low", "difference_high")
+        + f", mean {evidence.signed(own.loc[(row['regime'], row['method'])], 'mean')}"
         for _, row in deciding.iterrows()
     ]
-    short = f"Final return, GIPO (sigma 1) minus the baseline. {'; '.join(cells)}."
+    short = f"Final return, GIPO (sigma 1) minus the baseline, IQM and mean. {'; '.join(cells)}."
     title = "4. Best among clipping-based baselines across replay sizes"
     return Section(title, verdict, text, figures, short)
 
@@ -638,7 +734,7 @@ def _stability(out: Path) -> Section:
         counts = own[own.quantity == "diverged"].value
         rows.append(
             [
-                row.regime,
+                REUSE[str(row.regime)],
                 row.method,
                 f"{row.value:.3g} [{row.low:.3g}, {row.high:.3g}]",
                 f"{own[own.quantity == 'spread'].value.mean():.3g}",
@@ -649,9 +745,10 @@ def _stability(out: Path) -> Section:
     text = (
         "Fall from the best logged return to the final one, GIPO (sigma 1) minus each method "
         "(below zero GIPO is steadier); spread over seeds and worst seed of the method, averaged "
-        "over sizes; runs that diverged.\n\n"
+        "over sizes; runs that diverged. Both returns are scores of training episodes, with the "
+        f"bias of these. {_CONFOUNDED}\n\n"
     )
-    header = ["regime", "method", "GIPO σ=1 minus it, drop", "its spread", "its worst seed"]
+    header = ["reuse", "method", "GIPO σ=1 minus it, drop", "its spread", "its worst seed"]
     text += markdown([*header, "diverged"], rows)
     cells = [f"{row['method']} {_cell(row, 'value')}" for _, row in part.iterrows()]
     short = f"Drop from the peak, GIPO (sigma 1) minus the baseline: {', '.join(cells)}."
@@ -665,7 +762,7 @@ def _efficiency(out: Path) -> Section:
     verdict = signs(list(zip(part.difference_low, part.difference_high, strict=True)), -1)
     rows = [
         [
-            str(row["regime"]),
+            REUSE.get(str(row["regime"]), str(row["regime"])),
             str(row["method"]),
             _cell(row, "time", "time_low", "time_high"),
             f"{row['reached']:.0%}",
@@ -675,10 +772,10 @@ def _efficiency(out: Path) -> Section:
     ]
     text = (
         "Share of the step budget until the task's threshold, runs that never reach it counting as "
-        "1, and the paired difference GIPO (sigma 1) minus each method (below zero GIPO is "
-        "faster).\n\n"
+        "1, and the mean paired difference GIPO (sigma 1) minus each method (below zero GIPO is "
+        f"faster). {_CONFOUNDED}\n\n"
     )
-    header = ["regime", "method", "restricted mean time", "runs at threshold", "difference"]
+    header = ["reuse", "method", "restricted mean time", "runs at threshold", "difference"]
     text += markdown(header, rows)
     cells = [
         f"{row['method']} {_cell(row, 'difference', 'difference_low', 'difference_high')}"
@@ -697,17 +794,18 @@ def _utilization(out: Path) -> Section:
             _cell(part[part.quantity == f"near_zero_fraction_{age}"].iloc[0], "value")
             for age in ("new", "old")
         ]
-        rows.append([regime, method, *cells])
+        rows.append([REUSE[str(regime)], method, *cells])
     text = (
         "Share of samples with an effective weight below 0.001 at the stalest replay, second half "
-        "of training.\n\n" + markdown(["regime", "method", "new data", "old data"], rows)
+        "of training.\n\n" + markdown(["reuse", "method", "new data", "old data"], rows)
     )
     ranks = table[table.quantity == "spearman_near_zero_vs_return"].groupby("regime").value
     for regime, values in ranks:
         low, high = values.min(), values.max()
         text += (
-            f"\n\nRank correlation of that share with final return over methods, {regime!s}: "
-            f"median {values.median():.2f} over tasks, from {low:.2f} to {high:.2f}."
+            "\n\nRank correlation of that share with final return over methods, "
+            f"{REUSE[str(regime)]}: median {values.median():.2f} over tasks, from {low:.2f} to "
+            f"{high:.2f}."
         )
     return Section(
         "Utilization: does clipping collapse, and does return follow?",
@@ -729,7 +827,7 @@ def _ablations(out: Path) -> Section:
 
 
 def _ablation_table(table: pd.DataFrame) -> str:
-    """A row a setting, a column a task and replay size."""
+    """One row per setting, one column per task and replay size."""
     where = [name for name in ("env", "age") if name in table]
     settings = [name for name in table if name not in (*where, "mean", "low", "high", "seeds")]
     places = list(dict.fromkeys(table[where].itertuples(index=False, name=None)))

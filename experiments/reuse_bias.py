@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.store import Store
-from gipo_jax import losses, networks, objectives
+from gipo_jax import loss_terms, networks, objectives
 from gipo_jax.analysis import plots, reuse_bias, stats
 
 QUESTION = "Does damping by GIPO also lower the reuse bias of a policy optimised on a fixed buffer?"
@@ -179,7 +179,7 @@ def measure(
             def objective(log_ratio: Array, advantage: Array) -> Array:
                 return jax.lax.switch(which, list(OBJECTIVES.values()), log_ratio, advantage)
 
-            advantage = jnp.where(standardized, losses.standardize(returns), returns)
+            advantage = jnp.where(standardized, loss_terms.standardize(returns), returns)
             new = reuse_bias.optimize(
                 task, policy, params, buffer, objective, advantage, rate, level, UPDATES
             )

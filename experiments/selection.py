@@ -12,7 +12,8 @@ from experiments.store import Store
 from gipo_jax import sweep, train
 from gipo_jax.analysis import plots, stats
 from gipo_jax.analysis.plots import Look
-from gipo_jax.sequences import tasks
+from gipo_jax.config import stack
+from gipo_jax.domains.tokens import tasks
 from gipo_jax.sweep import results
 
 QUESTION = "What do selecting prompts and pruning answers save, and does DPO learn?"
@@ -119,15 +120,15 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
 
 def _warm_up(of_dpo: training.Sweep) -> pd.DataFrame:
     """Exact match that preference training begins with, by seed."""
-    algorithm = train.make(of_dpo.runs[0].config)
+    domain = train.make(of_dpo.runs[0].config)
 
     def one(hparams: Any) -> Any:
-        state = algorithm.init(hparams)
+        acting = domain.acting(train.init(domain, hparams))
         key = jax.random.fold_in(jax.random.key(1), hparams.seed)
-        return algorithm.evaluate(state.learner.params, (), key, EVALUATED)[0]
+        return domain.evaluate(acting, hparams, key, EVALUATED)["eval_return"]
 
     runs = {int(run.hparams.seed): run.hparams for run in of_dpo.runs}
-    exact = jax.jit(lambda h: jax.lax.map(one, h))(train.stack(list(runs.values())))
+    exact = jax.jit(lambda h: jax.lax.map(one, h))(stack(list(runs.values())))
     return pd.DataFrame({"seed": list(runs), "eval_return": np.asarray(exact, float)})
 
 

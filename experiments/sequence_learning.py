@@ -138,13 +138,14 @@ def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
 def _starts(item: Sweep, done: pd.DataFrame) -> pd.DataFrame:
     """Exact match of the first policy of every run."""
     config = item.runs[0].config
-    algorithm = train.make(config)
+    domain = train.make(config)
 
     @jax.jit
     def one(hparams: HParams) -> tuple[jax.Array, jax.Array]:
-        state = algorithm.init(hparams)
+        acting = domain.acting(train.init(domain, hparams))
         key = jax.random.fold_in(jax.random.key(1), hparams.seed)
-        return algorithm.evaluate(state.learner.params, state.normalizer, key, config.eval_episodes)
+        measured = domain.evaluate(acting, hparams, key, domain.eval_episodes)
+        return measured["eval_return"], measured["eval_return_sampled"]
 
     # The first policy depends on the seed alone, not on the objective.
     by_seed = {run.hparams.seed: run.hparams for run in item.runs}

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from gipo_jax import train
+from gipo_jax import domains, train
 from gipo_jax.config import Config, ConfigError, HParams
 from gipo_jax.sweep import checkpoint, grid, results
 
@@ -57,7 +57,8 @@ def agent(
         if run not in range(count):
             raise ConfigError("run", run, f"a run of the results, 0 to {count - 1}")
         hparams, state = train.select((hparams, state), run)
-    return _agent(train.make(config), hparams, state.learner.params, state.normalizer)
+    domain = train.make(config)
+    return _agent(domain, hparams, domain.acting(state))
 
 
 def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any = None) -> Agent:
@@ -78,31 +79,31 @@ def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any
     if run not in range(len(runs)):
         raise ConfigError("run", run, f"a run of the sweep, 0 to {len(runs) - 1}")
     config, hparams = runs[run].config, runs[run].hparams
-    algorithm = train.make(config)
+    domain = train.make(config)
     for folder in sorted((directory / results.PARAMS).glob("[0-9]*")):
         if folder.suffix or run not in (members := json.loads((folder / "runs.json").read_text())):
             continue
-        state = jax.eval_shape(algorithm.init, hparams)
-        kept = {"params": state.learner.params, "normalizer": state.normalizer}
-        like = checkpoint.stacked(kept, len(members))
+        acting = jax.eval_shape(lambda: domain.acting(train.init(domain, hparams)))
+        like = checkpoint.stacked(acting, len(members))
         stored = checkpoint.read_arrays(folder / checkpoint.ARRAYS, like)
         mine = jax.tree.map(operator.itemgetter(members.index(run)), stored)
-        return _agent(algorithm, hparams, mine["params"], mine["normalizer"])
+        return _agent(domain, hparams, mine)
     raise results.ResultsError(f"run {run} of {directory} has not finished")
 
 
-def _agent(algorithm: train.Algorithm, hparams: HParams, params: Any, moments: Any) -> Agent:
+def _agent(domain: domains.Domain, hparams: HParams, acting: Any) -> Agent:
     return Agent(
-        algorithm.config,
+        domain.config,
         hparams,
-        params,
-        algorithm.env,
-        functools.partial(algorithm.choose_action, params, moments),
-        functools.partial(_evaluate, algorithm, params, moments),
+        acting["params"],
+        domain.env,
+        functools.partial(domain.choose_action, acting, hparams),
+        functools.partial(_evaluate, domain, acting, hparams),
     )
 
 
 def _evaluate(
-    algorithm: train.Algorithm, params: Any, moments: Any, key: Array, episodes: int = 10
+    domain: domains.Domain, acting: Any, hparams: HParams, key: Array, episodes: int = 10
 ) -> tuple[Array, Array]:
-    return jax.jit(algorithm.evaluate, static_argnums=3)(params, moments, key, episodes)
+    measured = jax.jit(domain.evaluate, static_argnums=3)(acting, hparams, key, episodes)
+    return measured["eval_return"], measured["eval_return_sampled"]

@@ -157,11 +157,16 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
+    from gipo_jax.config import DOMAINS
+
     for field in dataclasses.fields(settings):
         if field.name in _SWEEP_ONLY:
             continue
         flag = "--" + field.name.replace("_", "-")
         meaning = f"{field.metadata['help']}".replace("%", "%%")
+        domains = field.metadata["domains"]
+        if domains != tuple(DOMAINS):
+            meaning = f"{' and '.join(DOMAINS[domain] for domain in domains)}: {meaning}"
         if field.metadata["valid"].startswith("true or false"):
             known = isinstance(field.default, bool)
             said = f" (default: {'yes' if field.default else 'no'})" if known else ""
@@ -284,6 +289,7 @@ def _what_next(out: str, drawn: bool) -> str:
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """What ``expand`` takes, from what was given on the command line."""
+    from gipo_jax import objectives
     from gipo_jax.sweep import grid
 
     settings = dict(given)
@@ -291,6 +297,8 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(settings.get(name), list):
             settings[name] = tuple(settings[name])
     if "objective" in settings:
+        for name in set(settings["objective"]) & set(objectives.RENAMED):
+            print(f"gipo-jax: {name} is called {objectives.RENAMED[name]} now", file=sys.stderr)
         settings["objective"] = [
             grid.load_objective(name) if ".py:" in name else name for name in settings["objective"]
         ]

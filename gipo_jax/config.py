@@ -3,18 +3,25 @@
 ``Config`` holds everything that changes shapes or code; two runs with equal ``Config`` share one
 compiled program. ``HParams`` holds everything that only changes numbers; it is a pytree of scalars,
 so any of its fields can be swept inside one program by stacking along a leading axis.
+
+Each field says what it means, which values it takes, in which domains it applies and on which other
+fields that depends. ``check_fields`` and ``check_applies`` read all of it off the fields.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 Scalar = float | jax.Array
 """A Python number, or an array of them where runs are stacked."""
+
+CONTROL, TOKENS, FLOW = "control", "tokens", "flow"
+DOMAINS = {CONTROL: "control tasks", TOKENS: "token tasks", FLOW: "flows"}
+"""What is trained, by the name of its domain."""
 
 
 class ConfigError(ValueError):
@@ -25,45 +32,161 @@ class ConfigError(ValueError):
         self.field = field
 
 
-def setting(default: Any, help: str, valid: str, check: Callable[[Any], bool]) -> Any:
+# Which values a field takes.
+
+
+class Validator(NamedTuple):
+    """A test of values that can say in words what passes it; it ends the error message."""
+
+    valid: str
+    accepts: Callable[[Any], bool]
+
+    def __call__(self, value: Any) -> bool:
+        return self.accepts(value)
+
+
+def at_least(low: int) -> Validator:
+    """Integers from ``low`` on."""
+    return Validator(f"an integer >= {low}", lambda v: _is_integer(v) and v >= low)
+
+
+def one_of(*names: str) -> Validator:
+    """Some names."""
+    return Validator(f"one of {', '.join(names)}", lambda v: v in names)
+
+
+def optional(validator: Validator, none: str = "None for the default") -> Validator:
+    """What a validator takes, and None; ``none`` says in words what that means."""
+    return Validator(f"{validator.valid}, or {none}", lambda v: v is None or validator(v))
+
+
+def sizes_of_layers(least: int) -> Validator:
+    """Tuples of at least so many integers >= 1."""
+    size = at_least(1)
+    return Validator(
+        "one or more integers >= 1" if least else "integers >= 1",
+        lambda v: isinstance(v, tuple) and len(v) >= least and all(size(n) for n in v),
+    )
+
+
+def _is_integer(v: Any) -> bool:
+    return isinstance(v, int) and not isinstance(v, bool)
+
+
+def _is_finite(v: Any) -> bool:
+    return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+
+
+index = Validator("an integer in [0, 2^31)", lambda v: _is_integer(v) and 0 <= v < 2**31)
+count = Validator("an integer in [1, 2^31)", lambda v: _is_integer(v) and 1 <= v < 2**31)
+positive = Validator("a finite number > 0", lambda v: _is_finite(v) and v > 0)
+not_negative = Validator("a finite number >= 0", lambda v: _is_finite(v) and v >= 0)
+unit_interval = Validator("a number in [0, 1]", lambda v: _is_finite(v) and 0 <= v <= 1)
+flag = Validator("true or false", lambda v: isinstance(v, bool))
+environment = Validator(
+    "a gymnax environment name or object, an EnvPool name, or a task's name, FILE.py:TASK or"
+    " object",
+    lambda v: isinstance(v, str) or hasattr(v, "step_env") or hasattr(v, "reward"),
+)
+
+
+def function_or_name(valid: str) -> Validator:
+    """A function, or its name."""
+    return Validator(valid, lambda v: isinstance(v, str) or callable(v))
+
+
+# Where a field applies.
+
+
+class Needs(Protocol):
+    """What ``check_applies`` reads of an objective's ``signatures.Spec``."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+    @property
+    def takes_kernel(self) -> bool: ...
+
+
+class Case(NamedTuple):
+    """What decides whether a field applies."""
+
+    config: "Config"
+    objective: Needs
+    domain: str
+
+    @property
+    def pairs(self) -> bool:
+        return "margin" in self.objective.inputs
+
+    @property
+    def standardized(self) -> bool:
+        """Whether advantages are divided by their standard deviation, and so lose their scale."""
+        given = self.config.normalize_advantage
+        return self.domain != TOKENS if given is None else given
+
+
+class Condition(NamedTuple):
+    """Where a field applies, and in words why it would do nothing elsewhere."""
+
+    holds: Callable[[Case], bool]
+    reason: str
+
+
+_BINS = Condition(lambda c: c.config.action_head != "gaussian", "a gaussian head has no bins")
+_SHARED = Condition(lambda c: c.config.shared_torso, "shared_torso is false")
+_TRACES = Condition(
+    lambda c: c.config.advantage_mode != "vtrace", "advantage_mode 'vtrace' does not use it"
+)
+_KERNEL = Condition(lambda c: c.objective.takes_kernel, "the objective takes no kernel")
+_NO_PAIRS = Condition(lambda c: not c.pairs, "the objective compares pairs of whole answers")
+_REWARD = Condition(lambda c: not c.pairs, "pairs have no reward")
+_REWARD_COUNTS = Condition(
+    lambda c: c.domain == CONTROL or not c.standardized,
+    "normalize_advantage makes up for it, and nothing else learns from rewards",
+)
+
+
+def setting(
+    default: Any,
+    help: str,
+    check: Validator,
+    *,
+    domains: Sequence[str] = tuple(DOMAINS),
+    applies: Sequence[Condition] = (),
+    follows: str = "",
+    integer: bool = False,
+) -> Any:
     """A dataclass field that carries its own meaning and valid range.
 
     Args:
         default: value when the user gives none.
         help: one line for ``--help`` and the documentation.
-        valid: what would be valid, in words; ends the error message.
-        check: true where a value is valid.
+        check: which values it takes.
+        domains: those in which it does something.
+        applies: what else has to hold for it to do something.
+        follows: field whose value it takes where it is None.
+        integer: whether its array is of integers.
     """
-    metadata = {"help": help, "valid": valid, "check": check}
+    metadata = {
+        "help": help,
+        "valid": check.valid,
+        "check": check,
+        "domains": tuple(domains),
+        "applies": tuple(applies),
+        "follows": follows,
+        "integer": integer,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _integer(low: int, below: float = math.inf) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v < below
+def of_control(default: Any, help: str, check: Validator, **more: Any) -> Any:
+    """A setting of control tasks alone."""
+    return setting(default, help, check, domains=[CONTROL], **more)
 
 
-def _one_of(*names: str) -> Callable[[Any], bool]:
-    return lambda v: v in names
-
-
-def _finite(v: Any) -> bool:
-    return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-
-
-def _positive(v: Any) -> bool:
-    return _finite(v) and v > 0
-
-
-def _not_negative(v: Any) -> bool:
-    return _finite(v) and v >= 0
-
-
-def _unit(v: Any) -> bool:
-    return _finite(v) and 0 <= v <= 1
-
-
-def _flag(v: Any) -> bool:
-    return isinstance(v, bool)
+def of_tokens(default: Any, help: str, check: Validator, **more: Any) -> Any:
+    """A setting of token tasks alone."""
+    return setting(default, help, check, domains=[TOKENS], **more)
 
 
 ACTIVATIONS = ("tanh", "relu", "silu", "elu")
@@ -71,21 +194,14 @@ SCHEDULES = ("constant", "linear", "cosine")
 ADVANTAGE_MODES = ("stored", "recomputed", "vtrace")
 SAMPLING_MODES = ("shuffled", "uniform")
 ACTION_HEADS = ("auto", "tokens", "gaussian")
+DTYPES = ("float32", "bfloat16")
 DEFAULT_BUFFER_SIZE = 512
 RATIO_LEVELS = (
-    "token",
-    "joint",
-    "sequence",
-    "prefix_product",
-    "prefix_geometric",
-    "prefix_min",
+    *("token", "joint", "sequence", "prefix_product", "prefix_geometric", "prefix_min"),
     "ratio_norm",
 )
 LOSS_AGG_MODES = (
-    "token-mean",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
+    *("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
 )
 KERNELS = ("gaussian", "laplacian", "cauchy")
 
@@ -103,181 +219,147 @@ class Config:
         "environment by gymnax's name, or EnvPool's such as MetaWorld/ButtonPress-v3; or a task of"
         " answers of several tokens, such as tokens/reverse or your own; or a density for flows,"
         " flow/ring or flow/moons",
-        "a gymnax environment name or object, an EnvPool name, or a task's name, FILE.py:TASK or"
-        " object",
-        lambda v: isinstance(v, str) or hasattr(v, "step_env") or hasattr(v, "reward"),
+        environment,
     )
     objective: Any = setting(
-        "gipo",
-        "policy objective",
-        "an objective's name or function",
-        lambda v: isinstance(v, str) or callable(v),
+        "gipo", "policy objective", function_or_name("an objective's name or function")
     )
     kernel: str = setting(
-        "gaussian", "shape of the trust weight", f"one of {', '.join(KERNELS)}", _one_of(*KERNELS)
+        "gaussian", "shape of the trust weight", one_of(*KERNELS), applies=[_KERNEL]
     )
     total_steps: int = setting(
         100_000,
         "environment steps a run takes (answers of token tasks, samples of flows)",
-        "an integer >= 1",
-        _integer(1),
+        at_least(1),
     )
     num_envs: int = setting(
-        4,
-        "environments stepped side by side, or prompts answered an iteration",
-        "an integer >= 1",
-        _integer(1),
+        4, "environments stepped side by side, or prompts answered an iteration", at_least(1)
     )
     rollout_length: int = setting(
-        8,
-        "steps each environment takes, or answers to each prompt, an iteration",
-        "an integer >= 1",
-        _integer(1),
+        8, "steps each environment takes, or answers to each prompt, an iteration", at_least(1)
     )
-    batch_size: int = setting(
-        256, "transitions, or answers, in an update", "an integer >= 1", _integer(1)
-    )
-    updates_per_iteration: int = setting(
-        1, "batches drawn an iteration", "an integer >= 1", _integer(1)
-    )
+    batch_size: int = setting(256, "transitions, or answers, in an update", at_least(1))
+    updates_per_iteration: int = setting(1, "batches drawn an iteration", at_least(1))
     reuse_per_batch: int = setting(
         1,
         "updates made with each batch; the policy's loss is scaled by 1/sqrt(reuse index + 1)",
-        "an integer >= 1",
-        _integer(1),
+        at_least(1),
     )
-    policy_delay: int = setting(
-        1, "the policy takes part in every n-th update", "an integer >= 1", _integer(1)
+    policy_delay: int = of_control(
+        1, "the policy takes part in every n-th update with a batch", at_least(1)
     )
     max_buffer_size: int | None = setting(
         None,
         "transitions allocated for replay, at least the largest buffer size; a sweep finds it out",
-        "an integer >= 1, or None for the default buffer size",
-        lambda v: v is None or _integer(1)(v),
+        optional(at_least(1), "None for the default buffer size"),
     )
     sampling: str = setting(
         "shuffled",
         "how batches are drawn: without replacement (shuffled), or with (uniform)",
-        f"one of {', '.join(SAMPLING_MODES)}",
-        _one_of(*SAMPLING_MODES),
+        one_of(*SAMPLING_MODES),
     )
-    advantage_mode: str = setting(
+    advantage_mode: str = of_control(
         "stored",
         "advantages: stored at collection, recomputed by the current critic, or V-trace",
-        f"one of {', '.join(ADVANTAGE_MODES)}",
-        _one_of(*ADVANTAGE_MODES),
+        one_of(*ADVANTAGE_MODES),
     )
     normalize_advantage: bool | None = setting(
         None,
         "standardise advantages in each batch; by default yes, but no on token tasks, where it"
         " would blow up the small differences between answers that are nearly all right",
-        "true or false, or None for the default",
-        lambda v: v is None or _flag(v),
+        optional(flag),
+        applies=[_NO_PAIRS],
     )
     ratio_level: str | None = setting(
         None,
         "importance ratio of each token, of the whole action or answer (joint), of a sequence, or"
         " ratio_norm for flows; by default the objective's own, which is token for most",
-        f"one of {', '.join(RATIO_LEVELS)}, or None for the objective's own",
-        lambda v: v is None or v in RATIO_LEVELS,
+        optional(one_of(*RATIO_LEVELS), "None for the objective's own"),
     )
-    loss_agg_mode: str = setting(
+    kl: str = of_control(
+        "sampled",
+        "KL penalty: estimated at the sampled action, or exact, for which replay keeps the"
+        " behaviour policy's outputs",
+        one_of("sampled", "exact"),
+    )
+    loss_agg_mode: str = of_tokens(
         "token-mean",
-        "token tasks: mean of the policy's loss over tokens, or over answers of the sum or the mean"
-        " of each one's tokens",
-        f"one of {', '.join(LOSS_AGG_MODES)}",
-        _one_of(*LOSS_AGG_MODES),
+        "mean of the policy's loss over tokens, or over answers of the sum or the mean of each"
+        " one's tokens",
+        one_of(*LOSS_AGG_MODES),
+        applies=[_NO_PAIRS],
     )
-    selection: Any = setting(
+    selection: Any = of_tokens(
         "keep_all",
-        "token tasks: which prompts are answered, or which answers are learned from",
-        "keep_all, depo, prune, sage or a function",
-        lambda v: isinstance(v, str) or callable(v),
+        "which prompts are answered, or which answers are learned from",
+        function_or_name("keep_all, depo, prune, sage or a function"),
     )
-    num_candidates: int | None = setting(
+    num_candidates: int | None = of_tokens(
         None,
         "prompts drawn an iteration for a selection of prompts to choose num_envs from; by default"
         " 4 times as many",
-        "an integer >= 1, or None for the default",
-        lambda v: v is None or _integer(1)(v),
+        optional(at_least(1)),
     )
-    packed_size: int | None = setting(
+    packed_size: int | None = of_tokens(
         None,
         "answers that an update back-propagates through under a selection of answers; by default"
         " half of batch_size",
-        "an integer >= 1, or None for the default",
-        lambda v: v is None or _integer(1)(v),
+        optional(at_least(1)),
     )
-    decoder_layers: int = setting(
-        3, "token tasks: layers of the transformer", "an integer >= 1", _integer(1)
-    )
-    decoder_width: int = setting(
+    decoder_layers: int = of_tokens(3, "layers of the transformer", at_least(1))
+    decoder_width: int = of_tokens(
         64,
-        "token tasks: width of the transformer; its feed-forward part is twice as wide",
-        "an integer >= 1 that the heads divide",
-        _integer(1),
+        "width of the transformer, which its heads divide; its feed-forward part is twice as wide",
+        at_least(1),
     )
-    decoder_heads: int = setting(
-        4, "token tasks: attention heads of the transformer", "an integer >= 1", _integer(1)
-    )
-    action_head: str = setting(
+    decoder_heads: int = of_tokens(4, "attention heads of the transformer", at_least(1))
+    action_head: str = of_control(
         "auto",
         "head for Box actions: tokens (categorical bins) or gaussian; auto takes tokens",
-        f"one of {', '.join(ACTION_HEADS)}",
-        _one_of(*ACTION_HEADS),
+        one_of(*ACTION_HEADS),
     )
-    num_bins: int = setting(
-        11, "bins for each action dimension with tokens", "an integer >= 2", _integer(2)
+    num_bins: int = of_control(
+        11, "bins for each action dimension with tokens", at_least(2), applies=[_BINS]
     )
     hidden_sizes: tuple[int, ...] = setting(
-        (64, 64),
-        "widths of the hidden layers",
-        "one or more integers >= 1",
-        lambda v: isinstance(v, tuple) and len(v) > 0 and all(_integer(1)(n) for n in v),
+        (64, 64), "widths of the hidden layers", sizes_of_layers(1), domains=[CONTROL, FLOW]
     )
-    value_hidden_sizes: tuple[int, ...] = setting(
+    value_hidden_sizes: tuple[int, ...] = of_control(
         (),
         "widths of the value function's own hidden layers; none given, as the policy's",
-        "integers >= 1",
-        lambda v: isinstance(v, tuple) and all(_integer(1)(n) for n in v),
+        sizes_of_layers(0),
     )
-    activation: str = setting(
-        "tanh", "activation", f"one of {', '.join(ACTIVATIONS)}", _one_of(*ACTIVATIONS)
-    )
+    activation: str = setting("tanh", "activation", one_of(*ACTIVATIONS), domains=[CONTROL, FLOW])
     layer_norm: bool = setting(
-        False, "LayerNorm after each hidden activation", "true or false", _flag
+        False, "LayerNorm after each hidden activation", flag, domains=[CONTROL, FLOW]
     )
-    shared_torso: bool = setting(
-        False, "policy and value share the first layers", "true or false", _flag
+    shared_torso: bool = of_control(False, "policy and value share the first layers", flag)
+    detach_value: bool = of_control(
+        True, "with a shared torso, the value head does not train it", flag, applies=[_SHARED]
     )
-    detach_value: bool = setting(
-        True, "with a shared torso, the value head does not train it", "true or false", _flag
+    compute_dtype: str = setting(
+        "float32", "type of the numbers in which networks compute", one_of(*DTYPES)
     )
-    normalize_obs: bool = setting(
-        False, "standardise observations with running statistics", "true or false", _flag
+    param_dtype: str = setting(
+        "float32", "type of the numbers that keep parameters and optimizer state", one_of(*DTYPES)
     )
-    truncation_is_termination: bool = setting(
-        False, "treat a time limit as termination (no bootstrap)", "true or false", _flag
+    normalize_obs: bool = of_control(
+        False, "standardise observations with running statistics", flag
     )
-    max_episode_steps: int | None = setting(
-        None,
-        "time limit; None keeps the environment's own",
-        "an integer >= 1, or None",
-        lambda v: v is None or _integer(1)(v),
+    truncation_is_termination: bool = of_control(
+        False, "treat a time limit as termination (no bootstrap)", flag
     )
-    schedule: str = setting(
-        "linear",
-        "learning-rate decay over the run",
-        f"one of {', '.join(SCHEDULES)}",
-        _one_of(*SCHEDULES),
+    max_episode_steps: int | None = of_control(
+        None, "time limit; None keeps the environment's own", optional(at_least(1), "None")
     )
-    num_logs: int = setting(20, "points logged a run", "an integer >= 1", _integer(1))
+    joint_grad_norm: bool = of_control(False, "one gradient norm over policy and value", flag)
+    schedule: str = setting("linear", "learning-rate decay over the run", one_of(*SCHEDULES))
+    num_logs: int = setting(20, "points logged a run", at_least(1))
     eval_episodes: int | None = setting(
         None,
         "greedy and sampled evaluation episodes at each logged point; by default 10, 0 in an"
         " EnvPool environment, which has none, and 128 prompts of a token task",
-        "an integer >= 0",
-        lambda v: v is None or _integer(0)(v),
+        optional(at_least(0)),
     )
 
     @property
@@ -300,88 +382,72 @@ class Config:
 class HParams:
     """Traced settings: scalars that only change numbers, so that a sweep can stack them."""
 
-    seed: Scalar = setting(0, "seed of the run", "an integer in [0, 2^31)", _integer(0, 2**31))
+    seed: Scalar = setting(0, "seed of the run", index, integer=True)
     buffer_size: Scalar = setting(
-        DEFAULT_BUFFER_SIZE,
-        "transitions (answers, chains) kept for replay",
-        "an integer in [1, 2^31)",
-        _integer(1, 2**31),
+        DEFAULT_BUFFER_SIZE, "transitions (answers, chains) kept for replay", count, integer=True
     )
     min_age: Scalar = setting(
-        0,
-        "newest iterations of data held back from sampling",
-        "an integer in [0, 2^31)",
-        _integer(0, 2**31),
+        0, "newest iterations of data held back from sampling", index, integer=True
     )
-    learning_rate: Scalar = setting(
-        6e-4, "learning rate of the policy", "a finite number > 0", _positive
-    )
-    value_learning_rate: Scalar = setting(
+    learning_rate: Scalar = setting(6e-4, "learning rate of the policy", positive)
+    value_learning_rate: Scalar = of_control(
         None,
         "learning rate of the value function; None takes the policy's",
-        "a finite number > 0, or None",
-        lambda v: v is None or _positive(v),
+        optional(positive, "None"),
+        follows="learning_rate",
     )
-    gamma: Scalar = setting(0.99, "discount", "a number in [0, 1]", _unit)
-    gae_lambda: Scalar = setting(
-        0.95, "decay of generalised advantage estimation", "a number in [0, 1]", _unit
+    gamma: Scalar = of_control(0.99, "discount", unit_interval)
+    gae_lambda: Scalar = of_control(
+        0.95, "decay of generalised advantage estimation", unit_interval, applies=[_TRACES]
     )
     entropy_coef: Scalar = setting(
-        0.03, "weight of the entropy bonus", "a finite number >= 0", _not_negative
+        0.03, "weight of the entropy bonus", not_negative, domains=[CONTROL, TOKENS]
     )
-    kl_coef: Scalar = setting(
-        0.0, "weight of the penalty KL(behavior || policy)", "a finite number >= 0", _not_negative
-    )
-    value_coef: Scalar = setting(
-        0.5, "weight of the squared value error", "a finite number > 0", _positive
-    )
+    kl_coef: Scalar = setting(0.0, "weight of the penalty KL(behavior || policy)", not_negative)
+    value_coef: Scalar = of_control(0.5, "weight of the squared value error", positive)
     max_grad_norm: Scalar = setting(
-        0.5, "global gradient norm, for policy and value apart", "a finite number > 0", _positive
+        0.5,
+        "global gradient norm, for policy and value apart unless joint_grad_norm is on",
+        positive,
+    )
+    adam_epsilon: Scalar = setting(
+        1e-5, "what Adam adds to the root of the second moment", positive
     )
     warmup_iterations: Scalar = setting(
-        0,
-        "iterations of linear learning-rate warm-up",
-        "an integer in [0, 2^31)",
-        _integer(0, 2**31),
+        0, "iterations of linear learning-rate warm-up", index, integer=True
     )
     reward_scale: Scalar = setting(
-        1.0, "factor on rewards before learning", "a finite number > 0", _positive
+        1.0, "factor on rewards before learning", positive, applies=[_REWARD, _REWARD_COUNTS]
     )
     recent_fraction: Scalar = setting(
-        0.0, "part of each batch drawn from the newest iteration only", "a number in [0, 1]", _unit
+        0.0, "part of each batch drawn from the newest iteration only", unit_interval
     )
     ess_lr_power: Scalar = setting(
         0.0,
         "policy learning rate times (ESS / batch) to this power; 0.5 is the square-root rule",
-        "a finite number >= 0",
-        _not_negative,
+        not_negative,
     )
-    temperature: Scalar = setting(
-        1.0,
-        "token tasks: temperature of the policy, when it samples and when it learns",
-        "a finite number > 0",
-        _positive,
+    temperature: Scalar = of_tokens(
+        1.0, "temperature of the policy, when it samples and when it learns", positive
     )
-    imitation_updates: Scalar = setting(
-        0,
-        "token tasks: updates on demonstrations before reinforcement learning",
-        "an integer in [0, 2^31)",
-        _integer(0, 2**31),
+    imitation_updates: Scalar = of_tokens(
+        0, "updates on demonstrations before reinforcement learning", index, integer=True
     )
     objective_params: dict[str, Scalar] = dataclasses.field(default_factory=dict)
 
 
-_INTEGERS = ("seed", "buffer_size", "min_age", "warmup_iterations", "imitation_updates")
-
-
 def stack(hparams: Sequence[HParams]) -> HParams:
     """Settings of several runs as one pytree of NumPy arrays ``[runs]``."""
+    integers = {f.name for f in dataclasses.fields(HParams) if f.metadata.get("integer")}
 
     def column(path: Any, *values: Any) -> np.ndarray:
-        integer = jax.tree_util.keystr(path, simple=True) in _INTEGERS
+        integer = jax.tree_util.keystr(path, simple=True) in integers
         return np.asarray(values, np.int32 if integer else np.float32)
 
     return jax.tree_util.tree_map_with_path(column, *hparams)
+
+
+# The checks.
 
 
 def check_fields(settings: Any) -> None:
@@ -390,14 +456,46 @@ def check_fields(settings: Any) -> None:
         check = field.metadata.get("check")
         value = getattr(settings, field.name)
         if check is not None and not check(value):
-            raise ConfigError(field.name, value, field.metadata["valid"])
+            raise ConfigError(field.name, value, check.valid)
+
+
+def check_applies(
+    config: Config, hparams: HParams | None = None, *, domain: str, objective: Needs
+) -> None:
+    """Refuses every setting that would do nothing: one that is not at its default and has no use.
+
+    What depends on the environment, task or selection itself is theirs to check.
+
+    Args:
+        config: static settings.
+        hparams: traced ones, as Python numbers.
+        domain: one of ``DOMAINS``.
+        objective: what the objective of ``config`` needs, its ``signatures.Spec``.
+
+    Raises:
+        ConfigError: for the first such setting.
+    """
+    case = Case(config, objective, domain)
+    for settings in (config, hparams) if hparams is not None else (config,):
+        for field in dataclasses.fields(settings):
+            meta, value = field.metadata, getattr(settings, field.name)
+            if not meta or value == field.default:
+                continue
+            if meta["follows"] and value == getattr(settings, meta["follows"]):
+                continue
+            reasons = [c.reason for c in meta["applies"] if not c.holds(case)]
+            if domain not in meta["domains"]:
+                reasons = [f"{DOMAINS[domain]} do not use it"]
+            if reasons:
+                raise ConfigError(field.name, value, f"left at {field.default!r}: {reasons[0]}")
 
 
 def check_sizes(config: Config, hparams: HParams) -> None:
     """Checks the rules that tie fields together; raises ConfigError.
 
     Raises:
-        ConfigError: block, buffer, batch and step counts do not fit each other.
+        ConfigError: block, buffer, batch and step counts do not fit each other, nor delay and
+            reuse.
     """
     block = config.block_size
     product = f"num_envs {config.num_envs} x rollout_length {config.rollout_length} = {block}"
@@ -405,6 +503,13 @@ def check_sizes(config: Config, hparams: HParams) -> None:
         near = max(config.total_steps // block, 1) * block
         raise ConfigError(
             "total_steps", config.total_steps, f"a multiple of {product}, such as {near}"
+        )
+    if config.reuse_per_batch % config.policy_delay:
+        raise ConfigError(
+            "policy_delay",
+            config.policy_delay,
+            f"a divisor of reuse_per_batch {config.reuse_per_batch}, because the delay starts anew"
+            " with each batch",
         )
     size, age = int(hparams.buffer_size), int(hparams.min_age)
     if size % block or size < block:

@@ -27,7 +27,8 @@ def orthogonal(scale: float) -> Callable[..., Array]:
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         def draw(key: Array) -> Array:
-            return initialise(key, shape, dtype)
+            # Its decomposition takes no half-width numbers.
+            return initialise(key, shape, jnp.float32).astype(dtype)
 
         one_by_one = jax.custom_batching.sequential_vmap(draw)
         return jax.lax.platform_dependent(key, cpu=one_by_one, default=draw)

@@ -51,8 +51,8 @@ def ratios(
     Returns:
         scalars. Over samples with A other than 0, as others have no u: ``ess``,
         ``near_zero_fraction`` (u below 1e-3), ``masked_fraction`` (u = 0), ``suppressed_fraction``
-        (trust weight u / r below 1e-3), ``mean_weight`` (of u). Over all: ``clip_fraction`` (what
-        PPO with eps 0.2 would ignore), ``log_ratio_abs_p95`` (95th percentile of abs(x)),
+        (trust weight abs(u) / r below 1e-3), ``mean_weight`` (of u). Over all: ``clip_fraction``
+        (what PPO with eps 0.2 would ignore), ``log_ratio_abs_p95`` (95th percentile of abs(x)),
         ``log_ratio_p05`` and ``log_ratio_p95`` (percentiles of x, its two tails). NaN over none.
     """
     where = jnp.ones_like(log_ratio, bool) if where is None else where
@@ -70,7 +70,7 @@ def ratios(
         "ess": effective_sample_size(weight, moved),
         "near_zero_fraction": jnp.mean(jnp.abs(weight) < NEAR_ZERO, where=moved),
         "masked_fraction": jnp.mean(weight == 0, where=moved),
-        "suppressed_fraction": jnp.mean(trust_weight < NEAR_ZERO, where=moved),
+        "suppressed_fraction": jnp.mean(jnp.abs(trust_weight) < NEAR_ZERO, where=moved),
         "clip_fraction": jnp.mean(clipped, where=where),
         "mean_weight": jnp.mean(weight, where=moved),
         "log_ratio_abs_p95": jnp.nanpercentile(jnp.abs(counted), 95),

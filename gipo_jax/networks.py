@@ -39,6 +39,7 @@ class ActionHead(NamedTuple):
         mode: ``outputs -> most likely action``.
         log_prob: ``outputs, action -> log-probability`` of each token.
         entropy: ``outputs -> entropy`` of each token, in nats.
+        kl: ``old outputs, outputs -> KL(old || new)`` of each token, in nats, exact.
         to_env: ``action -> what the environment's step takes``.
     """
 
@@ -50,6 +51,7 @@ class ActionHead(NamedTuple):
     mode: Callable[[Array], Array]
     log_prob: Callable[[Array, Array], Array]
     entropy: Callable[[Array], Array]
+    kl: Callable[[Array, Array], Array]
     to_env: Callable[[Array], Array]
 
 
@@ -119,11 +121,17 @@ def categorical(num_tokens: int, bins: int) -> ActionHead:
         log_probs = logits - jax.nn.logsumexp(logits, axis=axis, keepdims=True)
         return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=axis)
 
+    def kl(old_logits: Array, logits: Array) -> Array:
+        old_log_probs, log_probs = (
+            jax.nn.log_softmax(jnp.moveaxis(x, -1, axis), axis=axis) for x in (old_logits, logits)
+        )
+        return jnp.sum(jnp.exp(old_log_probs) * (old_log_probs - log_probs), axis=axis)
+
     def mode(logits: Array) -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return ActionHead(
-        num_tokens, bins, True, noise, sample, mode, log_prob, entropy, lambda action: action
+        num_tokens, bins, True, noise, sample, mode, log_prob, entropy, kl, lambda action: action
     )
 
 
@@ -142,14 +150,40 @@ def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
     def entropy(outputs: Array) -> Array:
         return outputs[..., 1] + 0.5 * np.log(2 * np.pi * np.e)
 
+    def kl(old_outputs: Array, outputs: Array) -> Array:
+        mean, log_std = old_outputs[..., 0] - outputs[..., 0], outputs[..., 1]
+        log_ratio = old_outputs[..., 1] - log_std
+        return 0.5 * (jnp.exp(2 * log_ratio) + (mean * jnp.exp(-log_std)) ** 2 - 1) - log_ratio
+
     return ActionHead(
         dimensions, 2, False, noise, sample, lambda outputs: outputs[..., 0], log_prob, entropy,
-        to_env,
+        kl, to_env,
     )  # fmt: skip
 
 
 LARGE_IMAGE = 36
 """Images from this height and width on go through strided convolutions."""
+
+
+class Precision(NamedTuple):
+    """Types of numbers: those that layers compute in, None for their inputs', and parameters'."""
+
+    compute: str | None
+    param: str
+
+
+FLOAT32 = Precision(None, "float32")
+
+
+def precision(config: Config) -> Precision:
+    """The types of numbers of a configuration."""
+    both = Precision(config.compute_dtype, config.param_dtype)
+    return FLOAT32 if set(both) == {"float32"} else both
+
+
+def at_least_single(x: Array) -> Array:
+    """Outputs of a network in at least single precision, for probabilities and values."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Torso(nn.Module):
@@ -159,18 +193,19 @@ class Torso(nn.Module):
     activation: str
     layer_norm: bool
     conv: bool
+    precision: Precision = FLOAT32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         activation = _ACTIVATIONS[self.activation]
         if self.conv:
             for layer in _LARGE if min(x.shape[-3:-1]) >= LARGE_IMAGE else _SMALL:
-                x = _convolution(x, *layer)
+                x = _convolution(x, *layer, self.precision)
             x = x.reshape(*x.shape[:-3], -1)
         for size in self.hidden_sizes:
-            x = activation(_dense(size, np.sqrt(2.0))(x))
+            x = activation(dense(size, np.sqrt(2.0), self.precision)(x))
             if self.layer_norm:
-                x = nn.LayerNorm()(x)
+                x = norm(self.precision)(x)
         return x
 
 
@@ -180,7 +215,7 @@ _SMALL = ((16, 3, 1),)
 _LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 
-def _convolution(x: Array, channels: int, kernel: int, stride: int) -> Array:
+def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: Precision) -> Array:
     """A convolution without padding and its ReLU, ``[..., height, width, channels]``.
 
     Args:
@@ -188,6 +223,7 @@ def _convolution(x: Array, channels: int, kernel: int, stride: int) -> Array:
         channels: of the result.
         kernel: side of its square kernel, a multiple of ``stride``.
         stride: in both directions.
+        precision: types of numbers.
     """
     # A dense layer over patches. XLA on CPU is slow at the gradient of a convolution inside a loop
     # (measured: 23 times), and at one whose kernels differ by run, as under vmap.
@@ -199,7 +235,7 @@ def _convolution(x: Array, channels: int, kernel: int, stride: int) -> Array:
     blocks = blocks.swapaxes(-4, -3).reshape(*x.shape[:-3], rows, columns, -1)
     shifts = itertools.product(range(steps), repeat=2)
     patches = [blocks[..., i : i + height, j : j + width, :] for i, j in shifts]
-    return nn.relu(_dense(channels, np.sqrt(2.0))(jnp.concatenate(patches, -1)))
+    return nn.relu(dense(channels, np.sqrt(2.0), precision)(jnp.concatenate(patches, -1)))
 
 
 class PolicyOutput(nn.Module):
@@ -208,19 +244,34 @@ class PolicyOutput(nn.Module):
     num_tokens: int
     width: int
     discrete: bool
+    precision: Precision = FLOAT32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         if self.discrete:
-            outputs = _dense(self.num_tokens * self.width, 0.01)(x)
+            outputs = dense(self.num_tokens * self.width, 0.01, self.precision)(x)
             return outputs.reshape(*x.shape[:-1], self.num_tokens, self.width)
-        mean = _dense(self.num_tokens, 0.01)(x)
-        log_std = self.param("log_std", nn.initializers.constant(-0.5), (self.num_tokens,))
+        mean = dense(self.num_tokens, 0.01, self.precision)(x)
+        first = nn.initializers.constant(-0.5)
+        log_std = self.param("log_std", first, (self.num_tokens,), self.precision.param)
+        log_std = log_std.astype(mean.dtype)
         return jnp.stack([mean, jnp.broadcast_to(log_std, mean.shape)], axis=-1)
 
 
-def _dense(size: int, scale: float) -> nn.Dense:
-    return nn.Dense(size, kernel_init=cpu.orthogonal(scale), dot_general=cpu.dot_general(size))
+def dense(size: int, scale: float, precision: Precision) -> nn.Dense:
+    """A dense layer with orthogonal initial weights."""
+    return nn.Dense(
+        size,
+        dtype=precision.compute,
+        param_dtype=precision.param,
+        kernel_init=cpu.orthogonal(scale),
+        dot_general=cpu.dot_general(size),
+    )
+
+
+def norm(precision: Precision) -> nn.LayerNorm:
+    """A LayerNorm."""
+    return nn.LayerNorm(dtype=precision.compute, param_dtype=precision.param)
 
 
 class Network(NamedTuple):
@@ -253,6 +304,7 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
         ConfigError: a shared torso of no layers.
     """
     conv = len(obs_shape) == 3
+    types = precision(config)
     if config.shared_torso and not conv and len(config.hidden_sizes) == 1:
         valid = "False with one hidden size, because all but the last are shared"
         raise ConfigError("shared_torso", True, valid)
@@ -263,13 +315,13 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     value_own = config.value_hidden_sizes or own
 
     def layers(sizes: tuple[int, ...], first: bool) -> Torso:
-        return Torso(sizes, config.activation, config.layer_norm, conv and first)
+        return Torso(sizes, config.activation, config.layer_norm, conv and first, types)
 
     torso = layers(shared, first=True)
     policy_tower = layers(own, first=not config.shared_torso)
     value_tower = layers(value_own, first=not config.shared_torso)
-    policy_output = PolicyOutput(head.num_tokens, head.output_width, head.discrete)
-    value_output = _dense(1, 1.0)
+    policy_output = PolicyOutput(head.num_tokens, head.output_width, head.discrete, types)
+    value_output = dense(1, 1.0, types)
 
     def flat(obs: Array) -> Array:
         if conv:
@@ -283,13 +335,13 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
 
     def policy_from(params: Params, x: Array) -> Array:
         x = _apply(policy_tower, params["policy"]["tower"], x)
-        return _apply(policy_output, params["policy"]["output"], x)
+        return at_least_single(_apply(policy_output, params["policy"]["output"], x))
 
     def value_from(params: Params, x: Array) -> Array:
         if config.shared_torso and config.detach_value:
             x = jax.lax.stop_gradient(x)
         x = _apply(value_tower, params["value"]["tower"], x)
-        return _apply(value_output, params["value"]["output"], x)[..., 0]
+        return at_least_single(_apply(value_output, params["value"]["output"], x)[..., 0])
 
     def init(key: Array) -> Params:
         key_torso, key_policy, key_output, key_value, key_value_output = jax.random.split(key, 5)

@@ -25,8 +25,11 @@ square it take a lower ``max_log_ratio``. A clamped ratio still passes its gradi
 effective weight beyond the bound is the one at the bound.
 """
 
+import functools
 import math
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import chex
 import jax
@@ -37,7 +40,29 @@ from jax.typing import ArrayLike
 
 from gipo_jax import signatures
 from gipo_jax.config import KERNELS, ConfigError
+from gipo_jax.gradients import straight_through
 from gipo_jax.signatures import Objective, Spec, declare
+
+KNOWN: dict[str, Objective] = {}
+"""Built-in objectives by name."""
+
+
+def _built_in(**declared: Any) -> Callable[[Objective], Objective]:
+    """``declare`` for an objective that is known by name."""
+
+    def register(function: Objective) -> Objective:
+        KNOWN[function.__name__] = declare(**declared)(function)
+        return KNOWN[function.__name__]
+
+    return register
+
+
+def _alias(name: str, function: Objective, **declared: Any) -> Objective:
+    """The same formula under another name with other declarations, such as a ratio level."""
+    preset = functools.partial(function)
+    preset.__name__ = name  # type: ignore[attr-defined]
+    return _built_in(**signatures.declared(function) | declared)(preset)
+
 
 # Helpers, for the objectives here and for your own.
 
@@ -52,7 +77,7 @@ def clamp_straight_through(x: Array, maximum: ArrayLike) -> Array:
     Returns:
         the shape of ``x``. A plain minimum would stop the gradient of every clamped sample.
     """
-    return jnp.where(x > maximum, maximum + (x - stop_gradient(x)), x)
+    return straight_through(jnp.minimum(x, maximum), x)
 
 
 def ratio(log_ratio: Array, max_log_ratio: ArrayLike = 80.0) -> Array:
@@ -123,7 +148,7 @@ def _moves_away(log_ratio: Array, advantage: Array) -> Array:
 # Per sample: log-ratio and advantage only.
 
 
-@declare(source="arXiv:2603.03955", positive=("sigma", "sigma_neg_ratio", "weight_clamp"))
+@_built_in(source="arXiv:2603.03955", positive=("sigma", "sigma_neg_ratio", "weight_clamp"))
 def gipo(
     log_ratio: Array,
     advantage: Array,
@@ -180,14 +205,7 @@ def log_trust_weight(
     raise ConfigError("kernel", kernel, f"one of {', '.join(KERNELS)}")
 
 
-@declare()
-def no_clip(log_ratio: Array, advantage: Array) -> Array:
-    """Plain importance sampling: surrogate r A, effective weight u = r."""
-    _check_shapes(log_ratio, advantage)
-    return ratio(log_ratio) * advantage
-
-
-@declare(source="arXiv:1707.06347", positive=("clip_eps",))
+@_built_in(source="arXiv:1707.06347", positive=("clip_eps",))
 def ppo_clip(log_ratio: Array, advantage: Array, clip_eps: ArrayLike = 0.2) -> Array:
     """PPO's clipped surrogate, min(r A, clip(r, 1 - eps, 1 + eps) A) (arXiv:1707.06347).
 
@@ -197,19 +215,7 @@ def ppo_clip(log_ratio: Array, advantage: Array, clip_eps: ArrayLike = 0.2) -> A
     return clipped_surrogate(ratio(log_ratio), advantage, 1.0, clip_eps)
 
 
-@declare(source="arXiv:1912.09729", positive=("clip_eps", "dual_clip"))
-def dual_clip(
-    log_ratio: Array, advantage: Array, clip_eps: ArrayLike = 0.2, dual_clip: ArrayLike = 3.0
-) -> Array:
-    """PPO with a second bound, max(c A, PPO's surrogate), for A < 0 (arXiv:1912.09729).
-
-    Effective weight that of ``ppo_clip``, and 0 for A < 0 with r > c; c is ``dual_clip``, > 1.
-    """
-    bounded = (advantage < 0) & (log_ratio > jnp.log(dual_clip))
-    return jnp.where(bounded, dual_clip * advantage, ppo_clip(log_ratio, advantage, clip_eps))
-
-
-@declare(source="arXiv:2511.20347", positive=("tau_pos", "tau_neg"))
+@_built_in(source="arXiv:2511.20347", positive=("tau_pos", "tau_neg"))
 def sapo(
     log_ratio: Array, advantage: Array, tau_pos: ArrayLike = 1.0, tau_neg: ArrayLike = 1.05
 ) -> Array:
@@ -222,7 +228,26 @@ def sapo(
     return _soft_gate(log_ratio, jnp.where(advantage > 0, tau_pos, tau_neg)) * advantage
 
 
-@declare(source="arXiv:2205.10047", positive=("tau",))
+@_built_in()
+def no_clip(log_ratio: Array, advantage: Array) -> Array:
+    """Plain importance sampling: surrogate r A, effective weight u = r."""
+    _check_shapes(log_ratio, advantage)
+    return ratio(log_ratio) * advantage
+
+
+@_built_in(source="arXiv:1912.09729", positive=("clip_eps", "dual_clip"))
+def dual_clip(
+    log_ratio: Array, advantage: Array, clip_eps: ArrayLike = 0.2, dual_clip: ArrayLike = 3.0
+) -> Array:
+    """PPO with a second bound, max(c A, PPO's surrogate), for A < 0 (arXiv:1912.09729).
+
+    Effective weight that of ``ppo_clip``, and 0 for A < 0 with r > c; c is ``dual_clip``, > 1.
+    """
+    bounded = (advantage < 0) & (log_ratio > jnp.log(dual_clip))
+    return jnp.where(bounded, dual_clip * advantage, ppo_clip(log_ratio, advantage, clip_eps))
+
+
+@_built_in(source="arXiv:2205.10047", positive=("tau",))
 def p3o_soft(log_ratio: Array, advantage: Array, tau: ArrayLike = 4.0) -> Array:
     """P3O's soft clipping: surrogate (4 / tau) sigmoid(tau (r - 1)) A (arXiv:2205.10047).
 
@@ -240,7 +265,7 @@ def _soft_gate(log_ratio: Array, tau: ArrayLike) -> Array:
     return jnp.divide(4, tau) * jnp.where(z > 0, 1 - jax.nn.sigmoid(-z), jax.nn.sigmoid(z))
 
 
-@declare(source="arXiv:2506.13585", positive=("eps_high",))
+@_built_in(source="arXiv:2506.13585", positive=("eps_high",))
 def cispo(log_ratio: Array, advantage: Array, eps_high: ArrayLike = 0.2) -> Array:
     """Clipped, detached ratio: surrogate sg(min(r, 1 + eps_high)) A log pi (arXiv:2506.13585).
 
@@ -251,7 +276,7 @@ def cispo(log_ratio: Array, advantage: Array, eps_high: ArrayLike = 0.2) -> Arra
     )
 
 
-@declare(source="arXiv:1802.01561", positive=("max_ratio",))
+@_built_in(source="arXiv:1802.01561", positive=("max_ratio",))
 def tis(log_ratio: Array, advantage: Array, max_ratio: ArrayLike = 2.0) -> Array:
     """Truncated importance sampling: surrogate sg(min(r, C)) A log pi, u = min(r, C).
 
@@ -261,7 +286,7 @@ def tis(log_ratio: Array, advantage: Array, max_ratio: ArrayLike = 2.0) -> Array
     return weighted_score(jnp.minimum(ratio(log_ratio), max_ratio), log_ratio, advantage)
 
 
-@declare(source="arXiv:2503.14286")
+@_built_in(source="arXiv:2503.14286")
 def topr(log_ratio: Array, advantage: Array) -> Array:
     """Tapered off-policy REINFORCE: A log pi for A >= 0, sg(min(r, 1)) A log pi for A < 0.
 
@@ -272,7 +297,7 @@ def topr(log_ratio: Array, advantage: Array) -> Array:
     return weighted_score(weight, log_ratio, advantage)
 
 
-@declare(source="arXiv:2401.16025", positive=("eps", "max_log_ratio"))
+@_built_in(source="arXiv:2401.16025", positive=("eps", "max_log_ratio"))
 def spo(
     log_ratio: Array, advantage: Array, eps: ArrayLike = 0.2, max_log_ratio: ArrayLike = 3.0
 ) -> Array:
@@ -288,7 +313,7 @@ def spo(
     return r * advantage - jnp.abs(advantage) * (r - 1) ** 2 / (2 * jnp.asarray(eps))
 
 
-@declare(source="arXiv:2602.10693")
+@_built_in(source="arXiv:2602.10693")
 def vespo(
     log_ratio: Array,
     advantage: Array,
@@ -310,7 +335,7 @@ def vespo(
     return weighted_score(jnp.exp(log_phi), log_ratio, advantage)
 
 
-@declare(source="arXiv:2602.17550", positive=("sigma",))
+@_built_in(source="arXiv:2602.17550", positive=("sigma",))
 def maspo(log_ratio: Array, advantage: Array, sigma: ArrayLike = 1.0) -> Array:
     """One-sided Gaussian gate on the ratio: surrogate sg(w) r A (MASPO, arXiv:2602.17550).
 
@@ -324,7 +349,7 @@ def maspo(log_ratio: Array, advantage: Array, sigma: ArrayLike = 1.0) -> Array:
     return stop_gradient(jnp.where(_moves_away(log_ratio, advantage), gate, 1.0)) * r * advantage
 
 
-@declare(source="arXiv:2209.07074")
+@_built_in(source="arXiv:2209.07074")
 def biris(log_ratio: Array, advantage: Array, alpha: ArrayLike = 0.1) -> Array:
     """Penalty on the distance of r from 1 against reuse bias (BIRIS, arXiv:2209.07074).
 
@@ -342,7 +367,7 @@ def biris(log_ratio: Array, advantage: Array, alpha: ArrayLike = 0.1) -> Array:
     return r * advantage - alpha * stop_gradient(jnp.sign(r - 1)) * (r - 1)
 
 
-@declare(source="arXiv:1910.00177", positive=("beta", "max_weight"))
+@_built_in(source="arXiv:1910.00177", positive=("beta", "max_weight"))
 def awr(
     log_ratio: Array, advantage: Array, beta: ArrayLike = 0.05, max_weight: ArrayLike = 20.0
 ) -> Array:
@@ -359,7 +384,7 @@ def awr(
 # With a statistic of the batch.
 
 
-@declare(kind="batch", source="arXiv:1905.01756")
+@_built_in(kind="batch", source="arXiv:1905.01756")
 def p3o_ess(log_ratio: Array, advantage: Array, mask: Array | None = None) -> Array:
     """Weight and KL penalty set by the effective sample size (P3O, arXiv:1905.01756).
 
@@ -378,7 +403,7 @@ def p3o_ess(log_ratio: Array, advantage: Array, mask: Array | None = None) -> Ar
     )
 
 
-@declare(
+@_built_in(
     kind="batch",
     source="arXiv:2510.01161",
     positive=("max_second_moment", "min_eps_high", "min_eps_low"),
@@ -417,7 +442,7 @@ def m2po(
     return clipped_surrogate(ratio(log_ratio), advantage, 1.0, clip_eps)
 
 
-@declare(kind="batch", source="arXiv:2510.01161", positive=("max_second_moment",))
+@_built_in(kind="batch", source="arXiv:2510.01161", positive=("max_second_moment",))
 def m2po_mask(
     log_ratio: Array,
     advantage: Array,
@@ -455,7 +480,7 @@ def _squares_moving_away(
     return jnp.where(counted, square, 0.0), counted
 
 
-@declare(
+@_built_in(
     kind="batch",
     source="arXiv:2601.03320",
     positive=("delta", "max_log_ratio"),
@@ -502,10 +527,48 @@ def r2vpo(
     return r * advantage - state * excess, jnp.maximum(state + step, 0.0)
 
 
+@_built_in(kind="batch", positive=("mean_weight", "sigma_prox"))
+def adaptive_gipo(
+    log_ratio: Array,
+    advantage: Array,
+    log_ratio_start: Array,
+    mean_weight: ArrayLike = 0.7,
+    sigma_prox: ArrayLike = 0.5,
+    mask: Array | None = None,
+) -> Array:
+    """``proximal_gipo`` whose width for staleness adapts to the batch, so that it fits any replay.
+
+    This project's own proposal; no paper has it. With x_k = log_ratio_start and s^2 the batch mean
+    of x_k^2, effective weight u = w_stale w_prox r as in ``proximal_gipo`` at
+
+        sigma_stale = s mean_weight / sqrt(1 - mean_weight^2),
+
+    where the mean of w_stale is ``mean_weight`` if x_k ~ N(0, s^2): E exp(-x_k^2 / (2 sigma^2)) =
+    sigma / sqrt(sigma^2 + s^2). So data as stale as the rest of its batch is always trusted alike.
+
+    Args:
+        log_ratio: x, any shape; the whole array is the batch.
+        advantage: A, same shape.
+        log_ratio_start: x_k, same shape.
+        mean_weight: mean of w_stale to aim at, in (0, 1); from 1 on w_stale is 1.
+        sigma_prox: width of w_prox in units of the ratio, > 0.
+        mask: false at padding; None where there is none.
+
+    Returns:
+        surrogate, same shape.
+    """
+    second_moment = jnp.mean(log_ratio_start**2, where=True if mask is None else mask)
+    below_one = jnp.maximum(1 - jnp.square(mean_weight), jnp.finfo(jnp.float32).tiny)
+    followed = jnp.sqrt(second_moment) * mean_weight / jnp.sqrt(below_one)
+    # On fresh data the mean is 0 / 0: no width is too narrow for x_k = 0.
+    sigma_stale = stop_gradient(jnp.maximum(followed, 1e-3))
+    return proximal_gipo(log_ratio, advantage, log_ratio_start, sigma_stale, sigma_prox)
+
+
 # With another input.
 
 
-@declare(kind="other-input", source="arXiv:2111.00072", positive=("clip_eps",))
+@_built_in(kind="other-input", source="arXiv:2111.00072", positive=("clip_eps",))
 def geppo(
     log_ratio: Array, advantage: Array, log_ratio_start: Array, clip_eps: ArrayLike = 0.2
 ) -> Array:
@@ -520,7 +583,7 @@ def geppo(
     return clipped_surrogate(ratio(log_ratio), advantage, start, clip_eps)
 
 
-@declare(kind="other-input", source="arXiv:2110.00641", positive=("clip_eps",))
+@_built_in(kind="other-input", source="arXiv:2110.00641", positive=("clip_eps",))
 def decoupled_ppo(
     log_ratio: Array, advantage: Array, log_ratio_start: Array, clip_eps: ArrayLike = 0.2
 ) -> Array:
@@ -536,7 +599,7 @@ def decoupled_ppo(
     return clipped_surrogate(ratio(log_ratio), advantage, start, clip_eps * start)
 
 
-@declare(kind="other-input", positive=("sigma_stale", "sigma_prox"))
+@_built_in(kind="other-input", positive=("sigma_stale", "sigma_prox"))
 def proximal_gipo(
     log_ratio: Array,
     advantage: Array,
@@ -577,45 +640,7 @@ def proximal_gipo(
     return ratio(log_weight + log_ratio) * advantage
 
 
-@declare(kind="batch", positive=("mean_weight", "sigma_prox"))
-def following_gipo(
-    log_ratio: Array,
-    advantage: Array,
-    log_ratio_start: Array,
-    mean_weight: ArrayLike = 0.7,
-    sigma_prox: ArrayLike = 0.5,
-    mask: Array | None = None,
-) -> Array:
-    """``proximal_gipo`` whose width for staleness follows the batch, so that it fits any replay.
-
-    This project's own proposal; no paper has it. With x_k = log_ratio_start and s^2 the batch mean
-    of x_k^2, effective weight u = w_stale w_prox r as in ``proximal_gipo`` at
-
-        sigma_stale = s mean_weight / sqrt(1 - mean_weight^2),
-
-    where the mean of w_stale is ``mean_weight`` if x_k ~ N(0, s^2): E exp(-x_k^2 / (2 sigma^2)) =
-    sigma / sqrt(sigma^2 + s^2). So data as stale as the rest of its batch is always trusted alike.
-
-    Args:
-        log_ratio: x, any shape; the whole array is the batch.
-        advantage: A, same shape.
-        log_ratio_start: x_k, same shape.
-        mean_weight: mean of w_stale to aim at, in (0, 1); from 1 on w_stale is 1.
-        sigma_prox: width of w_prox in units of the ratio, > 0.
-        mask: false at padding; None where there is none.
-
-    Returns:
-        surrogate, same shape.
-    """
-    second_moment = jnp.mean(log_ratio_start**2, where=True if mask is None else mask)
-    below_one = jnp.maximum(1 - jnp.square(mean_weight), jnp.finfo(jnp.float32).tiny)
-    followed = jnp.sqrt(second_moment) * mean_weight / jnp.sqrt(below_one)
-    # On fresh data the mean is 0 / 0: no width is too narrow for x_k = 0.
-    sigma_stale = stop_gradient(jnp.maximum(followed, 1e-3))
-    return proximal_gipo(log_ratio, advantage, log_ratio_start, sigma_stale, sigma_prox)
-
-
-@declare(
+@_built_in(
     kind="other-input",
     source="arXiv:2602.04879",
     positive=("delta", "max_ratio"),
@@ -638,7 +663,7 @@ def dppo_tv(
     return _masked_score(jnp.abs(pi - mu) > delta, log_ratio, advantage, max_ratio)
 
 
-@declare(
+@_built_in(
     kind="other-input",
     source="arXiv:2602.04879",
     positive=("delta", "max_ratio"),
@@ -680,7 +705,7 @@ def _masked_score(far: Array, log_ratio: Array, advantage: Array, max_ratio: Arr
 # On answers of several tokens: with a ratio level of their own, or the place of a token.
 
 
-@declare(source="arXiv:2507.18071", positive=("eps_low", "eps_high"), ratio_level="sequence")
+@_built_in(source="arXiv:2507.18071", positive=("eps_low", "eps_high"), ratio_level="sequence")
 def gspo(
     log_ratio: Array, advantage: Array, eps_low: ArrayLike = 3e-4, eps_high: ArrayLike = 4e-4
 ) -> Array:
@@ -694,7 +719,7 @@ def gspo(
     return clipped_surrogate(ratio(log_ratio), advantage, 1.0, eps)
 
 
-@declare(source="arXiv:2601.22718", positive=("eps_low", "eps_high"), ratio_level="prefix_min")
+@_built_in(source="arXiv:2601.22718", positive=("eps_low", "eps_high"), ratio_level="prefix_min")
 def minpro(
     log_ratio: Array, advantage: Array, eps_low: ArrayLike = 0.2, eps_high: ArrayLike = 0.2
 ) -> Array:
@@ -708,7 +733,7 @@ def minpro(
     return weighted_score(jnp.clip(ratio(log_ratio), low, high), log_ratio, advantage)
 
 
-@declare(
+@_built_in(
     kind="other-input",
     source="arXiv:2605.07331",
     positive=("clip_low", "clip_high", "clip_dual"),
@@ -752,7 +777,7 @@ def ctpo(
     return ratio(log_ratio) * advantage
 
 
-@declare(
+@_built_in(
     kind="other-input",
     source="arXiv:2606.10968",
     positive=("delta", "min_weight", "budget"),
@@ -805,35 +830,17 @@ def cppo(
     return jnp.where(keep, ratio(log_ratio), 0) * advantage
 
 
-@declare(source="arXiv:2503.14286", ratio_level="joint")
-def topr_joint(log_ratio: Array, advantage: Array) -> Array:
-    """TOPR on whole answers, its own form: ``topr`` with the ratio of level ``joint``.
+topr_joint = _alias("topr_joint", topr, ratio_level="joint")
+"""TOPR on whole answers, its own form. Unverified against the authors' code."""
 
-    Unverified against the authors' code.
-    """
-    return topr(log_ratio, advantage)
-
-
-@declare(source="arXiv:2602.10693", ratio_level="joint")
-def vespo_joint(
-    log_ratio: Array,
-    advantage: Array,
-    k_pos: ArrayLike = 2.0,
-    lambda_pos: ArrayLike = 3.0,
-    k_neg: ArrayLike = 3.0,
-    lambda_neg: ArrayLike = 2.0,
-) -> Array:
-    """VESPO on whole answers, its own form: ``vespo`` with the ratio of level ``joint``.
-
-    Unverified against the authors' code.
-    """
-    return vespo(log_ratio, advantage, k_pos, lambda_pos, k_neg, lambda_neg)
+vespo_joint = _alias("vespo_joint", vespo, ratio_level="joint")
+"""VESPO on whole answers, its own form. Unverified against the authors' code."""
 
 
 # On pairs of answers.
 
 
-@declare(
+@_built_in(
     kind="pair", source="arXiv:2305.18290", positive=("beta", "pair_sigma"), ratio_level="joint"
 )
 def dpo(
@@ -869,65 +876,82 @@ def dpo(
     return advantage * trust_weight * jax.nn.log_sigmoid(beta * margin)
 
 
-REGISTRY: dict[str, Objective] = {
-    function.__name__: function
-    for function in (
-        gipo,
-        ppo_clip,
-        sapo,
-        no_clip,
-        dual_clip,
-        p3o_soft,
-        cispo,
-        tis,
-        topr,
-        spo,
-        vespo,
-        maspo,
-        biris,
-        awr,
-        p3o_ess,
-        m2po,
-        m2po_mask,
-        r2vpo,
-        following_gipo,
-        geppo,
-        decoupled_ppo,
-        proximal_gipo,
-        dppo_tv,
-        dppo_kl,
-    )
-}
-"""Objectives for every task, by name."""
+# Their names.
 
-SEQUENCE: dict[str, Objective] = {
-    function.__name__: function for function in (gspo, minpro, ctpo, cppo, topr_joint, vespo_joint)
-}
-"""Objectives for tasks whose answers have several tokens, by name."""
+ALL = {name: f for name, f in KNOWN.items() if signatures.spec(f).kind != "pair"}
+"""Objectives of single answers or actions; the others are of pairs."""
 
-ALL: dict[str, Objective] = REGISTRY | SEQUENCE
-"""Objectives of single answers or actions."""
+REGISTRY = {name: f for name, f in ALL.items() if not signatures.spec(f).of_answers}
+"""Those for every task."""
 
-PAIRS: dict[str, Objective] = {"dpo": dpo}
-"""Objectives for pairs of answers, by name."""
+SEQUENCE = {name: f for name, f in ALL.items() if name not in REGISTRY}
+"""Those for tasks whose answers have several tokens."""
 
-KNOWN: dict[str, Objective] = ALL | PAIRS
+RENAMED = {"following_gipo": "adaptive_gipo"}
+"""Names of today by the old ones, which work for this release."""
 
 
 def spec(objective: str | Objective) -> Spec:
     """What an objective's signature says; see ``signatures.spec``.
 
     Args:
-        objective: a name in ``KNOWN`` or a function.
+        objective: a name in ``KNOWN``, several joined by ``+`` (see ``switch``), or a function.
 
     Raises:
         ConfigError: unknown name, or a signature that training could not call.
     """
-    if isinstance(objective, str):
-        if objective not in KNOWN:
-            raise ConfigError("objective", objective, f"one of {', '.join(KNOWN)}")
-        objective = KNOWN[objective]
-    return signatures.spec(objective)
+    if not isinstance(objective, str):
+        return signatures.spec(objective)
+    if "+" in objective:
+        return _switch(objective)
+    if objective in RENAMED:
+        message = f"objective {objective} is called {RENAMED[objective]} now"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        objective = RENAMED[objective]
+    if objective not in KNOWN:
+        raise ConfigError("objective", objective, f"one of {', '.join(KNOWN)}")
+    return signatures.spec(KNOWN[objective])
+
+
+def switch(names: Sequence[str]) -> str:
+    """Name of the objective that is one of several by the traced parameter ``which``.
+
+    An objective is part of a compiled program. Where a study compares many, compiling takes longer
+    than training; here the choice is a number, so that they share one program::
+
+        sweep.expand(objective=objectives.switch(["gipo", "ppo_clip"]), which=[0, 1])
+
+    A parameter, input or state is that of all objectives that take it; a parameter for which they
+    have different defaults is no setting, and each keeps its own. Under ``vmap`` all of them are
+    computed for every run.
+
+    Args:
+        names: in ``KNOWN``, two or more.
+
+    Returns:
+        the names joined by ``+``, a value of the setting ``objective``.
+
+    Raises:
+        ConfigError: an unknown name, objectives of different ratio levels, or one of pairs.
+    """
+    return _switch("+".join(names)).name
+
+
+@functools.cache
+def _switch(name: str) -> Spec:
+    specs = [spec(one) for one in name.split("+")]
+    return signatures.spec(signatures.switch(specs))
+
+
+if TYPE_CHECKING:
+    following_gipo = adaptive_gipo
+else:
+
+    def __getattr__(name: str) -> Objective:
+        """Functions by their old names."""
+        if name in RENAMED:
+            return spec(name).function
+        raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 def gradient_weight(

@@ -4,6 +4,7 @@ A protocol is a set of values for fields of ``Config`` and ``HParams``; whatever
 wins. It names no environment, objective or seed: these are what an experiment varies.
 """
 
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 from gipo_jax.config import ConfigError
@@ -13,7 +14,7 @@ class Setting(NamedTuple):
     """A value of a protocol.
 
     Attributes:
-        value: for the field of ``Config`` or ``HParams`` that has its name.
+        value: for the field or parameter that has its name.
         source: what the experiment did, one line.
     """
 
@@ -28,21 +29,24 @@ class Protocol(NamedTuple):
         summary: one line for ``--help``.
         source: publication and code.
         settings: by the name of a field of ``Config`` or ``HParams``.
+        objective_params: by the name of a parameter of an objective, for those that have it.
     """
 
     summary: str
     source: str
     settings: dict[str, Setting]
+    objective_params: dict[str, Setting]
 
 
 _GIPO_METAWORLD = Protocol(
     summary="Meta-World with stale replay, as the authors of GIPO ran it",
-    source="arXiv:2603.03955; github.com/distanceLu/GIPO, its Meta-World script as of March 2026",
+    source="arXiv:2603.03955; github.com/distanceLu/GIPO at 5aae0ad, its Meta-World script, and the"
+    " record of a run for what that script has changed since",
     settings={
         # Acting.
         "num_envs": Setting(1, "one environment"),
         "rollout_length": Setting(500, "an iteration acts for 500 steps, which is one episode"),
-        "total_steps": Setting(5_000_000, "10,000 iterations of 500 steps"),
+        "total_steps": Setting(5_000_000, "a run's record: 10,000 iterations of 500 steps"),
         "truncation_is_termination": Setting(
             True, "a time limit ends an episode without a bootstrap value, as death does"
         ),
@@ -52,9 +56,11 @@ _GIPO_METAWORLD = Protocol(
         "min_age": Setting(0, "no data is held back"),
         "batch_size": Setting(512, "batches of 512"),
         "sampling": Setting("shuffled", "a batch is drawn without replacement"),
-        "updates_per_iteration": Setting(5, "5 sampling rounds an iteration"),
-        "reuse_per_batch": Setting(2, "each batch is used twice, damped by 1/sqrt(use)"),
-        "policy_delay": Setting(2, "the actor takes part in every second use"),
+        "updates_per_iteration": Setting(5, "a run's record: 5 sampling rounds an iteration"),
+        "reuse_per_batch": Setting(
+            2, "a run's record: each batch is used twice; code: damped by 1/sqrt(use)"
+        ),
+        "policy_delay": Setting(2, "a run's record: the actor takes part in every second use"),
         # Losses.
         "advantage_mode": Setting("stored", "advantages are computed at collection and stored"),
         "normalize_advantage": Setting(True, "standardised in each batch"),
@@ -64,6 +70,7 @@ _GIPO_METAWORLD = Protocol(
         "value_coef": Setting(0.5, "value coefficient 0.5 on the squared error"),
         "entropy_coef": Setting(0.0, "no entropy bonus"),
         "kl_coef": Setting(0.1, "KL(behavior || policy) coefficient 0.1"),
+        "kl": Setting("exact", "code: over all categories, from stored logits, for every method"),
         # Network.
         "action_head": Setting("tokens", "categorical bins for each action dimension"),
         "num_bins": Setting(256, "256 bins, value -1 + 2 token / 255"),
@@ -74,19 +81,47 @@ _GIPO_METAWORLD = Protocol(
         "activation": Setting("relu", "Linear, ReLU, LayerNorm"),
         "layer_norm": Setting(True, "Linear, ReLU, LayerNorm"),
         "normalize_obs": Setting(False, "observations as they are"),
+        "compute_dtype": Setting("float32", "float32 as on a CPU; on CUDA theirs is bfloat16"),
+        "param_dtype": Setting(
+            "float32",
+            "float32 as on a CPU; on CUDA theirs is bfloat16, optimizer state included, in which"
+            " steps below 2^-9 of a weight are lost",
+        ),
         # Optimizer.
         "learning_rate": Setting(3e-4, "policy and encoder 3e-4"),
         "value_learning_rate": Setting(3e-3, "value head 3e-3"),
         "warmup_iterations": Setting(10, "10 iterations of linear warm-up"),
         "schedule": Setting("cosine", "cosine decay"),
         "max_grad_norm": Setting(1.0, "gradient norm 1.0"),
+        "joint_grad_norm": Setting(True, "code: one norm over policy and value"),
+        "adam_epsilon": Setting(1e-8, "code: AdamW's default epsilon"),
         # Reporting.
         "num_logs": Setting(100, "scores are means over the last 100 episodes, one point here"),
         "eval_episodes": Setting(0, "scores are of training episodes"),
     },
+    objective_params={
+        "sigma_neg_ratio": Setting(1.0, "paper: a symmetric weight; the script's default is 0.5"),
+    },
 )
 
-PROTOCOLS = {"gipo-metaworld": _GIPO_METAWORLD}
+_GIPO_METAWORLD_HEAD = Protocol(
+    summary="the same by the defaults of the authors' repository: fewer iterations, more reuse",
+    source="github.com/distanceLu/GIPO at 5aae0ad, its Meta-World script",
+    settings=_GIPO_METAWORLD.settings
+    | {
+        "total_steps": Setting(500_000, "the script's default: 1,000 iterations of 500 steps"),
+        "updates_per_iteration": Setting(10, "the script's default: 10 rounds an iteration"),
+        "reuse_per_batch": Setting(
+            10, "the script's default: each batch is used 10 times, damped by 1/sqrt(use)"
+        ),
+        "policy_delay": Setting(10, "the script's default: the actor takes part in every 10th use"),
+    },
+    objective_params={
+        "sigma_neg_ratio": Setting(0.5, "the script's default; the paper's weight is symmetric"),
+    },
+)
+
+PROTOCOLS = {"gipo-metaworld": _GIPO_METAWORLD, "gipo-metaworld-head": _GIPO_METAWORLD_HEAD}
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -98,6 +133,20 @@ def settings(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: no protocol of this name.
     """
+    return {field: setting.value for field, setting in _find(name).settings.items()}
+
+
+def objective_params(name: str, taken: Container[str]) -> dict[str, Any]:
+    """Values of a protocol for those parameters of objectives that are ``taken``.
+
+    Raises:
+        ConfigError: no protocol of this name.
+    """
+    values = {key: setting.value for key, setting in _find(name).objective_params.items()}
+    return {key: value for key, value in values.items() if key in taken}
+
+
+def _find(name: str) -> Protocol:
     if name not in PROTOCOLS:
         raise ConfigError("protocol", name, f"one of {', '.join(PROTOCOLS)}")
-    return {field: setting.value for field, setting in PROTOCOLS[name].settings.items()}
+    return PROTOCOLS[name]

@@ -21,10 +21,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import stop_gradient
 
 from gipo_jax.config import ConfigError
+from gipo_jax.gradients import straight_through
 from gipo_jax.signatures import Spec
+
+MAX_LOG_RATIO = 1e4
+"""Bound on log-ratios; e to this power is infinite and e to its negative is 0."""
 
 
 def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
@@ -44,7 +47,9 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
             it.
 
     Returns:
-        log-ratio of the level, same shape; 0 with gradient 0 at padding.
+        log-ratio of the level, same shape; 0 with gradient 0 at padding. It is bounded to
+        [-``MAX_LOG_RATIO``, ``MAX_LOG_RATIO``], so that a token of probability 0 under one policy,
+        log-ratio -inf or inf, gives finite losses and gradients.
 
     Raises:
         ConfigError: an unknown level, or a mask of another shape.
@@ -57,11 +62,15 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
         raise ConfigError("mask", mask.shape, f"the shape of the log-ratio, {log_ratio.shape}")
     mask = mask.astype(bool)
     log_ratio = jnp.where(mask, log_ratio, 0)
-    values = jnp.where(mask, LEVELS[level](log_ratio, mask), 0)
+    values = jnp.where(mask, bounded(LEVELS[level](bounded(log_ratio), mask)), 0)
     # One ratio for each token even where all share it: [batch, 1] would leave the mask, means over
     # tokens and the scale of the gradient (a token's own at ratio 1) different from other levels.
-    # The difference is exactly 0, so that the value is the level's to the last bit.
-    return stop_gradient(values) + (log_ratio - stop_gradient(log_ratio))
+    return straight_through(values, log_ratio)
+
+
+def bounded(log_ratio: Array) -> Array:
+    """Log-ratios with their infinite ones replaced by bounds whose ratio is 0, or overflows."""
+    return straight_through(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO), log_ratio)
 
 
 def choose(level: str | None, spec: Spec) -> str:

@@ -21,6 +21,7 @@ class Transition(NamedTuple):
     """Steps of parallel environments; every array starts ``[time, envs]``.
 
     ``final_obs`` is where the step led, before any reset; the next row's ``obs`` follows it.
+    ``behavior_outputs``, the head's outputs that the action was drawn from, are None unless kept.
     """
 
     obs: Array
@@ -30,6 +31,7 @@ class Transition(NamedTuple):
     terminated: Array
     truncated: Array
     final_obs: Array
+    behavior_outputs: Array | None = None
 
 
 class Successes(NamedTuple):
@@ -96,7 +98,13 @@ def restore(env: Environment, envs: EnvStates) -> tuple[EnvStates, int]:
 
 
 def collect(
-    env: Environment, head: ActionHead, policy: Policy, envs: EnvStates, key: Array, length: int
+    env: Environment,
+    head: ActionHead,
+    policy: Policy,
+    envs: EnvStates,
+    key: Array,
+    length: int,
+    keep_outputs: bool = False,
 ) -> tuple[EnvStates, Transition, Array, Array]:
     """Acts for ``length`` steps in each environment.
 
@@ -122,6 +130,7 @@ def collect(
             terminated=stepped.terminated,
             truncated=stepped.truncated,
             final_obs=stepped.final_obs,
+            behavior_outputs=outputs if keep_outputs else None,
         )
         done = stepped.terminated | stepped.truncated
         episode_return = envs.episode_return + stepped.reward

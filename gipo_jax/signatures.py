@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,47 +44,43 @@ SETTINGS = frozenset(field.name for kind in (Config, HParams) for field in datac
 """Names that mean a setting of the run, so that no parameter of an objective can have them."""
 
 
-class Declaration(NamedTuple):
-    """What ``declare`` attaches to an objective; its arguments are described there."""
+class Spec(NamedTuple):
+    """What an objective's signature says about it, and below that what it declares.
 
+    Attributes:
+        name: name in tables and file columns.
+        function: the objective itself.
+        params: traced parameters and their defaults.
+        inputs: names out of ``INPUTS`` that the function takes.
+        takes_kernel: whether it takes the static setting ``kernel``.
+        takes_mask: whether it takes ``mask``, false at padding, and None where there is none.
+        kind: one of ``KINDS``.
+        source: paper, as an arXiv number, or empty.
+        positive: parameters that must be > 0.
+        discrete_only: whether it reads probabilities, which a Gaussian head does not have.
+        initial_state: for a stateful objective, parameters -> first state; else None.
+        ratio_level: the one of ``config.RATIO_LEVELS`` that it is meant for.
+        choices: of a ``switch``, the names that its parameter ``which`` counts from 0.
+    """
+
+    name: str
+    function: Objective
+    params: dict[str, float]
+    inputs: tuple[str, ...]
+    takes_kernel: bool
+    takes_mask: bool
     kind: str = "per-sample"
     source: str = ""
     positive: tuple[str, ...] = ()
     discrete_only: bool = False
     initial_state: InitialState | None = None
     ratio_level: str = "token"
+    choices: tuple[str, ...] = ()
 
-
-class Spec(NamedTuple):
-    """What an objective's signature and declaration say about it.
-
-    Attributes:
-        name: name in tables and file columns.
-        function: the objective itself.
-        kind: one of ``KINDS``.
-        params: traced parameters and their defaults.
-        inputs: names out of ``INPUTS`` that the function takes.
-        takes_kernel: whether it takes the static setting ``kernel``.
-        takes_mask: whether it takes ``mask``, false at padding, and None where there is none.
-        initial_state: for a stateful objective, parameters -> first state; else None.
-        source: paper, as an arXiv number, or empty.
-        positive: parameters that must be > 0.
-        discrete_only: whether it reads probabilities, which a Gaussian head does not have.
-        ratio_level: the one of ``config.RATIO_LEVELS`` that it is meant for.
-    """
-
-    name: str
-    function: Objective
-    kind: str
-    params: dict[str, float]
-    inputs: tuple[str, ...]
-    takes_kernel: bool
-    takes_mask: bool
-    initial_state: InitialState | None
-    source: str
-    positive: tuple[str, ...]
-    discrete_only: bool
-    ratio_level: str
+    @property
+    def of_answers(self) -> bool:
+        """Whether it is made for answers of several tokens."""
+        return self.ratio_level != "token" or "position" in self.inputs
 
 
 def declare(
@@ -111,18 +107,29 @@ def declare(
     Raises:
         ConfigError: the kind or the ratio level has no such name.
     """
+    said = dict(locals())
     if kind not in KINDS:
         raise ConfigError("kind", kind, f"one of {', '.join(KINDS)}")
     if ratio_level not in RATIO_LEVELS:
         raise ConfigError("ratio_level", ratio_level, f"one of {', '.join(RATIO_LEVELS)}")
 
     def attach(function: Objective) -> Objective:
-        function.declaration = Declaration(  # type: ignore[attr-defined]
-            kind, source, positive, discrete_only, initial_state, ratio_level
-        )
+        function.declared = said  # type: ignore[attr-defined]
         return function
 
     return attach
+
+
+def declared(objective: Objective) -> dict[str, Any]:
+    """The arguments of an objective's ``declare``."""
+    return getattr(_named(objective), "declared", {})
+
+
+def _named(objective: Objective) -> Objective:
+    """The function inside partial applications, from the first that has a name."""
+    while isinstance(objective, functools.partial) and not hasattr(objective, "__name__"):
+        objective = objective.func
+    return objective
 
 
 def spec(objective: Objective) -> Spec:
@@ -132,11 +139,8 @@ def spec(objective: Objective) -> Spec:
         ConfigError: the signature is one that training could not call, or a parameter has the name
             of a setting.
     """
-    inner = objective
-    while isinstance(inner, functools.partial):
-        inner = inner.func
+    inner, said = _named(objective), declared(objective)
     name = getattr(inner, "__name__", type(inner).__name__)
-    declared: Declaration = getattr(inner, "declaration", Declaration())
     try:
         parameters = dict(inspect.signature(objective).parameters)
     except (TypeError, ValueError):
@@ -144,6 +148,8 @@ def spec(objective: Objective) -> Spec:
     if list(parameters)[:2] != ["log_ratio", "advantage"]:
         valid = "a function whose first two parameters are log_ratio and advantage"
         raise ConfigError("objective", name, valid)
+    # What is bound stays bound, also against a setting of the run.
+    bound = objective.keywords if isinstance(objective, functools.partial) else {}
     params: dict[str, float] = {}
     inputs: list[str] = []
     for key, parameter in list(parameters.items())[2:]:
@@ -159,27 +165,89 @@ def spec(objective: Objective) -> Spec:
         else:
             valid = f"a parameter with a numeric default, or one of {', '.join(INPUTS)}"
             raise ConfigError(f"objective {name}", key, valid)
-    if ("state" in parameters) != (declared.initial_state is not None):
+    if ("state" in parameters) != (said.get("initial_state") is not None):
         valid = "a parameter 'state' together with declare(initial_state=...)"
         raise ConfigError(f"objective {name}", "state", valid)
-    for key in declared.positive:
+    for key in said.get("positive", ()):
         if key not in params:
             valid = f"declare(positive=...) to name its own parameters ({', '.join(params)})"
             raise ConfigError(f"objective {name}", key, valid)
     return Spec(
         name=name,
         function=objective,
-        kind=declared.kind,
         params=params,
         inputs=tuple(inputs),
-        takes_kernel="kernel" in parameters,
+        takes_kernel="kernel" in parameters and "kernel" not in bound,
         takes_mask="mask" in parameters,
-        initial_state=declared.initial_state,
-        source=declared.source,
-        positive=declared.positive,
-        discrete_only=declared.discrete_only,
-        ratio_level=declared.ratio_level,
+        **said,
     )
+
+
+def switch(specs: Sequence[Spec]) -> Objective:
+    """An objective that is the one of index ``which`` in ``specs``; see ``objectives.switch``.
+
+    Raises:
+        ConfigError: objectives of different ratio levels, or one of pairs.
+    """
+    name = "+".join(spec.name for spec in specs)
+    levels = {spec.ratio_level for spec in specs}
+    if len(levels) > 1:
+        raise ConfigError("objective", name, f"some of one ratio level, not {', '.join(levels)}")
+    for spec in specs:
+        check_single(spec)
+    defaults: dict[str, set[float]] = {}
+    for spec in specs:
+        for key, default in spec.params.items():
+            defaults.setdefault(key, set()).add(default)
+    params = {key: values.pop() for key, values in defaults.items() if len(values) == 1}
+    stateful = [spec for spec in specs if spec.initial_state is not None]
+
+    def chosen(log_ratio: Array, advantage: Array, which: ArrayLike, **given: Any) -> Any:
+        state = given.get("state", {})
+
+        def apply(spec: Spec) -> tuple[Array, Any]:
+            takes = {*spec.inputs, *spec.params, *("kernel",) * spec.takes_kernel}
+            takes |= {"mask"} if spec.takes_mask else set()
+            own = {key: value for key, value in given.items() if key in takes}
+            if spec.initial_state is None:
+                return evaluate(spec, log_ratio, advantage, **own)[0], state
+            result, new = evaluate(spec, log_ratio, advantage, state=state[spec.name], **own)
+            return result, state | {spec.name: new}
+
+        branches = [functools.partial(apply, spec) for spec in specs]
+        result, state = jax.lax.switch(jnp.asarray(which, jnp.int32), branches)
+        return (result, state) if stateful else result
+
+    needs = ["log_ratio", "advantage", *dict.fromkeys(n for spec in specs for n in spec.inputs)]
+    needs += ["state"] * bool(stateful)
+    optional: dict[str, Any] = {"which": 0.0} | params
+    optional |= {"kernel": "gaussian"} if any(spec.takes_kernel for spec in specs) else {}
+    optional |= {"mask": None} if any(spec.takes_mask for spec in specs) else {}
+    parameter = functools.partial(inspect.Parameter, kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    chosen.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [*map(parameter, needs), *(parameter(n, default=x) for n, x in optional.items())]
+    )
+    chosen.__name__ = name
+    kinds = {spec.kind for spec in specs}
+    chosen.declared = {  # type: ignore[attr-defined]
+        "kind": next(kind for kind in ("batch", "other-input", "per-sample") if kind in kinds),
+        "positive": tuple(n for n in params if any(n in spec.positive for spec in specs)),
+        "discrete_only": any(spec.discrete_only for spec in specs),
+        "initial_state": _states(stateful) if stateful else None,
+        "ratio_level": levels.pop(),
+        "choices": tuple(spec.name for spec in specs),
+    }
+    return chosen
+
+
+def _states(specs: Sequence[Spec]) -> InitialState:
+    """First states of several objectives by name."""
+
+    def initial_state(params: Mapping[str, ArrayLike]) -> dict[str, Any]:
+        own = {spec.name: {k: params.get(k, v) for k, v in spec.params.items()} for spec in specs}
+        return {spec.name: first_state(spec, own[spec.name]) for spec in specs}
+
+    return initial_state
 
 
 def check_single(spec: Spec) -> None:
@@ -204,6 +272,9 @@ def check_params(spec: Spec, params: Mapping[str, Any]) -> None:
         if key not in spec.params:
             known = ", ".join(spec.params) or "no parameters"
             raise ConfigError(f"parameter of {spec.name}", key, known)
+        if key == "which" and spec.choices and value not in range(len(spec.choices)):
+            names = ", ".join(f"{i} for {name}" for i, name in enumerate(spec.choices))
+            raise ConfigError(key, value, names)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         usable = number and (math.isfinite(value) or value == spec.params[key])
         positive = key in spec.positive

@@ -56,8 +56,8 @@ from gipo_jax import (  # noqa: E402
     train,
 )
 from gipo_jax.config import Config  # noqa: E402
+from gipo_jax.domains import control, tokens  # noqa: E402
 from gipo_jax.environments import envpool_env  # noqa: E402
-from gipo_jax.sequences import train as sequences  # noqa: E402
 from gipo_jax.sweep import plan, program  # noqa: E402
 from scripts import peer_env  # noqa: E402
 
@@ -173,13 +173,13 @@ class Training:
             train.make_hparams(config, seed=seed, buffer_size=buffer_size) for seed in range(runs)
         ]
         self.layout = program.layout(mode, lanes, devices, runs)
-        self.algorithm = train.make(config)
-        if self.algorithm.host:
+        self.domain = train.make(config)
+        if self.domain.host:
             # Simulators are opened for runs that fill the layout.
             env = train.open_env(config, range(runs), len(self.layout.devices))
-            self.algorithm = train.make(config, env)
-        self.planned = plan.needed(plan.measure(self.algorithm, hparams[0]), self.layout)
-        self._program = program.Program(self.algorithm, self.layout, hparams[0])
+            self.domain = train.make(config, env)
+        self.planned = plan.needed(plan.measure(self.domain, hparams[0]), self.layout)
+        self._program = program.Program(self.domain, self.layout, hparams[0])
         begin = time.perf_counter()
         self._program.compile()
         self.compile_s = time.perf_counter() - begin
@@ -215,8 +215,8 @@ def training_rows(
         measured = row(name, {axis: label}, "env-steps/s", case.env_steps, times)
         measured["updates_per_s"] = case.updates / statistics.median(times)
         measured["compile_s"] = case.compile_s
-        config = case.algorithm.config
-        _, env, head, *_ = train.make_parts(config)
+        domain = control.make(case.domain.config)
+        config, env, head = domain.config, domain.env, domain.head
         outputs = head.num_tokens * head.output_width
         flops = iteration_flops(config, math.prod(env.obs_shape), outputs)
         flops *= case.env_steps / config.block_size
@@ -601,6 +601,7 @@ def bench_revision(context: Context) -> list[Row]:
     assert against is not None
     rows = []
     for label, work in list(REVISION_CASES.items())[: 1 if context.quick else None]:
+        work = work | {"iterations": work["iterations"] // (16 if context.quick else 1)}
         script = str(RESULTS / "revision_worker.py")
         commands = [
             [sys.executable, script, str(checkout), json.dumps(work)]
@@ -757,12 +758,12 @@ def bench_sequences(context: Context) -> list[Row]:
     trained = {
         runs: Training(config, runs, iterations // runs, config.block_size) for runs in (1, 8)
     }
-    made = sequences.make_parts(config)
+    made = tokens.make(config)
     params = jax.jit(made.decoder.init)(jax.random.key(0))
-    prompt = jnp.zeros((config.block_size, made.task.prompt_length), jnp.int32)
+    prompt = jnp.zeros((config.block_size, made.env.prompt_length), jnp.int32)
 
     def uncached(params: Any, prompt: jax.Array, key: jax.Array) -> jax.Array:
-        length = made.task.answer_length
+        length = made.env.answer_length
         tokens = jnp.pad(prompt, ((0, 0), (0, length)))
 
         def one(tokens: jax.Array, inputs: Any) -> Any:

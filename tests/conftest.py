@@ -1,4 +1,4 @@
-"""Settings that must stand before JAX is imported."""
+"""Settings that must stand before JAX is imported, and what several files use."""
 
 import os
 import tempfile
@@ -22,6 +22,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
 from gymnax.environments import environment, spaces  # noqa: E402
+from jax._src import compiler  # noqa: E402
+
+from tests import limits  # noqa: E402
 
 
 class Toy(environment.Environment):
@@ -77,12 +80,29 @@ def toy() -> type[Toy]:
     return Toy
 
 
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compiles with few optimizations, for modules whose programs run for moments.
+def _few_optimizations() -> Iterator[None]:
+    """Compiles with few optimizations, for programs that run for moments.
 
-    Not for comparisons to the bit: they have to hold for what users compile.
+    Not for comparisons of different programs to the bit: they have to hold for what users compile.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    made = compiler.get_compile_options
+
+    def options(*arguments: Any, **settings: Any) -> Any:
+        with_fewer = made(*arguments, **settings)
+        # Half of the time that is left: kernels by an older and simpler path.
+        with_fewer.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
+        return with_fewer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", options)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+quick_compilation = pytest.fixture(_few_optimizations, scope="module")
+quick_compilation_of_a_test = pytest.fixture(_few_optimizations)
+
+
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.register(limits)

@@ -15,6 +15,8 @@ from scipy import stats
 
 from gipo_jax import buffer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # whole numbers only
+
 TIME, ENVS, BLOCKS = 3, 2, 8
 BLOCK = TIME * ENVS
 
@@ -104,7 +106,6 @@ def test_shuffled_order_differs_between_epochs_and_keys() -> None:
     assert not np.array_equal(index, draw_shuffled(jax.random.key(1), 4, 8, 16))
 
 
-@pytest.mark.timeout(60)
 def test_drawing_fewer_rows_than_a_batch_ends() -> None:
     """``permute`` would loop without end for indices at or above its size."""
     for seed in range(10):

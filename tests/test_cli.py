@@ -1,8 +1,6 @@
 """The command: options, and one line for every mistake, before anything is compiled or written."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,8 @@ import pytest
 import gipo_jax
 from gipo_jax import cli
 from gipo_jax.sweep import results
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = (
     *("--num-envs", "2", "--rollout-length", "4", "--batch-size", "8", "--total-steps", "96"),
@@ -162,6 +162,7 @@ def test_a_users_objective_is_swept_and_resumed(
     assert "has changed since" in fails(capsys, "sweep", "--resume", "--out", out)
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_figures_and_says_what_to_do_next(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -225,15 +226,3 @@ def test_objectives_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].split() == ["NAME", "KIND", "PARAMETERS", "PAPER"]
     gipo = next(line for line in lines if line.startswith("gipo"))
     assert "per-sample" in gipo and "sigma=1" in gipo and "2603.03955" in gipo
-
-
-def test_the_module_is_a_command() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gipo_jax", "sweep", "--gamma", "2", "--out", "/nowhere/x"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=Path(__file__).resolve().parents[1],
-    )
-    assert done.returncode == 2
-    assert "gamma: 2 is not valid" in done.stderr and "Traceback" not in done.stderr

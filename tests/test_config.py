@@ -5,10 +5,22 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from gipo_jax import objectives, train
-from gipo_jax.config import Config, ConfigError, HParams, check_fields
+from gipo_jax.config import (
+    CONTROL,
+    DOMAINS,
+    FLOW,
+    TOKENS,
+    Config,
+    ConfigError,
+    HParams,
+    check_applies,
+    check_fields,
+    stack,
+)
 
 SETTINGS: dict[str, Any] = {
     "num_envs": 4,
@@ -49,6 +61,10 @@ BAD_CONFIG: list[tuple[str, Any]] = [
     ("activation", "gelu"),
     ("max_episode_steps", 0),
     ("schedule", "step"),
+    ("kl", "forward"),
+    ("joint_grad_norm", 1),
+    ("compute_dtype", "float16"),
+    ("param_dtype", "float64"),
     ("num_logs", 0),
     ("eval_episodes", -1),
 ]
@@ -85,6 +101,7 @@ BAD_HPARAMS: list[tuple[str, Any]] = [
     ("value_coef", 0),
     ("max_grad_norm", 0),
     ("warmup_iterations", 1.5),
+    ("adam_epsilon", 0.0),
     ("reward_scale", 0),
     ("recent_fraction", 1.1),
     ("ess_lr_power", -1),
@@ -120,6 +137,11 @@ def test_bad_traced_settings(field: str, value: Any) -> None:
             {"advantage_mode": "vtrace", "batch_size": 100},
             {},
             "batch_size: 100 .*multiple of rollout_length 8.*'vtrace'",
+        ),
+        (
+            {"policy_delay": 3, "reuse_per_batch": 2},
+            {},
+            "policy_delay: 3 .*divisor of reuse_per_batch 2,",
         ),
         ({}, {"learning_rat": 0.1}, "learning_rat: 0.1 .*learning_rate"),
         ({"objective": "ppo_clip"}, {"sigma": 1.0}, "sigma: 1.0 .*clip_eps"),
@@ -193,6 +215,121 @@ def test_every_field_says_what_it_is() -> None:
         for field in dataclasses.fields(settings):
             if field.name != "objective_params":
                 assert {"help", "valid", "check"} <= set(field.metadata)
+
+
+FIELDS = {f.name: f for kind in (Config, HParams) for f in dataclasses.fields(kind)}
+OTHER: dict[str, Any] = {
+    "policy_delay": 2,
+    "advantage_mode": "vtrace",
+    "kl": "exact",
+    "loss_agg_mode": "seq-mean-token-sum",
+    "selection": "prune",
+    "num_candidates": 8,
+    "packed_size": 8,
+    "decoder_layers": 1,
+    "decoder_width": 8,
+    "decoder_heads": 2,
+    "action_head": "tokens",
+    "num_bins": 5,
+    "hidden_sizes": (8,),
+    "value_hidden_sizes": (8,),
+    "activation": "relu",
+    "layer_norm": True,
+    "shared_torso": True,
+    "detach_value": False,
+    "normalize_obs": True,
+    "truncation_is_termination": True,
+    "max_episode_steps": 9,
+    "joint_grad_norm": True,
+    "value_learning_rate": 0.1,
+    "gamma": 0.5,
+    "gae_lambda": 0.5,
+    "entropy_coef": 0.5,
+    "value_coef": 1.0,
+    "temperature": 0.5,
+    "imitation_updates": 3,
+}
+"""Another value of every setting that some domain lacks."""
+
+
+def applies(domain: str, **changed: Any) -> None:
+    static = {k: v for k, v in changed.items() if hasattr(Config(), k)}
+    traced = {k: v for k, v in changed.items() if k not in static}
+    config = Config(**static)
+    needs = objectives.spec(config.objective)
+    check_applies(config, HParams(**traced), domain=domain, objective=needs)
+
+
+def test_the_table_above_has_every_setting_that_some_domain_lacks() -> None:
+    assert set(OTHER) == {
+        n for n, f in FIELDS.items() if len(f.metadata.get("domains", DOMAINS)) < 3
+    }
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("field", OTHER)
+def test_a_setting_of_another_domain_is_refused_unless_at_its_default(
+    domain: str, field: str
+) -> None:
+    applies(domain, **{field: FIELDS[field].default})
+    # A value head is detached from a shared torso.
+    given = {"shared_torso": True} if domain == CONTROL and field == "detach_value" else {}
+    if domain in FIELDS[field].metadata["domains"]:
+        applies(domain, **given, **{field: OTHER[field]})
+        return
+    with pytest.raises(ConfigError) as caught:
+        applies(domain, **{field: OTHER[field]})
+    assert str(caught.value) == (
+        f"{field}: {OTHER[field]!r} is not valid; expected left at {FIELDS[field].default!r}:"
+        f" {DOMAINS[domain]} do not use it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("domain", "settings", "message"),
+    [
+        (CONTROL, {"advantage_mode": "vtrace", "gae_lambda": 0.9}, "gae_lambda: 0.9 .*'vtrace'"),
+        (CONTROL, {"detach_value": False}, "detach_value: False .*left at True: shared_torso"),
+        (CONTROL, {"action_head": "gaussian", "num_bins": 5}, "num_bins: 5 .*gaussian head"),
+        (CONTROL, {"objective": "no_clip", "kernel": "cauchy"}, "kernel: 'cauchy' .*no kernel"),
+        (TOKENS, {"objective": "dpo", "loss_agg_mode": "seq-mean-token-sum"}, "loss_agg.*pairs"),
+        (TOKENS, {"objective": "dpo", "normalize_advantage": False}, "normalize_advantage.*pairs"),
+        (TOKENS, {"objective": "dpo", "reward_scale": 2.0}, "reward_scale: 2.0 .*no reward"),
+        (TOKENS, {"normalize_advantage": True, "reward_scale": 2.0}, "reward_scale: .*normalize"),
+        (FLOW, {"reward_scale": 2.0}, "reward_scale: 2.0 .*left at 1.0: normalize_advantage"),
+    ],
+)
+def test_a_setting_that_another_one_switches_off_is_refused(
+    domain: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        applies(domain, **settings)
+    assert re.match(message, str(caught.value)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("domain", "settings"),
+    [
+        (CONTROL, {"advantage_mode": "recomputed", "gae_lambda": 0.9}),
+        (CONTROL, {"shared_torso": True, "detach_value": False}),
+        (CONTROL, {"objective": "gipo", "kernel": "cauchy"}),
+        (CONTROL, {"reward_scale": 2.0}),
+        (TOKENS, {"reward_scale": 2.0}),
+        (TOKENS, {"normalize_advantage": False, "reward_scale": 2.0}),
+        (FLOW, {"normalize_advantage": False, "reward_scale": 2.0}),
+        # As a complete run has it.
+        (TOKENS, {"learning_rate": 0.1, "value_learning_rate": 0.1}),
+    ],
+)
+def test_a_setting_that_does_something_is_taken(domain: str, settings: dict[str, Any]) -> None:
+    applies(domain, **settings)
+
+
+def test_integers_stay_integers_when_runs_are_stacked() -> None:
+    stacked = stack([HParams(objective_params={"sigma": 1})] * 2)
+    integers = {n for n, v in vars(stacked).items() if getattr(v, "dtype", None) == np.int32}
+    assert integers == {"seed", "buffer_size", "min_age", "warmup_iterations", "imitation_updates"}
+    assert np.asarray(stacked.objective_params["sigma"]).dtype == np.float32
 
 
 def test_sizes() -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from gipo_jax.config import ConfigError
-from gipo_jax.sequences import decoder
+from gipo_jax.domains.tokens import decoder
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 VOCAB, PROMPT, ANSWER, END = 3, 4, 5, 2
-SMALL = {"layers": 2, "width": 16, "heads": 2, "feed_forward": 24}
+SMALL: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "feed_forward": 24}
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ class UtilizationTest(chex.TestCase):
             "near_zero_fraction_new": np.mean(u[new] < 1e-3),
             "near_zero_fraction_old": np.mean(u[old] < 1e-3),
             "clip_fraction": dead.mean(),
-            "suppressed_fraction": np.mean(u / np.exp(x) < 1e-3),
+            "suppressed_fraction": np.mean(np.abs(u) / np.exp(x) < 1e-3),
             "masked_fraction": 0,
             "mean_weight": u.mean(),
             "old_share": u[old].sum() / u.sum(),
@@ -69,6 +69,11 @@ class UtilizationTest(chex.TestCase):
         for name, value in expected.items():
             np.testing.assert_allclose(result[name], value, rtol=1e-4, err_msg=name)
             assert result[name].shape == () and result[name].dtype == jnp.float32
+
+
+def test_a_large_negative_weight_is_not_suppressed() -> None:
+    metrics = diagnostics.ratios(jnp.zeros(2), jnp.ones(2), jnp.array([-27.0, 1e-5]))
+    assert metrics["suppressed_fraction"] == 0.5
 
 
 def test_samples_that_do_not_count_change_no_metric() -> None:

@@ -516,7 +516,8 @@ def test_metaworld_trains_both_regimes_and_draws_them(
     assert np.all(np.abs(ages["stale"] - (iterations - 1) / 2) < 2)
 
     scores = numbers(tmp_path, "metaworld_scores")
-    assert np.isclose(scores.iqm.max(), 1) and scores.iqm.nunique() == 4
+    # The best final mean is 1. It is no maximum where training has made the returns worse.
+    assert np.isclose(scores.iqm, 1).sum() == 1 and scores.iqm.nunique() == 4
     used = numbers(tmp_path, "metaworld_utilization")
     assert used["mean"].notna().all() and len(used) == 2 * 4
     for name in ("metaworld", "metaworld_scores", "metaworld_utilization"):
@@ -678,6 +679,6 @@ def test_committed_data_give_the_committed_numbers(
 
 
 def verdict_rows(text: str) -> list[str]:
-    """The rows of the table of verdicts, a claim each."""
-    table = text.split("## Verdicts", 1)[1].split("## A figure a claim", 1)[0]
+    """The rows of the table of verdicts, one per claim."""
+    table = text.split("## Verdicts", 1)[1].split("\n## ", 1)[0]
     return [line for line in table.splitlines() if line.startswith("| ") and "**" in line]

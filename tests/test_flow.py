@@ -11,9 +11,11 @@ import pytest
 from scipy.integrate import solve_ivp
 from scipy.stats import multivariate_normal
 
-from gipo_jax import train as core
+from gipo_jax import train
 from gipo_jax.config import Config, ConfigError, HParams
-from gipo_jax.flow import sampler, tasks, train
+from gipo_jax.domains import Scores
+from gipo_jax.domains.flow import sampler, tasks
+from gipo_jax.domains.flow.domain import Row
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -32,8 +34,8 @@ SMALL = Config(
 QUICK_TASK = RING._replace(pretrain_steps=3, pretrain_batch=16)
 
 
-def parts(config: Config = SMALL, task: tasks.Task = QUICK_TASK) -> train.Parts:
-    return train.make_parts(config, task)
+def made(config: Config = SMALL, task: tasks.Task = QUICK_TASK) -> Any:
+    return train.make(config, task)
 
 
 @functools.cache
@@ -60,12 +62,13 @@ def old_and_new_steps() -> dict[str, Any]:
     key_noise, key_steps = jax.random.split(jax.random.key(2))
     noise = jax.random.normal(key_noise, (8000, 2))
     chain = jax.jit(lambda: sampler.sample(sampler.bind(field, params), RING, key_steps, noise))()
-    rows = train.ReplayRow(chain.points, chain.mean, chain.log_prob, noise[:, 0])
+    rows = Row(chain.points, chain.mean, chain.log_prob, noise[:, 0])
     new = {"policy": perturbed(params, 0.3)}
 
-    def compared(level: str) -> train.Ratios:
-        these = parts(dataclasses.replace(config, ratio_level=level), RING)
-        return jax.jit(functools.partial(train.compare, these))(new, rows)
+    def compared(level: str) -> Scores:
+        domain = made(dataclasses.replace(config, ratio_level=level), RING)
+        batch = domain.batch(None, new, rows, jnp.zeros(len(noise)), HParams())
+        return jax.jit(lambda: domain.score(new, batch, HParams()))()
 
     flow = sampler.bind(field, new["policy"])
     steps = sampler.schedule(RING)
@@ -190,7 +193,8 @@ def test_stored_log_prob_is_the_density_of_the_steps_taken() -> None:
 
 
 def test_mean_log_ratio_of_ppo_is_minus_the_kl_of_the_step() -> None:
-    x, kl = (np.asarray(a, float) for a in old_and_new_steps()["token"])
+    scores = old_and_new_steps()["token"]
+    x, kl = np.asarray(scores.log_ratio, float), np.asarray(scores.kl, float)
     error = x.std(0) / np.sqrt(len(x))
     assert (np.abs(x.mean(0) + kl.mean(0)) < 4 * error).all()
     # Negative beyond chance in the later steps, and a hundred times as large there.
@@ -220,23 +224,24 @@ def test_loss_of_grpo_guard_has_the_gradient_of_its_formula() -> None:
     """One update's gradient against the formula written anew, clip included, at unequal steps."""
     task = QUICK_TASK._replace(shift=3.0)
     config = dataclasses.replace(SMALL, objective="ppo_clip", ratio_level="ratio_norm")
-    these = parts(config, task)
-    hparams = core.make_hparams(config, clip_eps=0.02, buffer_size=8)
-    state = jax.jit(functools.partial(train.init, these))(hparams)
-    chain, reward = train.act(these, state.learner.params, jax.random.key(1))
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), train.label(these, chain, reward))
+    domain = made(config, task)
+    hparams = train.make_hparams(config, clip_eps=0.02, buffer_size=8)
+    state = jax.jit(functools.partial(train.init, domain))(hparams)
+    rows = domain.collect(state, hparams, jax.random.key(1)).rows
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
     moved = state.learner._replace(params=perturbed(state.learner.params, 0.2))
-    _, metrics = train.update(these, state, moved, rows, hparams, 0, jnp.ones(()))
+    batch = domain.batch(state, moved.params, rows, jnp.zeros(8), hparams)
+    _, (metrics, _) = train.update(domain, state, moved, batch, hparams, 0, jnp.ones(()))
 
     def formula(params: Any) -> Any:
         total = 0.0
         for i in range(task.steps):
-            t = these.steps.time[i]
-            dt = t - (these.steps.time[i + 1] if i < task.steps - 1 else 0)
-            level = 1 - (t if i else these.steps.time[1])
+            t = domain.steps.time[i]
+            dt = t - (domain.steps.time[i + 1] if i < task.steps - 1 else 0)
+            level = 1 - (t if i else domain.steps.time[1])
             sigma = task.noise_level * np.sqrt(t / level)
             x, y = rows.points[:, i], rows.points[:, i + 1]
-            v = these.field.apply(params["policy"], x, jnp.full(len(x), t))
+            v = domain.field.apply(params["policy"], x, jnp.full(len(x), t))
             mean = x - v * dt - sigma**2 / (2 * t) * (x + (1 - t) * v) * dt
             old, s = rows.behavior_mean[:, i], sigma * np.sqrt(dt)
             b = ((mean - old) ** 2).sum(-1) / (2 * s**2)
@@ -281,14 +286,14 @@ def test_samples_of_a_density_lie_near_its_modes(name: str) -> None:
 @pytest.mark.slow
 def test_run_is_pure_and_does_not_depend_on_the_runs_beside_it() -> None:
     run = train.make_train(SMALL, QUICK_TASK)
-    hparams, _ = core.grid(SMALL, seed=[0, 1], buffer_size=[8, 32], sigma=0.5)
+    hparams, _ = train.grid(SMALL, seed=[0, 1], buffer_size=[8, 32], sigma=0.5)
     together, metrics = jax.jit(jax.vmap(run))(hparams)
-    one = core.select(hparams, 2)
+    one = train.select(hparams, 2)
     alone, own = jax.jit(run)(one)
     for name, values in own.items():
         np.testing.assert_allclose(metrics[name][2], values, rtol=2e-3, atol=1e-4)
     for x, y in zip(
-        jax.tree.leaves(core.select(together.learner, 2)),
+        jax.tree.leaves(train.select(together.learner, 2)),
         jax.tree.leaves(alone.learner),
         strict=True,
     ):
@@ -297,10 +302,9 @@ def test_run_is_pure_and_does_not_depend_on_the_runs_beside_it() -> None:
 
 def test_a_flow_takes_the_ratio_level_of_its_objective_unless_told_otherwise() -> None:
     gspo = dataclasses.replace(SMALL, objective="gspo")
-    assert parts(SMALL).ratio_level == "token"
-    assert parts(gspo).ratio_level == "sequence"
-    assert parts(dataclasses.replace(gspo, ratio_level="joint")).ratio_level == "joint"
-    assert parts(dataclasses.replace(gspo, ratio_level="ratio_norm")).ratio_level == "ratio_norm"
+    assert made(SMALL).ratio_level == "token"
+    assert made(gspo).ratio_level == "sequence"
+    assert made(dataclasses.replace(gspo, ratio_level="joint")).ratio_level == "joint"
 
 
 def test_an_objective_that_reads_positions_gets_the_steps_of_a_chain() -> None:
@@ -321,10 +325,10 @@ def test_min_age_holds_back_the_newest_chains() -> None:
 
 
 def first_iterations(config: Config, n: int, **settings: Any) -> tuple[Any, Any]:
-    algorithm = train.make(config, QUICK_TASK)
-    hparams = core.make_hparams(config, **settings)
-    state = jax.jit(algorithm.init)(hparams)
-    return jax.jit(algorithm.train_and_log)(state, hparams, 0, n)
+    domain = train.make(config, QUICK_TASK)
+    hparams = train.make_hparams(config, **settings)
+    state = jax.jit(lambda: train.init(domain, hparams))()
+    return jax.jit(lambda s: train.train_and_log(domain, s, hparams, 0, n))(state)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +360,10 @@ def test_other_density_and_reward_of_ones_own() -> None:
     ("settings", "message"),
     [
         ({"env": "flow/square"}, "env: 'flow/square' is not valid; expected one of flow/ring"),
-        ({"shared_torso": True}, "shared_torso: True is not valid; expected its default False"),
+        (
+            {"shared_torso": True},
+            "shared_torso: True is not valid; expected left at False: flows do not use it",
+        ),
         ({"advantage_mode": "vtrace"}, "advantage_mode"),
         ({"objective": "dppo_tv"}, "objective: 'dppo_tv' is not valid"),
         ({"eval_episodes": 1}, "eval_episodes: 1 is not valid; expected 0, or at least 2"),
@@ -370,7 +377,7 @@ def test_settings_that_a_flow_cannot_use_are_refused(settings: Any, message: str
 
 def test_ratio_norm_is_refused_where_there_is_no_flow() -> None:
     with pytest.raises(ConfigError, match=r"^ratio_level: 'ratio_norm' is not valid"):
-        core.make(Config(ratio_level="ratio_norm"))
+        train.make(Config(ratio_level="ratio_norm"))
 
 
 @pytest.mark.slow
@@ -388,7 +395,7 @@ def test_reward_rises_and_the_modes_stay() -> None:
         eval_episodes=512,
         num_logs=2,
     )
-    hparams = core.make_hparams(config, buffer_size=64, learning_rate=6e-4)
+    hparams = train.make_hparams(config, buffer_size=64, learning_rate=6e-4)
     state, metrics = jax.jit(train.make_train(config))(hparams)
     assert metrics["eval_return_sampled"][-1] > 0.6
     assert metrics["modes_covered"][-1] >= 3

@@ -1,6 +1,6 @@
 """Training computes what it computed before, to the bit on CPU: 20 iterations of every domain.
 
-The numbers in ``tests/frozen`` were stored by ``python tests/test_frozen.py``. They hold for one
+The numbers in ``tests/frozen`` were stored by ``python -m tests.test_frozen``. They hold for one
 version of XLA on one kind of processor, which round alike. Elsewhere the first three iterations are
 compared, before differences in rounding have grown. Where a mended fault changes a number, the
 stored ones change in a commit that says so.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # the same settings as under pytest, before JAX is imported
-    __import__("conftest")
+    __import__("tests.conftest")
 
 import jax
 import jaxlib
@@ -35,14 +35,15 @@ CONTROL: dict[str, Any] = {
     "total_steps": 640,
     "max_buffer_size": 128,
     "num_logs": 20,
-    "eval_episodes": 1,
+    "eval_episodes": 0,
 }
+EVALUATED = {"eval_episodes": 2}
 TOKENS = CONTROL | {"env": "tokens/reverse", "decoder_width": 16, "decoder_layers": 1}
 TOKENS_TRACED: dict[str, Any] = {"imitation_updates": 3}
-FLOW = CONTROL | {"env": "flow/ring", "eval_episodes": 4}
+FLOW = CONTROL | {"env": "flow/ring"}
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "control_stored": (CONTROL, {"recent_fraction": 0.25, "ess_lr_power": 0.5}),
+    "control_stored": (CONTROL | EVALUATED, {"recent_fraction": 0.25, "ess_lr_power": 0.5}),
     "control_recomputed": (CONTROL | {"advantage_mode": "recomputed"}, {"kl_coef": 0.1}),
     "control_vtrace": (
         CONTROL | {"advantage_mode": "vtrace", "objective": "ppo_clip", "sampling": "uniform"},
@@ -70,8 +71,22 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         CONTROL | {"env": "Pendulum-v1", "action_head": "gaussian", "ratio_level": "joint"},
         {},
     ),
-    "control_images": (CONTROL | {"env": "Breakout-MinAtar", "eval_episodes": 0}, {}),
-    "tokens_plain": (TOKENS, TOKENS_TRACED | {"kl_coef": 0.1}),
+    "control_images": (CONTROL | {"env": "Breakout-MinAtar"}, {}),
+    "control_authors": (
+        CONTROL
+        | {
+            "env": "Pendulum-v1",
+            "kl": "exact",
+            "joint_grad_norm": True,
+            "shared_torso": True,
+            "layer_norm": True,
+            "reuse_per_batch": 2,
+            "policy_delay": 2,
+            "schedule": "cosine",
+        },
+        {"kl_coef": 0.1, "adam_epsilon": 1e-8, "warmup_iterations": 4, "sigma_neg_ratio": 0.5},
+    ),
+    "tokens_plain": (TOKENS | EVALUATED, TOKENS_TRACED | {"kl_coef": 0.1}),
     "tokens_prune": (TOKENS | {"selection": "prune"}, TOKENS_TRACED),
     "tokens_depo": (TOKENS | {"selection": "depo", "reuse_per_batch": 2}, TOKENS_TRACED),
     "tokens_dpo": (TOKENS | {"objective": "dpo"}, TOKENS_TRACED),
@@ -79,7 +94,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         TOKENS | {"objective": "r2vpo", "loss_agg_mode": "seq-mean-token-sum"},
         TOKENS_TRACED,
     ),
-    "flow_plain": (FLOW, {"kl_coef": 0.1, "ess_lr_power": 0.5}),
+    "flow_plain": (FLOW | EVALUATED, {"kl_coef": 0.1, "ess_lr_power": 0.5}),
     "flow_guard": (FLOW | {"objective": "ppo_clip", "ratio_level": "ratio_norm"}, {}),
 }
 

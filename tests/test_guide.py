@@ -36,7 +36,6 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_code_of_the_page_on_objectives_runs_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +48,6 @@ def test_code_of_the_page_on_objectives_runs_as_printed(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_code_of_the_page_on_sequences_runs_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +58,6 @@ def test_code_of_the_page_on_sequences_runs_as_printed(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_code_of_the_page_on_flows_runs_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from gipo_jax import sweep
 from gipo_jax.config import ConfigError
 from gipo_jax.sweep import logs, results
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "sweeps.md"
 

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +15,11 @@ from jax.flatten_util import ravel_pytree
 import gipo_jax
 from gipo_jax import agents, sweep, train
 from gipo_jax.config import Config, ConfigError, HParams
+from gipo_jax.domains.flow import tasks as flow_tasks
+from gipo_jax.domains.tokens import tasks as token_tasks
 
 BLOCK = 16
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 SMALL: dict[str, Any] = {
     "num_envs": 4,
     "rollout_length": 4,
@@ -48,7 +52,19 @@ def whole_config(toy: Any) -> Config:
 
 
 def compiled(function: Any) -> Any:
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(function, compiler_options=QUICK)
+
+
+NAMES = [*gymnax.registered_envs, *token_tasks.TASKS, *flow_tasks.TASKS]
+WITHOUT_DATA = {"MNISTBandit-bsuite"}  # downloads its images
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - WITHOUT_DATA))
+def test_default_settings_of_every_environment_make_a_program(name: str) -> None:
+    """Also where the training function itself is made inside a trace."""
+    config = Config(env=name)
+    shapes = jax.eval_shape(lambda h: train.make_train(config)(h), train.make_hparams(config))
+    assert shapes[1]["eval_return_sampled"].shape == (config.num_logs,)
 
 
 def test_make_train_logs_points_and_waits_for_a_full_batch(toy: Any) -> None:
@@ -65,6 +81,7 @@ def test_make_train_logs_points_and_waits_for_a_full_batch(toy: Any) -> None:
     np.testing.assert_allclose(metrics["entropy"][1:], np.log(2), rtol=0.01)
 
 
+@pytest.mark.slow
 def test_make_train_under_vmap_equals_single_runs_with_one_compilation(toy: Any) -> None:
     config = whole_config(toy)
     hparams, rows = train.grid(
@@ -104,6 +121,7 @@ def test_make_train_under_vmap_equals_single_runs_with_one_compilation(toy: Any)
     assert len(np.unique(ends, axis=0)) == 8
 
 
+@pytest.mark.slow
 def test_make_train_under_map_and_shard_map_gives_the_bits_of_single_runs(toy: Any) -> None:
     config = whole_config(toy)
     hparams, _ = train.grid(config, seed=range(2), sigma=[0.5, 1.0], buffer_size=4 * BLOCK)
@@ -118,6 +136,7 @@ def test_make_train_under_map_and_shard_map_gives_the_bits_of_single_runs(toy: A
         assert all(same_bits(train.select(way, i), alone) for way in ways)
 
 
+@pytest.mark.slow
 def test_default_hparams_train_without_being_completed(toy: Any) -> None:
     config = Config(env=toy(pay=1.0), **(WHOLE | {"batch_size": BLOCK}))
     run = compiled(train.make_train(config))
@@ -152,6 +171,7 @@ def test_grid_refuses_what_no_run_could_use(toy: Any) -> None:
             train.grid(config, **settings)
 
 
+@pytest.mark.slow
 def test_sweep_and_make_train_give_the_same_bits(toy: Any, tmp_path: Path) -> None:
     """Metrics as stored, and final parameters, of every run."""
     env = toy(pay=1.0, clock=True)
@@ -173,6 +193,7 @@ def test_sweep_and_make_train_give_the_same_bits(toy: Any, tmp_path: Path) -> No
         assert same_bits(loaded.params, train.select(state, i).learner.params)
 
 
+@pytest.mark.slow
 def test_agent_of_a_vmapped_run_acts_and_evaluates_like_that_run(toy: Any) -> None:
     settings = {"total_steps": BLOCK * 100, "eval_episodes": 4, "normalize_obs": True}
     config = Config(

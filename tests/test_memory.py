@@ -1,10 +1,10 @@
 """That the memory plan is what a sweep takes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import programs
 
 pytestmark = pytest.mark.slow
 
@@ -47,12 +47,6 @@ print((max(seen) - seen[0]) / planned)
 
 
 def test_a_sweep_of_large_buffers_takes_the_memory_planned(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        cwd=Path(__file__).resolve().parents[1],
-    )
+    done = programs.run("-c", PROGRAM, tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert 0.75 < float(done.stdout) < 1.25

@@ -144,7 +144,8 @@ def test_log_prob_is_differentiable(env: str) -> None:
 
 
 # Compiling takes nearly all the time here, and half of that is optimisation.
-quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick = partial(jax.jit, compiler_options=QUICK)
 
 
 def network_of(obs_shape: tuple[int, ...], **settings: Any) -> networks.Network:

@@ -89,14 +89,14 @@ def drift() -> np.ndarray:
         env="CartPole-v1", normalize_obs=True, max_buffer_size=128, batch_size=32,
         total_steps=32 * 60, eval_episodes=0,
     )  # fmt: skip
-    algorithm = train.make(config)
+    domain = train.make(config)
     hparams = train.make_hparams(config, buffer_size=128, learning_rate=1e-30)
 
     def iterate(state: Any, iteration: jax.Array) -> tuple[Any, jax.Array]:
-        state, metrics = algorithm.train_and_log(state, hparams, iteration, iteration + 1)
+        state, metrics = train.train_and_log(domain, state, hparams, iteration, iteration + 1)
         return state, metrics["log_ratio_abs_p95"]
 
-    state = algorithm.init(hparams)
+    state = train.init(domain, hparams)
     # A first policy is close to uniform whatever it observes; this one is as decided as later ones.
     policy = jax.tree.map(lambda x: 100 * x if x.shape[-1:] == (2,) else x, state.learner.params)
     state = state._replace(learner=state.learner._replace(params=policy))

@@ -139,7 +139,7 @@ def proximal_gipo(
     return r * stale * np.where(((a > 0) & (r > start)) | ((a < 0) & (r < start)), prox, 1)
 
 
-def following_gipo(x: Floats, a: Floats, log_ratio_start: Floats) -> Floats:
+def adaptive_gipo(x: Floats, a: Floats, log_ratio_start: Floats) -> Floats:
     sigma = np.sqrt(np.mean(log_ratio_start**2) / (1 / 0.7**2 - 1))
     return proximal_gipo(x, a, log_ratio_start, sigma)
 
@@ -180,7 +180,7 @@ REFERENCE: dict[str, Callable[..., Floats]] = {
     "m2po": m2po,
     "m2po_mask": m2po_mask,
     "r2vpo": r2vpo,
-    "following_gipo": following_gipo,
+    "adaptive_gipo": adaptive_gipo,
     "geppo": geppo,
     "decoupled_ppo": decoupled_ppo,
     "proximal_gipo": proximal_gipo,
@@ -490,23 +490,23 @@ def test_proximal_gipo_weight_stays_within_its_derived_bound(
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.8, 5.0])
-def test_following_gipo_has_the_mean_weight_it_aims_at_on_data_of_any_staleness(
+def test_adaptive_gipo_has_the_mean_weight_it_aims_at_on_data_of_any_staleness(
     spread: float,
 ) -> None:
     start = np.random.default_rng(0).normal(0, spread, 200_000)
     # At the start of an update phase u = w_stale r; the last value is padding.
     x, mask = np.append(start, 50.0), np.append(np.ones(start.size, bool), False)
     u = objectives.gradient_weight(
-        "following_gipo", x, 1.0, log_ratio_start=x, mean_weight=0.6, mask=mask
+        "adaptive_gipo", x, 1.0, log_ratio_start=x, mean_weight=0.6, mask=mask
     )
     assert np.mean((np.asarray(u) * np.exp(-x))[:-1]) == pytest.approx(0.6, abs=0.005)
 
 
-def test_following_gipo_trusts_fresh_data_and_any_data_from_a_mean_weight_of_one_on() -> None:
+def test_adaptive_gipo_trusts_fresh_data_and_any_data_from_a_mean_weight_of_one_on() -> None:
     x, advantage, _ = proximal_gipo_grid()
     for start, mean_weight in ((np.zeros_like(x), 0.7), (x, 1.0), (x, 2.0)):
         u = objectives.gradient_weight(
-            "following_gipo", x, advantage, log_ratio_start=start, mean_weight=mean_weight,
+            "adaptive_gipo", x, advantage, log_ratio_start=start, mean_weight=mean_weight,
             sigma_prox=1e6,
         )  # fmt: skip
         np.testing.assert_allclose(u, np.exp(x), rtol=1e-4)

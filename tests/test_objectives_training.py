@@ -41,9 +41,9 @@ def stack(lanes: list[HParams]) -> HParams:
 def test_every_objective_fits_the_training_step(name: str) -> None:
     """Traced, not compiled: a step takes what it returns, for the objective itself."""
     config = Config(**TINY, objective=name)
-    algorithm, hparams = train.make(config), settings_of(config)
-    state = jax.eval_shape(algorithm.init, hparams)
-    after, _ = jax.eval_shape(algorithm.train_step, state, hparams, 0)
+    domain, hparams = train.make(config), settings_of(config)
+    state = jax.eval_shape(lambda: train.init(domain, hparams))
+    after, _ = jax.eval_shape(lambda s: train.train_step(domain, s, hparams, 0), state)
     alike = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)
     assert jax.tree.all(alike)
 
@@ -113,16 +113,16 @@ DUALS = {
 def family() -> tuple[train.TrainState, train.TrainState]:
     """First and last states of a run of each objective, then of ``DUALS``; leading axis lanes."""
     config = Config(**TINY, objective=any_of_them, updates_per_iteration=UPDATES)
-    algorithm = train.make(config)
+    domain = train.make(config)
     settings: list[dict[str, Any]] = [{"which": i} for i in range(len(NAMES))]
     settings += [{"which": NAMES.index("r2vpo"), **dual} for dual in DUALS.values()]
     lanes = stack([settings_of(config, learning_rate=0.03, **lane) for lane in settings])
 
     def ends(hparams: HParams) -> tuple[train.TrainState, train.TrainState]:
-        first = algorithm.init(hparams)
+        first = train.init(domain, hparams)
 
         def body(iteration: Array, state: train.TrainState) -> train.TrainState:
-            return algorithm.train_step(state, hparams, iteration)[0]
+            return train.train_step(domain, state, hparams, iteration)[0]
 
         return first, jax.lax.fori_loop(0, 8, body, first)
 
@@ -191,7 +191,7 @@ def test_probability_objectives_refuse_a_gaussian_head(name: str) -> None:
 def reweighted() -> dict[str, Any]:
     """Lanes that share a state made stale by the plain rule and differ from there on."""
     config = Config(**TINY, objective="gipo")
-    algorithm = train.make(config)
+    domain = train.make(config)
     plain = settings_of(config, learning_rate=0.03)
     varied = {
         "plain": {},
@@ -206,11 +206,11 @@ def reweighted() -> dict[str, Any]:
     @jax.jit
     def train_and_log(state: Any, lanes: HParams, start: int, stop: int) -> Any:
         return jax.lax.map(
-            lambda lane: algorithm.train_and_log(lane[0], lane[1], start, stop), (state, lanes)
+            lambda lane: train.train_and_log(domain, lane[0], lane[1], start, stop), (state, lanes)
         )
 
     same = stack([plain] * len(varied))
-    first = jax.jit(lambda lanes: jax.lax.map(algorithm.init, lanes))(same)
+    first = jax.jit(lambda lanes: jax.lax.map(lambda lane: train.init(domain, lane), lanes))(same)
     stale, _ = train_and_log(first, same, 0, 20)
     once, _ = train_and_log(stale, lanes, 20, 21)
     _, metrics = train_and_log(stale, lanes, 20, 40)

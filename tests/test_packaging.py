@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from gipo_jax import cli
+from tests import programs
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -106,21 +107,30 @@ def test_environment_holds_the_pinned_versions() -> None:
                 pending.append(canonicalize_name(requirement.name))
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        [sys.executable, "-m", "gipo_jax", "--help"],
-        [str(Path(sys.executable).parent / "gipo-jax"), "--help"],
-    ],
-    ids=["module", "script"],
-)
-def test_runs_outside_the_checkout(command: list[str], tmp_path: Path) -> None:
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+def run_outside(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a folder where only what is installed is found."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=programs.SECONDS,
     )
+
+
+def test_the_command_runs_outside_the_checkout(tmp_path: Path) -> None:
+    done = run_outside(tmp_path, str(Path(sys.executable).parent / "gipo-jax"), "--help")
     assert done.returncode == 0, done.stderr
     assert "sweep" in done.stdout
+
+
+def test_the_module_is_a_command_and_runs_outside_the_checkout(tmp_path: Path) -> None:
+    words = ["sweep", "--gamma", "2", "--out", "/nowhere/x"]
+    done = run_outside(tmp_path, sys.executable, "-m", "gipo_jax", *words)
+    assert done.returncode == 2
+    assert "gamma: 2 is not valid" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_setup_says_what_is_missing(tmp_path: Path) -> None:
@@ -139,7 +149,7 @@ def test_setup_says_what_is_missing(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=programs.SECONDS,
     )
     assert done.returncode == 1
     assert done.stdout == ""
@@ -156,9 +166,13 @@ def _blocks(language: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation_of_a_test")
 @pytest.mark.parametrize("code", _blocks("python"), ids=["many runs", "fork"])
 def test_readme_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, for a twentieth of the steps."""
     monkeypatch.chdir(tmp_path)
+    assert "total_steps=64_000" in code
+    code = code.replace("total_steps=64_000", "total_steps=3_200")
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 

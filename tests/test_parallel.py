@@ -1,12 +1,10 @@
 """Several devices and several processes, forced on one host, in programs of their own."""
 
 import contextlib
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,10 +12,10 @@ import pytest
 
 from gipo_jax import sweep
 from gipo_jax.sweep import checkpoint, grid, results
+from tests import programs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
     *("--sigma", "0.5", "1", "2", "--num-envs", "2", "--rollout-length", "4"),
     *("--batch-size", "8", "--hidden-sizes", "8", "--num-logs", "100", "--total-steps", "4800"),
@@ -34,14 +32,8 @@ def start(out: Path, devices: int, *arguments: str) -> "subprocess.Popen[str]":
         f"--xla_force_host_platform_device_count={devices}"
         " --xla_cpu_enable_concurrency_optimized_scheduler=false"
     )
-    return subprocess.Popen(
-        [sys.executable, "-m", "gipo_jax", "sweep", "--out", str(out), "--no-figures", *arguments],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
-    )
+    command = ("-m", "gipo_jax", "sweep", "--out", str(out), "--no-figures", *arguments)
+    return programs.start(*command, XLA_FLAGS=flags)
 
 
 def start_two(out: Path, *arguments: str, second: tuple[str, ...] = ()) -> Processes:
@@ -56,9 +48,9 @@ def start_two(out: Path, *arguments: str, second: tuple[str, ...] = ()) -> Proce
 
 def finish(*processes: "subprocess.Popen[str]") -> list[str]:
     """Waits for processes to end well; what each said."""
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), errors
-    return errors
+    ended = [programs.wait(process) for process in processes]
+    assert [done.returncode for done in ended] == [0] * len(processes), ended
+    return [done.stderr for done in ended]
 
 
 def tables(directory: Path) -> list[bytes]:
@@ -81,10 +73,9 @@ def kill_one(processes: Processes, victim: int) -> tuple[float, int, str]:
     """Kills one of two processes: seconds that the other lives on, its exit code, what it said."""
     processes[victim].kill()
     began = time.monotonic()
-    other = processes[1 - victim]
-    error = other.communicate(timeout=200)[1]
-    processes[victim].communicate()
-    return time.monotonic() - began, other.returncode, error
+    done = programs.wait(processes[1 - victim])
+    programs.wait(processes[victim])
+    return time.monotonic() - began, done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +154,9 @@ def test_a_signal_to_one_process_stops_both_at_the_same_point(
     wait_until_midway(processes, out, beyond=newest)
     processes[1].send_signal(signal.SIGTERM)
     for process in processes:
-        error = process.communicate(timeout=200)[1]
-        assert process.returncode == 75, error
-        assert "stopped by SIGTERM, everything is saved" in error.splitlines()[-1]
+        done = programs.wait(process)
+        assert done.returncode == 75, done.stderr
+        assert "stopped by SIGTERM, everything is saved" in done.stderr.splitlines()[-1]
     newest = checkpoint.newest(out / "checkpoints", pytest.fail)
     progress = checkpoint.read_progress(out / "checkpoints" / f"{newest:08d}")
     assert [part["runs"] for part in progress["started"]] == [[0, 1], [2, 3], [4, 5]]
@@ -178,9 +169,9 @@ def test_a_mistake_of_one_process_ends_the_other(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     elsewhere = str(tmp_path / "file" / "sweep")
     processes = start_two(tmp_path / "sweep", *SETTINGS, second=("--out", elsewhere))
-    errors = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], errors
-    assert "process 1 does not" in errors[0] and "is a file" in errors[1]
+    ended = [programs.wait(process) for process in processes]
+    assert [done.returncode for done in ended] == [2, 2], ended
+    assert "process 1 does not" in ended[0].stderr and "is a file" in ended[1].stderr
     assert not (tmp_path / "sweep").exists()
 
 
@@ -196,7 +187,7 @@ def test_a_mistake_ends_all_processes_with_one_line(
     tmp_path: Path, both: tuple[str, ...], second: tuple[str, ...], message: str
 ) -> None:
     for process in start_two(tmp_path / "sweep", *SETTINGS, *both, second=second):
-        error = process.communicate(timeout=200)[1]
-        assert process.returncode == 2, error
-        assert message in error.splitlines()[-1] and "Traceback" not in error
+        done = programs.wait(process)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not (tmp_path / "sweep").exists()

@@ -41,7 +41,7 @@ def coefficients(mask: Any, mode: str, max_tokens: float | None = None) -> Any:
         "token-mean": 1 / mask.sum(),
         "seq-mean-token-sum": 1 / answers,
         "seq-mean-token-mean": 1 / (answers * np.maximum(lengths, 1)),
-        "seq-mean-token-sum-norm": 1 / (answers * (max_tokens or lengths.max())),
+        "seq-mean-token-sum-norm": 1 / (answers * (max_tokens or mask.shape[1])),
     }[mode]
     return np.where(mask, each, 0.0)
 
@@ -241,12 +241,13 @@ def test_padding_of_any_length_and_content_changes_nothing(
         mask = np.pad(data["response_mask"], ((0, 0), (0, 9)))
         return np.where(mask, padded, np.nan)
 
-    extra: dict[str, Any] = EXTRA.get(name, {})
+    extra: dict[str, Any] = dict(EXTRA.get(name, {}))
+    fixed = {"max_tokens": 20} if mode == "seq-mean-token-sum-norm" else {}
     padded = {n: x if x.ndim == 1 else wider(x) for n, x in data.items()}
     extra_padded: dict[str, Any] = {n: jnp.array(wider(x)) for n, x in extra.items()}
-    (loss, metrics), gradient = once(data, mode, objective=name, **extra)
+    (loss, metrics), gradient = once(data, mode, objective=name, **extra, **fixed)
     (loss_padded, metrics_padded), gradient_padded = once(
-        padded, mode, objective=name, **extra_padded
+        padded, mode, objective=name, **extra_padded, **fixed
     )
     np.testing.assert_allclose(loss_padded, loss, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(gradient_padded[:, :TOKENS], gradient, rtol=1e-6, atol=1e-7)
@@ -280,6 +281,55 @@ def test_without_a_mask_every_token_counts(data: dict[str, Any]) -> None:
     full = data | {"response_mask": np.ones((BATCH, TOKENS))}
     none = {name: x for name, x in data.items() if name != "response_mask"}
     assert once(full)[0][0] == once(none)[0][0]
+
+
+@pytest.mark.parametrize("level", ["token", "joint", "prefix_min"])
+@pytest.mark.parametrize("name", objectives.ALL)
+def test_impossible_tokens_give_finite_losses_and_gradients(
+    name: str, level: str, data: dict[str, Any]
+) -> None:
+    """Log-probabilities of -inf under the policy, under the one that sampled, and under both."""
+    if level == "prefix_min" and "behavior_log_prob" in objectives.spec(name).inputs:
+        level = "prefix_product"
+    log_prob, old = data["log_prob"].copy(), data["old_log_prob"].copy()
+    log_prob[0, 0] = log_prob[1, 1] = log_prob[2, 0] = -np.inf
+    old[1, 0] = old[3, 0] = old[2, 0] = -np.inf
+    given = data | {"log_prob": log_prob, "old_log_prob": old}
+    extra = EXTRA.get(name, {})
+    (loss, _), gradient = once(given, objective=name, ratio_level=level, **extra)
+    assert np.isfinite(loss) and np.all(np.isfinite(gradient))
+    assert gradient[2, 0] == 0
+
+
+def test_an_impossible_token_has_ratio_zero(data: dict[str, Any]) -> None:
+    log_prob = data["log_prob"].copy()
+    log_prob[0, 0] = -np.inf
+    mask = data["response_mask"]
+    for name in ("gipo", "ppo_clip", "no_clip"):
+        (loss, _), gradient = once(data | {"log_prob": log_prob}, objective=name)
+        (without, _), _ = once(
+            data | {"response_mask": mask & (np.arange(mask.size).reshape(mask.shape) > 0)},
+            objective=name,
+        )
+        assert gradient[0, 0] == 0
+        # Its surrogate is 0, and it counts as a token: row 0 has a positive advantage.
+        np.testing.assert_allclose(loss, without * (mask.sum() - 1) / mask.sum(), rtol=1e-5)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(data: dict[str, Any]) -> None:
+    """Micro-batches of different longest answers, with the length left to the arrays' width."""
+    whole = once(data, "seq-mean-token-sum-norm")[1]
+    rows = (slice(0, 2), slice(2, BATCH))
+    parts = [once({n: x[r] for n, x in data.items()}, "seq-mean-token-sum-norm")[1] for r in rows]
+    answers = [np.sum(data["response_mask"][r].any(axis=1)) for r in rows]
+    scaled = [part * n / sum(answers) for part, n in zip(parts, answers, strict=True)]
+    np.testing.assert_allclose(np.concatenate(scaled), whole, rtol=1e-6, atol=1e-9)
+
+
+def test_a_bound_kernel_stays_bound(data: dict[str, Any]) -> None:
+    bound = functools.partial(objectives.gipo, kernel="laplacian")
+    assert not objectives.spec(bound).takes_kernel
+    assert once(data, objective=bound)[0][0] == once(data, kernel="laplacian")[0][0]
 
 
 def test_a_fixed_length_divides_the_sum_of_tokens(data: dict[str, Any]) -> None:

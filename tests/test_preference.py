@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from gipo_jax import buffer, losses, objectives, train
-from gipo_jax.config import Config, ConfigError
-from gipo_jax.sequences import preference, selection, tasks
-from gipo_jax.sequences import train as of_sequences
+from gipo_jax.config import Config, ConfigError, stack
+from gipo_jax.domains.tokens import preference, selection, tasks
 
 PROMPTS, ANSWERS = 8, 4
 BLOCK = PROMPTS * ANSWERS
@@ -64,48 +63,46 @@ def test_dpo_and_its_trust_weight_are_their_formula() -> None:
 
 
 def act(config: Config) -> Any:
-    """Parts, state before, and one iteration's pairs of a policy unlike its reference."""
-    parts = of_sequences.make_parts(config)
+    """Domain, state before, and one iteration's pairs of a policy unlike its reference."""
+    domain = train.make(config)
     hparams = settings(config, entropy_coef=0.0, beta=0.5, pair_sigma=2.0, temperature=0.8)
 
     def first() -> Any:
-        state = of_sequences.init(parts, hparams)
-        moved = jax.tree.map(lambda x: x + 0.05, state.reference)
-        state = state._replace(reference=moved)
-        return state, of_sequences.act(parts, state, hparams, jax.random.key(4))[1]
+        state = train.init(domain, hparams)
+        moved = jax.tree.map(lambda x: x + 0.05, state.domain_state.reference)
+        state = state._replace(domain_state=state.domain_state._replace(reference=moved))
+        return state, domain.collect(state, hparams, jax.random.key(4)).rows
 
-    return parts, hparams, *jax.jit(first)()
+    return domain, hparams, *jax.jit(first)()
 
 
 def test_the_gradient_of_a_batch_of_stale_pairs_is_that_of_dpo_in_closed_form() -> None:
-    parts, hparams, state, rows = act(SMALL)
+    domain, hparams, state, rows = act(SMALL)
     batch, _ = buffer.take_rows(buffer.add(state.replay, rows, 0), jnp.arange(BLOCK), 0)
     is_pair = np.asarray(batch.advantage)
     assert 0 < is_pair.sum() < BLOCK, "rows with and without a pair"
     params = jax.tree.map(lambda x: x + 0.03, state.learner.params)
-    exact = jax.vmap(lambda p, a: tasks.is_exact(parts.task, p, a))
+    exact = jax.vmap(lambda p, a: tasks.is_exact(domain.env, p, a))
     pairs = is_pair > 0
     assert np.all(exact(batch.prompt, batch.answer)[pairs])
     assert not np.any(exact(batch.prompt, batch.wrong.answer)[pairs])
 
     def total(params: Any, answer: Any) -> Any:
-        log_prob, _ = parts.decoder.score(params, batch.prompt, answer, 0.8)
-        return jnp.sum(jnp.where(parts.decoder.mask(answer), log_prob, 0), axis=1)
+        log_prob, _ = domain.decoder.score(params, batch.prompt, answer, 0.8)
+        return jnp.sum(jnp.where(domain.decoder.mask(answer), log_prob, 0), axis=1)
 
     @jax.jit
     def measured() -> Any:
         def bound(params: Any) -> Any:
-            objective = of_sequences.bind_objective(
-                parts, state, state.learner, hparams, batch, parts.decoder.mask(batch.answer)
-            )
-            return of_sequences.loss(params, parts, batch, objective, hparams)[0]
+            made = domain.batch(state, params, batch, jnp.zeros(BLOCK), hparams)
+            return losses.loss(domain, state, state.learner, params, made, hparams)[0]
 
         both = [batch.answer, batch.wrong.answer]
         policy = params["policy"]
         return (
             jax.grad(bound)(params)["policy"],
             [total(policy, answer) for answer in both],
-            [total(state.reference, answer) for answer in both],
+            [total(state.domain_state.reference, answer) for answer in both],
             [jax.jacrev(total)(policy, answer) for answer in both],
         )
 
@@ -150,7 +147,6 @@ def test_sage_takes_the_lowest_margins_of_each_pool_alike() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("chosen", "parameters"), [("keep_all", {}), ("sage", {"pair_sigma": 3.0, "beta": 0.3})]
 )
@@ -167,16 +163,16 @@ def test_dpo_raises_exact_match_from_a_warm_up(chosen: str, parameters: dict[str
         )
         for seed in (0, 1)
     ]  # fmt: skip
-    algorithm = train.make(config)
+    domain = train.make(config)
 
     def before_and_after(hparams: Any) -> Any:
-        warm = algorithm.init(hparams).learner.params
-        _, before = algorithm.evaluate(warm, (), jax.random.key(1), 200)
-        state, metrics = train.whole_run(algorithm)(hparams)
+        warm = domain.acting(train.init(domain, hparams))
+        before = domain.evaluate(warm, hparams, jax.random.key(1), 200)["eval_return_sampled"]
+        state, metrics = train.whole_run(domain)(hparams)
         return before, metrics["eval_return_sampled"][-1], state.diverged_at
 
     program = jax.jit(lambda h: jax.lax.map(before_and_after, h))
-    before, after, diverged_at = program(train.stack(rows))
+    before, after, diverged_at = program(stack(rows))
     assert np.all((before > 0.1) & (before < 0.5))
     assert np.all(after > 0.85)
     assert np.all(diverged_at == -1)

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gipo_jax import environments, networks, protocols, train
-from gipo_jax.config import Config, ConfigError, HParams
+from gipo_jax import environments, networks, objectives, protocols, sweep, train
+from gipo_jax.config import CONTROL, Config, ConfigError, HParams, check_applies
 
 CONFIG_FIELDS = {field.name for field in dataclasses.fields(Config)}
 HPARAM_FIELDS = {field.name for field in dataclasses.fields(HParams)}
@@ -23,11 +24,74 @@ def test_a_protocol_sets_everything_but_what_an_experiment_varies(name: str) -> 
     off = {"max_buffer_size", "max_episode_steps", "recent_fraction", "ess_lr_power"}
     assert given <= CONFIG_FIELDS | HPARAM_FIELDS
     assert (CONFIG_FIELDS | HPARAM_FIELDS) - given >= varied
-    # Settings of token tasks are refused in control, so there is nothing to choose.
-    missing = (CONFIG_FIELDS | HPARAM_FIELDS) - given - varied - off - set(train.SEQUENCE_ONLY)
+    # Settings of other domains are refused in control, so there is nothing to choose.
+    fields = [*dataclasses.fields(Config), *dataclasses.fields(HParams)]
+    others = {f.name for f in fields if CONTROL not in f.metadata.get("domains", ())}
+    missing = (CONFIG_FIELDS | HPARAM_FIELDS) - given - varied - off - others
     assert not missing, "each is a choice that the protocol has to make"
-    for setting in protocols.PROTOCOLS[name].settings.values():
+    protocol = protocols.PROTOCOLS[name]
+    for setting in (protocol.settings | protocol.objective_params).values():
         assert setting.source and "\n" not in setting.source
+
+
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_a_protocol_has_nothing_that_would_do_nothing(name: str) -> None:
+    values = protocols.settings(name)
+    config = Config(**{k: v for k, v in values.items() if k in CONFIG_FIELDS})
+    hparams = train.make_hparams(config, **{k: v for k, v in values.items() if k in HPARAM_FIELDS})
+    check_applies(config, hparams, domain=CONTROL, objective=objectives.spec("gipo"))
+
+
+@pytest.mark.parametrize(
+    ("name", "different"),
+    [
+        (
+            "gipo-metaworld",
+            {
+                "total_steps": 5_000_000,
+                "updates_per_iteration": 5,
+                "reuse_per_batch": 2,
+                "policy_delay": 2,
+                "sigma_neg_ratio": 1.0,
+            },
+        ),
+        (
+            "gipo-metaworld-head",
+            {
+                "total_steps": 500_000,
+                "updates_per_iteration": 10,
+                "reuse_per_batch": 10,
+                "policy_delay": 10,
+                "sigma_neg_ratio": 0.5,
+            },
+        ),
+    ],
+)
+def test_gipo_metaworld_trains_as_the_authors_do(name: str, different: dict[str, Any]) -> None:
+    shared = {
+        "kl": "exact",
+        "kl_coef": 0.1,
+        "joint_grad_norm": True,
+        "max_grad_norm": 1.0,
+        "adam_epsilon": 1e-8,
+        "compute_dtype": "float32",
+        "param_dtype": "float32",
+        "warmup_iterations": 10,
+        "buffer_size": 20_000,
+    }
+    values = protocols.settings(name) | protocols.objective_params(name, {"sigma_neg_ratio"})
+    assert values | shared | different == values
+
+
+def test_a_protocols_parameter_goes_to_the_objectives_that_have_it() -> None:
+    small: dict[str, Any] = {"total_steps": 1000, "env": "Pendulum-v1", "num_logs": 2}
+    both = sweep.expand(protocol="gipo-metaworld-head", objective=["gipo", "ppo_clip"], **small)
+    assert both[0].hparams.objective_params["sigma_neg_ratio"] == 0.5
+    assert "sigma_neg_ratio" not in both[1].hparams.objective_params
+    alone = sweep.expand(protocol="gipo-metaworld-head", objective="ppo_clip", **small)
+    assert alone == both[1:]
+    given = sweep.expand(protocol="gipo-metaworld-head", sigma_neg_ratio=2.0, **small)
+    assert given[0].hparams.objective_params["sigma_neg_ratio"] == 2.0
 
 
 def meta_world() -> environments.Environment:
@@ -78,5 +142,5 @@ def test_the_value_loss_of_gipo_metaworld_leaves_the_encoder_alone() -> None:
 
 
 def test_an_unknown_protocol_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^protocol: 'ppo' .*one of gipo-metaworld$"):
+    with pytest.raises(ConfigError, match=r"^protocol: 'ppo' .*one of gipo-metaworld, gipo-meta"):
         protocols.settings("ppo")

@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,12 @@ import pytest
 
 from gipo_jax import sweep
 from gipo_jax.config import ConfigError
-from gipo_jax.flow import tasks
+from gipo_jax.domains.flow import tasks
 from gipo_jax.sweep import checkpoint, results
 from scripts import kill_test
+from tests import programs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 OPTIONS = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
 
@@ -101,6 +100,7 @@ def test_a_sweep_resumed_in_another_batch_mode_has_the_same_tables(
         assert (alone / name).read_bytes() == (stopped / name).read_bytes()
 
 
+@pytest.mark.usefixtures("quick_compilation_of_a_test")  # of the same program each time
 @pytest.mark.parametrize(
     ("env", "settings"),
     [
@@ -238,9 +238,7 @@ except checkpoint.CheckpointError as error:
 
 def test_a_checkpoint_that_finds_no_room_fails_with_one_line(tmp_path: Path) -> None:
     first = checkpoint.save(tmp_path, 1, {"n": 1}, None)
-    command = [sys.executable, "-c", FULL, str(tmp_path)]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=root)
+    done = programs.run("-c", FULL, tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     assert "cannot write a checkpoint" in done.stdout and "File too large" in done.stdout
     assert done.stdout.count("\n") == 1
@@ -253,20 +251,13 @@ def test_a_sweep_killed_three_times_ends_like_one_left_alone(tmp_path: Path) -> 
     assert kill_test.check(tmp_path, 3, random.Random(0), print, settings) == []
 
 
-def begin(out: Path, *before: str) -> "subprocess.Popen[str]":
+def begin(out: Path, before: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
     """Starts a sweep that would take long."""
     arguments = [word for word in kill_test.SETTINGS if word != "ppo_clip"]
     arguments[arguments.index("--total-steps") + 1] = "1600000"
     arguments[arguments.index("--num-logs") + 1] = "10000"
-    root = Path(__file__).resolve().parents[1]
-    command = [*before, sys.executable, "-m", "gipo_jax", "sweep", *arguments]
-    return subprocess.Popen(
-        [*command, "--checkpoint-seconds", "0", "--no-figures", "--out", str(out)],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
+    arguments += ["--checkpoint-seconds", "0", "--no-figures", "--out", str(out)]
+    return programs.start("-m", "gipo_jax", "sweep", *arguments, before=before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -278,7 +269,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     while process.poll() is None and not list(out.glob("checkpoints/*/manifest.json")):
         time.sleep(0.05)
     process.send_signal(number)
-    error = process.communicate(timeout=120)[1]
+    error = programs.wait(process).stderr
     assert process.returncode == code, error
     assert f"stopped by {number.name}, everything is saved" in error.splitlines()[-1]
     assert "gipo-jax sweep --resume --out" in error.splitlines()[-1]
@@ -292,8 +283,8 @@ def test_a_signal_saves_and_says_how_to_go_on(
 def test_a_full_disk_is_one_line_and_the_sweep_can_go_on(tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     # Writing beyond 40 KB in a file fails as on a full disk.
-    process = begin(out, "bash", "-c", 'ulimit -f 40; exec "$@"', "-")
-    error = process.communicate(timeout=200)[1]
+    process = begin(out, ("bash", "-c", 'ulimit -f 40; exec "$@"', "-"))
+    error = programs.wait(process).stderr
     last = error.splitlines()[-1]
     assert process.returncode == 1, error
     assert "cannot write" in last and "File too large" in last

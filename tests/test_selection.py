@@ -1,6 +1,7 @@
 """Selections: bias of pruning, the difficulty estimate, what they save, and what is refused."""
 
 import dataclasses
+import functools
 import itertools
 import re
 import shlex
@@ -14,10 +15,9 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from gipo_jax import buffer, cli, sweep, train
+from gipo_jax import buffer, cli, losses, sweep, train
 from gipo_jax.config import Config, ConfigError
-from gipo_jax.sequences import selection, tasks
-from gipo_jax.sequences import train as of_sequences
+from gipo_jax.domains.tokens import selection, tasks
 from gipo_jax.sweep import checkpoint
 
 PROMPTS, ANSWERS = 2, 3
@@ -57,15 +57,15 @@ def test_weights_of_one_for_all_answers_equal_no_selection_bit_for_bit() -> None
         SMALL,
         dataclasses.replace(SMALL, selection=everything, packed_size=BATCH),
     ):
-        algorithm = train.make(config)
+        domain = train.make(config)
         hparams = settings(SMALL, kl_coef=0.1)
 
-        def two_steps(algorithm: Any = algorithm, hparams: Any = hparams) -> Any:
+        def two_steps(domain: Any = domain, hparams: Any = hparams) -> Any:
             def step(i: Any, state: Any) -> Any:
-                return algorithm.train_step(state, hparams, i)[0]
+                return train.train_step(domain, state, hparams, i)[0]
 
-            state = jax.lax.fori_loop(0, 2, step, algorithm.init(hparams))
-            return state.learner, state.counts
+            state = jax.lax.fori_loop(0, 2, step, train.init(domain, hparams))
+            return state.learner, state.totals
 
         results.append(jax.jit(two_steps)())
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
@@ -82,12 +82,12 @@ class Case:
         config = dataclasses.replace(
             SMALL, selection="prune", packed_size=packed_size, loss_agg_mode=loss_agg_mode
         )
-        self.parts = of_sequences.make_parts(config)
+        self.domain: Any = train.make(config)
         self.hparams = settings(config, entropy_coef=0.1, kl_coef=0.2)
-        state = of_sequences.init(self.parts, self.hparams)
-        state, rows = jax.jit(
-            lambda s: of_sequences.act(self.parts, s, self.hparams, jax.random.key(1))
-        )(state)
+        state = train.init(self.domain, self.hparams)
+        rows = jax.jit(lambda s: self.domain.collect(s, self.hparams, jax.random.key(1)).rows)(
+            state
+        )
         self.advantage = rows.advantage
         replay = buffer.add(state.replay, rows, 0)
         self.batch = in_float64(buffer.take_rows(replay, jnp.arange(BATCH), 0)[0])
@@ -96,13 +96,13 @@ class Case:
 
     def gradient(self, batch: Any) -> Any:
         """Gradient of the loss of a packed batch, as one vector."""
-        mask = self.parts.decoder.mask(batch.answer)
-        objective = of_sequences.bind_objective(
-            self.parts, self.state, self.state.learner, self.hparams, batch, mask
-        )
-        grads, _ = jax.grad(of_sequences.loss, has_aux=True)(
-            self.params, self.parts, batch, objective, self.hparams
-        )
+        made = self.domain.weighted(batch, jnp.zeros(len(batch.advantage)), batch.weight)
+
+        def loss(params: Any) -> Any:
+            learner = self.state.learner
+            return losses.loss(self.domain, self.state, learner, params, made, self.hparams)[0]
+
+        grads = jax.grad(loss)(self.params)
         return jnp.concatenate([x.ravel() for x in jax.tree.leaves(grads)])
 
     def full_gradient(self) -> Any:
@@ -111,8 +111,8 @@ class Case:
 
     def packed_gradients(self, weight: Any, noise: Any) -> Any:
         """Gradients ``[cases, parameters]`` for weights and noise ``[cases, batch]``."""
-        length = np.sum(np.asarray(self.parts.decoder.mask(self.batch.answer)), axis=1)
-        rows = selection.packed_rows(self.parts.config)
+        length = np.sum(np.asarray(self.domain.decoder.mask(self.batch.answer)), axis=1)
+        rows = selection.packed_rows(self.domain.config)
 
         def one(case: Any) -> Any:
             w, noise = case
@@ -212,12 +212,13 @@ def test_pruning_saves_arithmetic_and_counts_fewer_tokens() -> None:
     operations, trained = {}, {}
     for name, packed in (("keep_all", None), ("prune", 16)):
         changed = dataclasses.replace(config, selection=name, packed_size=packed)
-        algorithm, hparams = train.make(changed), settings(changed)
-        state = algorithm.init(hparams)
-        step = jax.jit(algorithm.train_step).lower(state, hparams, 0).compile()
+        domain, hparams = train.make(changed), settings(changed)
+        state = train.init(domain, hparams)
+        traced = jax.jit(functools.partial(train.train_step, domain))
+        step = traced.lower(state, hparams, 0).compile()
         analysis: Any = step.cost_analysis()
         operations[name] = analysis["flops"]
-        trained[name] = float(step(state, hparams, 0)[0].counts["tokens_trained"])
+        trained[name] = float(step(state, hparams, 0)[0].totals["tokens_trained"])
     assert operations["prune"] < 0.6 * operations["keep_all"]
     assert 0 < trained["prune"] < 0.35 * trained["keep_all"]
 
@@ -231,14 +232,14 @@ def ends_early(prompts: Any, state: Any, key: Any) -> Any:
 
 @pytest.mark.parametrize("candidates", [40, 4])
 def test_prompts_with_weight_are_answered_before_those_without(candidates: int) -> None:
-    parts = of_sequences.make_parts(
+    domain: Any = train.make(
         dataclasses.replace(SMALL, num_envs=4, selection=ends_early, num_candidates=candidates)
     )
     draw = jax.jit(
-        lambda key: selection.draw_prompts(parts.selection, (), parts.config, TASK, key)
+        lambda key: selection.draw_prompts(domain.selection, (), domain.config, TASK, key)
     )  # fmt: skip
     prompts = np.concatenate([draw(key) for key in jax.random.split(jax.random.key(0), 5)])
-    assert selection.prompts_drawn(parts.selection, parts.config) == candidates
+    assert selection.prompts_drawn(domain.selection, domain.config) == candidates
     assert prompts.shape == (20, 3)
     # A third of the prompts end there: four candidates are too few, and others fill the places.
     assert np.all(prompts[:, 1] == 2) == (candidates == 40)
@@ -288,7 +289,6 @@ def test_the_loss_of_the_difficulty_estimate_is_its_formula() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success() -> None:
     task = tasks.reverse_mixed(2, 14)
     config = dataclasses.replace(
@@ -296,8 +296,8 @@ def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success()
         max_buffer_size=128, total_steps=128 * 150, num_logs=1, eval_episodes=0,
         decoder_layers=2, decoder_width=32,
     )  # fmt: skip
-    parts = of_sequences.make_parts(config)
-    chosen = parts.selection
+    domain: Any = train.make(config)
+    chosen = domain.selection
     state, metrics = run(config, imitation_updates=300, learning_rate=1e-3, seed=3)
     assert metrics["prompts_sampled"][0] == 4 * 16 * 150
 
@@ -306,16 +306,16 @@ def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success()
         key_prompts, key_answers = jax.random.split(key)
         prompts = jax.vmap(task.prompt)(jax.random.split(key_prompts, 200))
         many = jnp.tile(prompts, (32, 1))
-        answers, _ = parts.decoder.sample(state.learner.params["policy"], many, key_answers)
+        answers, _ = domain.decoder.sample(state.learner.params["policy"], many, key_answers)
         exact = jax.vmap(lambda p, a: tasks.is_exact(task, p, a))(many, answers)
-        logits: Any = selection.Estimator(3).apply(state.selection.params, prompts)
+        logits: Any = selection.Estimator(3).apply(state.domain_state.selection.params, prompts)
         return logits[:, 0], jnp.mean(exact.reshape(32, 200), axis=0), prompts
 
     estimate, success, prompts = measure(jax.random.key(9))
     assert np.std(success) > 0.1
     assert spearmanr(estimate, success).statistic >= 0.7
     # And so the prompts it chooses are less often hopeless or done than the others.
-    weight = np.asarray(chosen.select(prompts, state.selection, jax.random.key(0)))
+    weight = np.asarray(chosen.select(prompts, state.domain_state.selection, jax.random.key(0)))
     mixed = (success > 0.1) & (success < 0.9)
     assert 0 < weight.sum() < 200
     assert mixed[weight > 0].mean() > mixed[weight == 0].mean() + 0.2
@@ -327,7 +327,7 @@ def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success()
 MINE = """
 import jax
 import jax.numpy as jnp
-from gipo_jax.sequences import selection, tasks
+from gipo_jax.domains.tokens import selection, tasks
 
 TASK = tasks.reverse_mixed(1, 3)._replace(demonstration=None)
 
@@ -377,7 +377,6 @@ def test_the_code_and_the_commands_of_the_guide_are_usable(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_sweep_over_selections_is_trained_interrupted_and_resumed_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,7 +121,6 @@ def test_token_minus_joint_of_the_lag_study_is_paired_on_seeds() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_lag_study_trains_every_method_at_its_level_and_lag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None
 ) -> None:
@@ -161,7 +160,6 @@ def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens(quick_compilation: None) -> None:
     case = sequence_learning.CASES["reverse, second attempt"]._replace(first_seed=5300)
     gipo, ppo = sequence_learning.runs(case, 1, total_steps=15_000, num_logs=1)
@@ -201,7 +199,6 @@ def test_a_rise_is_from_the_warm_up_of_the_same_seed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_selection_study_trains_and_goes_on_from_what_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import sequence_loop as loop
 from gipo_jax import losses
 from gipo_jax.config import Config
-from gipo_jax.sequences import decoder
+from gipo_jax.domains.tokens import decoder
 from scripts import sequence_fidelity
 
 OURS = decoder.make(loop.VOCAB, loop.LENGTH, loop.LENGTH)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gipo_jax.config import ConfigError
-from gipo_jax.sequences import tasks
-from gipo_jax.sequences.tasks import Task
+from gipo_jax.domains.tokens import tasks
+from gipo_jax.domains.tokens.tasks import Task
 
 NAMES = ("tokens/reverse", "tokens/reverse_mixed", "tokens/add")
 

@@ -1,6 +1,7 @@
 """The algorithm of token tasks: groups, replay, lag, evaluation, and what it refuses."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import pytest
 
 import gipo_jax
 from gipo_jax import buffer, cli, losses, objectives, train
-from gipo_jax.config import Config, ConfigError
-from gipo_jax.sequences import tasks
-from gipo_jax.sequences import train as of_sequences
+from gipo_jax.config import Config, ConfigError, stack
+from gipo_jax.domains.tokens import tasks
 
 PROMPTS, GROUP = 3, 4
 BLOCK = PROMPTS * GROUP
@@ -44,7 +44,7 @@ def settings(config: Config, **given: Any) -> Any:
 
 
 def hparams_of(config: Config, rows: Any = STALENESS) -> Any:
-    return train.stack([train.make_hparams(config, **row) for row in rows])
+    return stack([train.make_hparams(config, **row) for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -93,23 +93,23 @@ def test_metrics_of_training_are_complete_and_finite(runs: Any) -> None:
 
 
 def test_replay_holds_the_answers_with_their_advantage_within_the_group() -> None:
-    parts = of_sequences.make_parts(SMALL)
+    domain: Any = train.make(SMALL)
     hparams = settings(SMALL)
-    state = jax.jit(lambda: of_sequences.init(parts, hparams))()
-    after, answers = jax.jit(lambda s: of_sequences.act(parts, s, hparams, jax.random.key(1)))(
-        state
-    )
+    state = jax.jit(lambda: train.init(domain, hparams))()
+    collected = jax.jit(lambda s: domain.collect(s, hparams, jax.random.key(1)))(state)
+    answers, counted = collected.rows, collected.counts
     assert answers.prompt.shape == (GROUP, PROMPTS, 4)
     np.testing.assert_array_equal(answers.prompt[0], answers.prompt[-1])
     reward = np.mean(answers.answer == answers.prompt[:, :, ::-1], axis=-1)
     assert len(np.unique(reward)) > 1
     np.testing.assert_allclose(answers.advantage, reward - reward.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(after.return_sum, reward.sum(), rtol=1e-6)
-    np.testing.assert_array_equal(after.solved, np.sum(reward == 1))
+    np.testing.assert_allclose(counted["returns"], reward.sum(), rtol=1e-6)
+    np.testing.assert_array_equal(counted["solved"], np.sum(reward == 1))
 
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), answers)
-    log_prob, _ = of_sequences.score(parts, state.learner.params, flat, hparams)
-    np.testing.assert_allclose(flat.behavior_log_prob, log_prob, rtol=0, atol=1e-5)
+    batch = domain.batch(state, state.learner.params, flat, jnp.zeros(BLOCK), hparams)
+    log_ratio = domain.score(state.learner.params, batch, hparams).log_ratio
+    np.testing.assert_allclose(log_ratio, 0, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", [tasks.reverse(length=4), tasks.reverse_mixed(1, 3)])
@@ -117,25 +117,26 @@ def test_an_update_follows_the_gradient_of_the_public_loss(task: Any) -> None:
     config = dataclasses.replace(
         SMALL, env=task, objective="sapo", ratio_level="prefix_product", normalize_advantage=True
     )
-    parts = of_sequences.make_parts(config)
+    domain: Any = train.make(config)
     hparams = settings(config, entropy_coef=0.0, max_grad_norm=1e6)
-    state = jax.jit(lambda: of_sequences.init(parts, hparams))()
+    state = jax.jit(lambda: train.init(domain, hparams))()
 
     def norms(state: Any) -> Any:
-        state, answers = of_sequences.act(parts, state, hparams, jax.random.key(1))
-        batch, _ = buffer.take_rows(buffer.add(state.replay, answers, 0), jnp.arange(BLOCK), 0)
+        answers = domain.collect(state, hparams, jax.random.key(1)).rows
+        rows, age = buffer.take_rows(buffer.add(state.replay, answers, 0), jnp.arange(BLOCK), 0)
         moved = jax.tree.map(lambda x: x + 0.1, state.learner.params)
         learner = state.learner._replace(params=moved)
-        _, metrics = of_sequences.update(parts, state, learner, batch, hparams, 0, jnp.float32(1.0))
+        batch = domain.batch(state, moved, rows, age, hparams)
+        _, (metrics, _) = train.update(domain, state, learner, batch, hparams, 0, jnp.float32(1.0))
 
         def loss(params: Any) -> Any:
-            log_prob, _ = of_sequences.score(parts, params, batch, hparams)
+            log_prob, _ = domain.decoder.score(params["policy"], rows.prompt, rows.answer)
             advantage = (batch.advantage - batch.advantage.mean()) / batch.advantage.std()
             return losses.policy_loss(
                 log_prob,
                 batch.behavior_log_prob,
                 advantage,
-                parts.decoder.mask(batch.answer),
+                domain.decoder.mask(rows.answer),
                 objective="sapo",
                 ratio_level="prefix_product",
             )[0]
@@ -153,9 +154,10 @@ def test_an_update_follows_the_gradient_of_the_public_loss(task: Any) -> None:
 @pytest.mark.parametrize("name", objectives.ALL)
 def test_every_objective_trains_on_padded_answers(name: str) -> None:
     config = dataclasses.replace(SMALL, env=tasks.reverse_mixed(1, 3), objective=name)
-    algorithm, hparams = train.make(config), settings(config)
-    state = jax.eval_shape(algorithm.init, hparams)
-    after, metrics = jax.eval_shape(algorithm.train_step, state, hparams, 0)
+    domain, hparams = train.make(config), settings(config)
+    state = jax.eval_shape(lambda: train.init(domain, hparams))
+    step = functools.partial(train.train_step, domain)
+    after, metrics = jax.eval_shape(step, state, hparams, 0)
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, after)]
     assert shapes[0] == shapes[1]
     assert {"policy_loss", "entropy", "kl", "grad_norm"} == metrics.keys()
@@ -163,12 +165,12 @@ def test_every_objective_trains_on_padded_answers(name: str) -> None:
 
 def test_imitation_learns_the_task_before_training() -> None:
     config = dataclasses.replace(SMALL, batch_size=64, sampling="uniform", decoder_width=16)
-    algorithm = train.make(config)
+    domain = train.make(config)
 
     @jax.jit
     def greedy(hparams: Any) -> Any:
-        params = algorithm.init(hparams).learner.params
-        return algorithm.evaluate(params, (), jax.random.key(0), 200)[0]
+        acting = domain.acting(train.init(domain, hparams))
+        return domain.evaluate(acting, hparams, jax.random.key(0), 200)["eval_return"]
 
     exact = [
         greedy(settings(config, imitation_updates=updates, learning_rate=3e-3))
@@ -178,7 +180,6 @@ def test_imitation_learns_the_task_before_training() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("objective", ["gipo", "ppo_clip"])
 def test_reversing_four_tokens_is_learned_from_rewards_alone(objective: str) -> None:
     config = dataclasses.replace(
@@ -204,11 +205,11 @@ def test_reversing_four_tokens_is_learned_from_rewards_alone(objective: str) -> 
 
 
 def test_a_policy_answers_prompts_of_any_leading_shape(runs: Any) -> None:
-    algorithm = train.make(SMALL)
-    params = train.select(runs[0].learner.params, 0)
+    domain, hparams = train.make(SMALL), settings(SMALL)
+    acting = domain.acting(train.select(runs[0], 0))
     prompt = jnp.zeros((2, 3, 4), jnp.int32)
-    assert algorithm.choose_action(params, (), prompt).shape == (2, 3, 4)
-    one = algorithm.choose_action(params, (), prompt[0, 0], jax.random.key(0))
+    assert domain.choose_action(acting, hparams, prompt).shape == (2, 3, 4)
+    one = domain.choose_action(acting, hparams, prompt[0, 0], jax.random.key(0))
     assert one.shape == (4,)
 
 
@@ -264,7 +265,7 @@ def test_settings_that_do_not_fit_the_task_are_refused(field: str, change: dict[
 MY_TASKS = """
 import jax
 import jax.numpy as jnp
-from gipo_jax.sequences import tasks
+from gipo_jax.domains.tokens import tasks
 
 def prompt(key):
     return jax.random.randint(key, (3,), 0, 2)
@@ -275,12 +276,11 @@ def reward(prompt, answer):
 SORT = tasks.Task(prompt, reward, vocab=2, prompt_length=3, answer_length=3)
 NUMBER = 3
 """
-IMPORT = "from gipo_jax.sequences import tasks\n"
+IMPORT = "from gipo_jax.domains.tokens import tasks\n"
 SIZES = "vocab=2, prompt_length=3, answer_length=3"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_sweep_over_a_task_of_the_user_is_trained_resumed_plotted_and_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from gipo_jax import objectives, signatures, sweep, train
 from gipo_jax.config import Config, ConfigError
+from gipo_jax.sweep import grid
 
 NAMES = list(objectives.REGISTRY)
 
@@ -21,7 +22,7 @@ def test_every_objective_documents_its_weight_and_source() -> None:
         doc = spec.function.__doc__ or ""
         assert "weight" in doc or "direction" in doc or name == "dppo_kl"
         assert spec.kind in signatures.KINDS
-        no_paper = name in ("no_clip", "proximal_gipo", "following_gipo")
+        no_paper = name in ("no_clip", "proximal_gipo", "adaptive_gipo")
         assert no_paper or (spec.source.startswith("arXiv:") and spec.source in doc)
 
 
@@ -34,7 +35,7 @@ def test_spec_reads_signature_and_declaration() -> None:
     assert [n for n in NAMES if objectives.spec(n).discrete_only] == ["dppo_tv", "dppo_kl"]
     assert [n for n in NAMES if objectives.spec(n).initial_state] == ["r2vpo"]
     kinds = {n: objectives.spec(n).kind for n in NAMES}
-    batch = ["p3o_ess", "m2po", "m2po_mask", "r2vpo", "following_gipo"]
+    batch = ["p3o_ess", "m2po", "m2po_mask", "r2vpo", "adaptive_gipo"]
     assert [n for n in NAMES if kinds[n] == "batch"] == batch
     other_input = ["geppo", "decoupled_ppo", "proximal_gipo", "dppo_tv", "dppo_kl"]
     assert [n for n in NAMES if kinds[n] == "other-input"] == other_input
@@ -65,7 +66,7 @@ def unknown_input(log_ratio: jax.Array, advantage: jax.Array, reward: jax.Array)
     return log_ratio
 
 
-def switch(log_ratio: jax.Array, advantage: jax.Array, flag: bool = True) -> jax.Array:
+def flagged(log_ratio: jax.Array, advantage: jax.Array, flag: bool = True) -> jax.Array:
     return log_ratio
 
 
@@ -105,7 +106,7 @@ def static_setting(
         (no_advantage, ["no_advantage", "log_ratio and advantage"]),
         (print, ["print", "log_ratio and advantage"]),
         (unknown_input, ["unknown_input", "reward", "numeric default", "behavior_log_prob"]),
-        (switch, ["switch", "flag", "numeric default"]),
+        (flagged, ["flagged", "flag", "numeric default"]),
         (stateless, ["stateless", "state", "initial_state"]),
         (never_takes_state, ["never_takes_state", "state"]),
         (misdeclared, ["misdeclared", "sigma", "width"]),
@@ -206,3 +207,108 @@ def test_gradient_weight_checks_what_an_objective_returns() -> None:
 
     with pytest.raises(ConfigError, match=r"float32\[3\].*like the one before, float32\[2\]"):
         objectives.gradient_weight(grows, jnp.zeros(4), 1.0)
+
+
+SWITCHED = ["gipo", "maspo", "ppo_clip", "geppo", "p3o_ess", "r2vpo", "dppo_tv", "tis"]
+
+
+def test_a_switch_has_the_parameters_on_whose_default_its_objectives_agree() -> None:
+    spec = objectives.spec(objectives.switch(SWITCHED))
+    assert spec.name == "+".join(SWITCHED) and spec.choices == tuple(SWITCHED)
+    assert (
+        spec.params["which"] == 0 and spec.params["sigma"] == 1 and spec.params["clip_eps"] == 0.2
+    )
+    assert "max_ratio" not in spec.params  # 2 for tis, 20 for dppo_tv
+    assert spec.inputs == ("log_ratio_start", "behavior_log_prob")
+    assert spec.takes_kernel and spec.takes_mask and spec.discrete_only and spec.kind == "batch"
+    assert {"sigma", "clip_eps", "max_log_ratio"} <= set(spec.positive)
+    state = signatures.first_state(spec, spec.params | {"dual_init": 0.5})
+    assert state == {"r2vpo": 0.5}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_switch_is_the_objective_of_its_index(name: str) -> None:
+    x, start, behavior = (jax.random.normal(jax.random.key(i), (6, 3)) for i in range(3))
+    advantage = jnp.where(x + start > 0, 1.0, -0.5)
+    mask = jnp.arange(3) < 2
+    given = {
+        "log_ratio_start": start,
+        "behavior_log_prob": -jnp.abs(behavior) - 0.1,
+        "mask": jnp.broadcast_to(mask, x.shape),
+        "kernel": "cauchy",
+        "sigma": 0.7,
+        "clip_eps": 0.4,
+        "dual_rate": 0.5,
+    }
+    one = objectives.spec(name)
+    takes = {*one.inputs, *one.params, *("kernel",) * one.takes_kernel, *("mask",) * one.takes_mask}
+    own = {key: value for key, value in given.items() if key in takes}
+    of_all = objectives.spec(objectives.switch(SWITCHED))
+    first = {"state": {"r2vpo": jnp.float32(0.2)}}
+    own |= {"state": jnp.float32(0.2)} if one.initial_state is not None else {}
+
+    def surrogate(spec: signatures.Spec, given: dict[str, Any], x: jax.Array) -> Any:
+        value, state = signatures.evaluate(spec, x, advantage, **given)
+        return jnp.sum(value), (value, state)
+
+    gradient = jax.grad(surrogate, argnums=2, has_aux=True)
+    wanted, (value, state) = gradient(one, own, x)
+    which = {"which": jnp.float32(SWITCHED.index(name))}
+    got, (same_value, states) = gradient(of_all, given | first | which, x)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    np.testing.assert_allclose(same_value, value, rtol=1e-6)
+    assert states["r2vpo"] == (state if name == "r2vpo" else jnp.float32(0.2))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["gipo", "gippo"], ["objective", "'gippo'", "ppo_clip"]),
+        (["gipo", "gspo"], ["gipo+gspo", "one ratio level", "sequence", "token"]),
+        (["dpo", "dpo"], ["dpo", "pairs"]),
+    ],
+)
+def test_a_switch_of_objectives_that_share_no_program_is_refused(
+    names: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        objectives.switch(names)
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("which", [-1, 2, 0.5, math.nan, "gipo"])
+def test_an_index_beyond_the_objectives_of_a_switch_is_refused(which: Any) -> None:
+    with pytest.raises(ConfigError, match=r"which: .* expected 0 for gipo, 1 for ppo_clip$"):
+        train.make_hparams(Config(objective="gipo+ppo_clip"), which=which)
+
+
+def test_a_sweep_over_a_switch_is_one_program_and_survives_json() -> None:
+    runs = sweep.expand(objective="gipo+ppo_clip", which=[0, 1], sigma=0.5)
+    assert len({run.config for run in runs}) == 1
+    assert [run.hparams.objective_params["which"] for run in runs] == [0, 1]
+    assert grid.decode(grid.encode(runs)) == runs
+
+
+def test_an_alias_is_the_same_formula_at_another_ratio_level() -> None:
+    x, advantage = jnp.linspace(-2, 2, 9), jnp.where(jnp.arange(9) % 2, 1.0, -1.0)
+    for name in ("topr", "vespo"):
+        alone, joint = objectives.spec(name), objectives.spec(f"{name}_joint")
+        assert (joint.name, joint.ratio_level) == (f"{name}_joint", "joint")
+        assert (joint.params, joint.source) == (alone.params, alone.source)
+        np.testing.assert_array_equal(joint.function(x, advantage), alone.function(x, advantage))
+    assert objectives.vespo_joint is objectives.KNOWN["vespo_joint"]
+
+
+def test_an_old_name_works_and_says_the_new_one() -> None:
+    words = "objective following_gipo is called adaptive_gipo now"
+    with pytest.warns(DeprecationWarning, match=words):
+        assert objectives.spec("following_gipo").name == "adaptive_gipo"
+    with pytest.warns(DeprecationWarning, match=words):
+        assert objectives.following_gipo is objectives.adaptive_gipo
+    with pytest.warns(DeprecationWarning, match=words):
+        runs = sweep.expand(objective="following_gipo", mean_weight=0.6)
+    stored = grid.encode(runs)
+    assert stored[0]["config"]["objective"] == "following_gipo"
+    assert grid.described(grid.decode(stored)[0])["objective"] == "adaptive_gipo"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        objectives.no_such_name  # type: ignore[attr-defined]  # noqa: B018

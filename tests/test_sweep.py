@@ -118,7 +118,7 @@ def test_groups_share_what_is_static_and_allocate_for_the_largest() -> None:
     runs = sweep.expand(**settings, objective=["gipo", "no_clip"], sigma=[0.5, 1], seeds=2)
     groups = plan.group_runs(runs)
     assert [len(group.runs) for group in groups] == [8, 4]
-    assert {group.algorithm.config.max_buffer_size for group in groups} == {40}
+    assert {group.domain.config.max_buffer_size for group in groups} == {40}
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3, 7, 16])
@@ -200,6 +200,7 @@ def swept(grid_of_six: list[sweep.Run], tmp_path_factory: pytest.TempPathFactory
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [[4], [1, 4]])
 def test_a_run_is_the_same_bits_in_a_sweep_of_any_shape(
     grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path, chosen: list[int]
@@ -209,6 +210,7 @@ def test_a_run_is_the_same_bits_in_a_sweep_of_any_shape(
     pd.testing.assert_frame_equal(alone, rows(swept, 4), check_exact=True)
 
 
+@pytest.mark.slow
 def test_vmap_is_the_same_bits_in_a_sweep_of_any_shape_and_close_to_map(
     grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
 ) -> None:
@@ -235,6 +237,7 @@ def test_runs_with_different_seeds_get_different_losses(tmp_path: Path) -> None:
     assert len(set(values)) == 6
 
 
+@pytest.mark.slow
 def test_one_program_a_group_is_made_however_many_runs(tmp_path: Path) -> None:
     made: list[str] = []
 
@@ -309,14 +312,15 @@ def test_another_sweep_is_not_overwritten(grid_of_six: list[sweep.Run], swept: P
     assert before == {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_group_cut_into_slices_gives_the_same_bits(
     grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
 ) -> None:
     group = plan.group_runs(grid_of_six)[0]
-    room_for_two = int(3.5 * (group.memory.state + group.memory.work) / plan.USABLE)
+    room_for_two = int(2.1 * (group.memory.state + group.memory.work) / plan.USABLE)
     options = dataclasses.replace(QUIET, memory_limit=str(room_for_two))
     cut = plan.slices(group, "map", None, jax.devices()[:1], room_for_two)
-    assert 1 < len(cut.parts) < 6
+    assert [len(part) for part in cut.parts] == [2, 2, 2]
     sweep.run(grid_of_six, tmp_path, options)
     for name in (results.RUNS, results.METRICS):
         assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
@@ -349,7 +353,7 @@ def test_a_sweep_with_a_wrong_option_writes_nothing(
 def test_a_checkpoint_holds_every_array_of_the_state(
     grid_of_six: list[sweep.Run], tmp_path: Path
 ) -> None:
-    state = train.make(grid_of_six[0].config).init(grid_of_six[0].hparams)
+    state = train.init(train.make(grid_of_six[0].config), grid_of_six[0].hparams)
     path = checkpoint.save(tmp_path, 1, {}, state)
     assert checkpoint.newest(tmp_path, pytest.fail) == 1
     restored = checkpoint.read_arrays(path / checkpoint.ARRAYS, state)

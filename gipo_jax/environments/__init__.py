@@ -56,7 +56,9 @@ def make(config: Config) -> Environment:
         ConfigError: no such environment, or spaces that no network here reads.
     """
     if not isinstance(config.env, str) or config.env in gymnax.registered_envs:
-        return gymnax_env.make(config)
+        # A training function may be made under a trace; bounds of spaces stay numbers there.
+        with jax.ensure_compile_time_eval():
+            return gymnax_env.make(config)
     names = envpool_env.names()
     if names is not None and envpool_env.base_name(config.env) in names:
         return envpool_env.make(config)

@@ -140,7 +140,7 @@ class Folder:
         self, group: Group, runs: Sequence[int], iteration: int, metrics: Mapping[str, np.ndarray]
     ) -> list[dict[str, Any]]:
         """Writes a logged point of some runs, metrics ``[width]`` by name; returns the rows."""
-        at = {"iteration": iteration, "env_steps": iteration * group.algorithm.config.block_size}
+        at = {"iteration": iteration, "env_steps": iteration * group.domain.config.block_size}
         rows = [
             {"run": run} | at | {name: values[lane] for name, values in metrics.items()}
             for lane, run in enumerate(runs)
@@ -164,16 +164,15 @@ class Folder:
         self.progress.started = [p for p in self.progress.started if p is not part]
         return part
 
-    def finish(self, runs: Sequence[int], state: Any) -> None:
-        """Writes the final parameters of runs."""
+    def finish(self, runs: Sequence[int], acting: Any) -> None:
+        """Writes what runs that have finished act with; see ``Domain.acting``."""
         folder = self.directory / results.PARAMS
         temporary = folder / f"{runs[0]:06d}.tmp"
         if cluster.is_first():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-        kept = {"params": state.learner.params, "normalizer": state.normalizer}
-        checkpoint.write_arrays(temporary / checkpoint.ARRAYS, kept)
+        checkpoint.write_arrays(temporary / checkpoint.ARRAYS, acting)
         if cluster.is_first():
             (temporary / "runs.json").write_text(json.dumps(list(runs)))
             shutil.rmtree(temporary.with_suffix(""), ignore_errors=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
-from gipo_jax.sequences import selection
+from gipo_jax.domains.tokens import selection
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 HPARAM_FIELDS = tuple(f.name for f in dataclasses.fields(HParams) if f.name != "objective_params")
@@ -72,16 +72,22 @@ def expand(
     static = {k: _values(k, v) for k, v in settings.items() if k in CONFIG_FIELDS}
     traced = {k: _values(k, v) for k, v in settings.items() if k in HPARAM_FIELDS}
     own = {k: v for k, v in settings.items() if k not in static and k not in traced}
-    own = {k: _values(k, v) for k, v in (own | dict(objective_args or {})).items()}
-    _check_used(own, static)
+    own |= objective_args or {}
+    specs = [objectives.spec(o) for o in static.get("objective", [_CONFIG_DEFAULTS.objective])]
+    known = {name for spec in specs for name in spec.params}
+    if protocol is not None:
+        own = protocols.objective_params(protocol, known) | own
+    own = {k: _values(k, v) for k, v in own.items()}
+    _check_used(own, [spec.name for spec in specs], known)
 
     runs: dict[Any, Run] = {}
     chosen = static.get("selection", [])
+    kernels = any(spec.takes_kernel for spec in specs)
     for fixed in _product(static):
+        spec = objectives.spec(fixed.get("objective", _CONFIG_DEFAULTS.objective))
+        if kernels and not spec.takes_kernel:
+            fixed.pop("kernel", None)
         config = _config(selection.own_settings(fixed, chosen) if chosen else fixed)
-        spec = objectives.spec(config.objective)
-        if not spec.takes_kernel:
-            config = dataclasses.replace(config, kernel=_CONFIG_DEFAULTS.kernel)
         takes = {name: values for name, values in own.items() if name in spec.params}
         for numbers in _product(traced):
             for parameters in _product(takes):
@@ -209,18 +215,15 @@ def _values(name: str, value: Any) -> list[Any]:
     return [v.item() if isinstance(v, np.generic) else v for v in values]
 
 
-def _check_used(own: Mapping[str, Any], static: Mapping[str, Sequence[Any]]) -> None:
+def _check_used(own: Mapping[str, Any], names: Sequence[str], parameters: set[str]) -> None:
     """Every parameter must belong to some objective of the sweep, so that no typo goes unseen."""
-    specs = [objectives.spec(o) for o in static.get("objective", [_CONFIG_DEFAULTS.objective])]
-    parameters = {name for spec in specs for name in spec.params}
     for name, values in own.items():
         if name not in parameters:
             everywhere = {p for o in objectives.KNOWN for p in objectives.spec(o).params}
-            names = ", ".join(spec.name for spec in specs)
             known = sorted({*CONFIG_FIELDS, *HPARAM_FIELDS, *parameters})
             near = difflib.get_close_matches(name, known, n=1)
             if name in everywhere or not near:
-                valid = f"a parameter of an objective in the sweep ({names}):"
+                valid = f"a parameter of an objective in the sweep ({', '.join(names)}):"
                 valid += f" {', '.join(sorted(parameters)) or 'they have none'}"
             else:
                 valid = f"a known setting, such as {near[0]}"

@@ -11,7 +11,8 @@ import jax
 
 from gipo_jax import environments, train
 from gipo_jax.config import ConfigError, HParams
-from gipo_jax.sequences import selection
+from gipo_jax.domains import Domain
+from gipo_jax.domains.tokens import selection
 from gipo_jax.sweep import program
 from gipo_jax.sweep.grid import Run, env_name
 from gipo_jax.sweep.options import Options
@@ -56,14 +57,14 @@ class Group(NamedTuple):
 
     Attributes:
         name: for people.
-        algorithm: what they run; its configuration allocates the largest buffer among them.
+        domain: what they train on; its configuration allocates the largest buffer among them.
         runs: their indices in the sweep.
         hparams: their settings.
         memory: bytes of each.
     """
 
     name: str
-    algorithm: train.Algorithm
+    domain: Domain
     runs: tuple[int, ...]
     hparams: tuple[HParams, ...]
     memory: Memory
@@ -118,16 +119,16 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         # An allocation that the user asked for stands.
         sizes = [int(h.buffer_size) for h in hparams]
         sizes += [runs[index].config.max_buffer_size or 0 for index in indices]
-        algorithm = train.make(dataclasses.replace(config, max_buffer_size=max(sizes)))
-        name = f"{env_name(config.env)} {algorithm.objective.name}"
+        domain = train.make(dataclasses.replace(config, max_buffer_size=max(sizes)))
+        name = f"{env_name(config.env)} {domain.objective.name}"
         if config.kernel != "gaussian":
             name += f" {config.kernel}"
         if config.ratio_level is not None:
             name += f" {config.ratio_level}"
         if config.selection != "keep_all":
             name += f" {selection.name_of(config.selection)}"
-        memory = measure(algorithm, hparams[0])
-        groups.append(Group(name, algorithm, tuple(indices), tuple(hparams), memory))
+        memory = measure(domain, hparams[0])
+        groups.append(Group(name, domain, tuple(indices), tuple(hparams), memory))
     return groups
 
 
@@ -136,17 +137,17 @@ def _checked(run: Run) -> HParams:
     return train.make_hparams(run.config, **values)
 
 
-def measure(algorithm: train.Algorithm, hparams: HParams) -> Memory:
+def measure(domain: Domain, hparams: HParams) -> Memory:
     """Bytes of one run, from shapes alone."""
-    state = jax.eval_shape(algorithm.init, hparams)
-    config = algorithm.config
+    state = jax.eval_shape(lambda: train.init(domain, hparams))
+    config = domain.config
     params, optimizer = size(state.learner.params), size(state.learner.opt_state)
     replay = size(state.replay)
     row = replay / max(config.max_buffer_size or 1, 1)
-    activations = 4 * algorithm.activations * config.batch_size
+    activations = 4 * domain.activations * config.batch_size
     work = row * (2 * config.block_size + 4 * config.batch_size) + activations + 2 * params
     other = size(state) - params - optimizer - replay
-    if algorithm.host:
+    if domain.host:
         other += config.num_envs * SIMULATOR_BYTES
     return Memory(params, optimizer, replay, other, int(work))
 
@@ -203,9 +204,9 @@ def parts_at_once(group: Group, slices: Slices) -> int:
     All of them, but for simulators outside JAX: a program holds the addresses of those of all its
     parts, which must fit in memory beside the part that trains.
     """
-    if not group.algorithm.host:
+    if not group.domain.host:
         return len(slices.parts)
-    simulators = slices.layout.width * group.algorithm.config.num_envs
+    simulators = slices.layout.width * group.domain.config.num_envs
     more = MOST_SIMULATORS // simulators - 1
     if slices.limit is not None:
         spare = USABLE * slices.limit - slices.bytes
@@ -234,19 +235,19 @@ def remaining(
     return parts + [Part(runs, 0, None) for runs in fresh if runs]
 
 
-def batch_mode(options: Options, algorithm: train.Algorithm, platform: str) -> str:
+def batch_mode(options: Options, domain: Domain, platform: str) -> str:
     """The batch mode of a group: ``vmap``, ``map`` or ``loop``.
 
-    Simulators outside JAX (``algorithm.host``) step one run after the other.
+    Simulators outside JAX (``domain.host``) step one run after the other.
 
     Raises:
-        ConfigError: the options do not go with each other or with the algorithm.
+        ConfigError: the options do not go with each other or with the domain.
     """
-    mode, on_host = options.batch_mode, algorithm.host
+    mode, on_host = options.batch_mode, domain.host
     if mode == "auto":
         # To resume, simulators replay what they did: only the runs in training with loop.
         mode = "loop" if on_host else "map" if platform == "cpu" else "vmap"
-    because = f"because {env_name(algorithm.config.env)} is simulated outside JAX"
+    because = f"because {env_name(domain.config.env)} is simulated outside JAX"
     if on_host and jax.process_count() > 1:
         raise ConfigError("distributed", True, f"one process, {because}")
     if on_host and mode == "vmap":
@@ -271,7 +272,7 @@ def choose_devices(options: Options) -> list[jax.Device]:
 
 
 def _options(group: Group, total: int, layout: Layout, limit: int) -> str:
-    memory, config = group.memory, group.algorithm.config
+    memory, config = group.memory, group.domain.config
     text = (
         f"at least {show(int(total / USABLE))} for {group.name}: {show(memory.state)} a run, of"
         f" which replay {show(memory.replay)}"
@@ -360,7 +361,7 @@ def lines(group: Group, slices: Slices) -> list[str]:
     if len(slices.parts) > 1 and slices.layout.width > len(slices.layout.devices):
         width = len(slices.parts[0])
         text.append(f"  more than fits at once: {len(slices.parts)} slices of up to {width} runs")
-    gap = environments.resume_gap(group.algorithm.env) if group.algorithm.host else None
+    gap = environments.resume_gap(group.domain.env) if group.domain.host else None
     if gap is not None:
         text.append(f"  --resume will go on with new episodes: {gap}")
     return text

@@ -13,9 +13,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gipo_jax import config, environments, rollout
+from gipo_jax import config, environments, rollout, train
 from gipo_jax.config import HParams
-from gipo_jax.train import Algorithm, Metrics, TrainState
+from gipo_jax.domains import Domain
+from gipo_jax.learner import Metrics, TrainState
 
 CPU_LANES = 4
 """Runs vectorised together in mode ``vmap`` on CPU.
@@ -74,7 +75,7 @@ def stack(hparams: Sequence[HParams], width: int) -> HParams:
 
 
 class Program:
-    """``init`` and ``train_and_log`` of an algorithm for a batch of runs, compiled on request.
+    """``train.init`` and ``train.train_and_log`` for a batch of runs, compiled on request.
 
     It runs on a mesh of the devices of all processes. Each trains runs of its own, without
     communication.
@@ -90,22 +91,22 @@ class Program:
 
     new_episodes = 0
 
-    def __init__(self, algorithm: Algorithm, layout: Layout, example: HParams) -> None:
+    def __init__(self, domain: Domain, layout: Layout, example: HParams) -> None:
         """Traces the program for settings such as ``example``; errors in an objective come here."""
         self.layout = layout
-        self._simulated = algorithm.env if algorithm.host else None
+        self._simulated = domain.env if domain.host else None
         mesh = Mesh(np.asarray(layout.devices), ("runs",), axis_types=(AxisType.Auto,))
         self._sharding = NamedSharding(mesh, P("runs"))
         share = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
         def init(hparams: HParams) -> TrainState:
-            return _blocks(layout, algorithm.init, hparams)
+            return _blocks(layout, functools.partial(train.init, domain), hparams)
 
         def train_and_log(
             state: TrainState, hparams: HParams, start: Array, stop: Array
         ) -> tuple[TrainState, Metrics]:
             def one(state: TrainState, hparams: HParams) -> tuple[TrainState, Metrics]:
-                return algorithm.train_and_log(state, hparams, start, stop)
+                return train.train_and_log(domain, state, hparams, start, stop)
 
             return _blocks(layout, one, state, hparams)
 
@@ -182,8 +183,8 @@ class Program:
             last = np.minimum(np.arange(self.layout.width), runs - 1)
             stored = jax.tree.map(lambda x: x[last], stored)
             if self._simulated is not None:
-                envs, self.new_episodes = rollout.restore(self._simulated, stored.envs)
-                stored = stored._replace(envs=envs)
+                envs, self.new_episodes = rollout.restore(self._simulated, stored.domain_state.envs)
+                stored = stored._replace(domain_state=stored.domain_state._replace(envs=envs))
             return self._copy(self._place(stored))
         if runs == self.layout.width:
             return self._copy(stored)

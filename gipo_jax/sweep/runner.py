@@ -143,7 +143,7 @@ class _Work(NamedTuple):
 def _train_part(work: _Work, group: Group, program: Program, part: Part) -> None:
     """Trains a part from its last logged point to its end."""
     folder, reporter = work.folder, work.reporter
-    stops = [0, *train.log_boundaries(group.algorithm.config)]
+    stops = [0, *train.log_boundaries(group.domain.config)]
     hparams = program.place([group.settings(run) for run in part.runs])
     state = program.start(hparams, part.state, len(part.runs))
     part = part._replace(state=None)
@@ -158,15 +158,15 @@ def _train_part(work: _Work, group: Group, program: Program, part: Part) -> None
         work.dispatcher.send(folder.add(group, part.runs, stop, metrics))
         for run in folder.add_diverged(part.runs, diverged_at):
             reporter.say(f"{work.runs[run].name}: diverged")
-        steps = (stop - start) * group.algorithm.config.block_size * len(part.runs)
-        env = grid.env_name(group.algorithm.config.env)
+        steps = (stop - start) * group.domain.config.block_size * len(part.runs)
+        env = grid.env_name(group.domain.config.env)
         medians = median_returns(folder.latest, folder.settings, env)
         reporter.advance(steps, seconds, group.name, env, medians)
         training = None
         if stop < stops[-1]:
             training = Part(part.runs, point + 1, state)
         else:
-            folder.finish(part.runs, state)
+            folder.finish(part.runs, group.domain.acting(state))
         _save_or_stop(folder, work.interrupts, work.options, training)
 
 
@@ -175,7 +175,7 @@ def _compiled(task: _Task, parts: Sequence[Sequence[int]], reporter: Reporter) -
     """The program of a task, compiled once; with simulators outside JAX, one for these parts."""
     group, layout, program = task.group, task.slices.layout, task.program
     env = None
-    if group.algorithm.host:
+    if group.domain.host:
         seeds = []
         for runs in parts:
             own = [int(group.settings(run).seed) for run in runs]
@@ -183,7 +183,7 @@ def _compiled(task: _Task, parts: Sequence[Sequence[int]], reporter: Reporter) -
         # A device has the simulators of its share of every part.
         devices = len(layout.devices)
         by_device = np.reshape(seeds, (len(parts), devices, -1)).swapaxes(0, 1).ravel()
-        config = group.algorithm.config
+        config = group.domain.config
         env = train.open_env(config, by_device.tolist(), devices)
         program = Program(train.make(config, env), layout, group.hparams[0])
     try:
@@ -251,7 +251,7 @@ def _plan(
         limit = plan.parse_size(options.memory_limit)
     tasks = []
     for group in groups:
-        mode = plan.batch_mode(options, group.algorithm, devices[0].platform)
+        mode = plan.batch_mode(options, group.domain, devices[0].platform)
         # Slices of all runs: those of an interrupted sweep come out the same again.
         slices = plan.slices(group, mode, options.map_lanes, devices, limit)
         if not set(group.runs) <= set(folder.progress.finished):
@@ -260,9 +260,9 @@ def _plan(
 
 
 def _trace(group: Group, slices: Slices) -> Program:
-    objective = group.algorithm.objective
+    objective = group.domain.objective
     try:
-        return Program(group.algorithm, slices.layout, group.hparams[0])
+        return Program(group.domain, slices.layout, group.hparams[0])
     except ConfigError:
         raise
     except Exception as error:

@@ -2,5 +2,10 @@
 
 - ``tasks``: densities, rewards on the end point, and how diverse a set of points is.
 - ``sampler``: the flow, its pre-training, and the SDE sampler whose every step is a Gaussian.
-- ``train``: the training program, with the functions of ``gipo_jax.train.Algorithm``.
+- ``domain``: what the training loop asks of them.
 """
+
+from gipo_jax.domains.flow import sampler, tasks
+from gipo_jax.domains.flow.domain import check_hparams, make
+
+__all__ = ["check_hparams", "make", "sampler", "tasks"]

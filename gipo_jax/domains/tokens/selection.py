@@ -40,7 +40,7 @@ from jax import Array
 
 from gipo_jax import user_files
 from gipo_jax.config import Config, ConfigError
-from gipo_jax.sequences.tasks import Task
+from gipo_jax.domains.tokens.tasks import Task
 from gipo_jax.signatures import Spec
 
 PROMPTS, GROUP = "prompts", "group"

@@ -22,7 +22,7 @@ from jax import Array
 
 from gipo_jax import user_files
 from gipo_jax.config import ConfigError
-from gipo_jax.sequences.decoder import answer_mask
+from gipo_jax.domains.tokens.decoder import answer_mask
 
 PREFIX = "tokens/"
 """What the name of a built-in task begins with in the setting ``env``."""

@@ -7,13 +7,13 @@ wrong, there is none, and the row counts 0. The reference policy is the one that
 with, after imitation.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gipo_jax import ratio_levels, signatures
+from gipo_jax import signatures
 from gipo_jax.config import Config, ConfigError
 
 
@@ -74,51 +74,12 @@ def take(values: Array, place: Array) -> Array:
     return jnp.take_along_axis(values, place, axis=0)
 
 
-def objective_values(
-    spec: signatures.Spec,
-    given: dict[str, Any],
-    log_prob: tuple[Array, Array],
-    behavior_log_prob: tuple[Array, Array],
-    mask: tuple[Array, Array],
-    reference_margin: Array,
-    is_pair: Array,
-) -> tuple[Array, Array, Any]:
-    """What a preference objective says of a batch of pairs.
-
-    Args:
-        spec: the objective.
-        given: its parameters and state.
-        log_prob: log pi of each token of the right and of the wrong answers, ``[batch, tokens]``.
-        behavior_log_prob: log mu, likewise.
-        mask: false at padding, likewise.
-        reference_margin: see ``Wrong``, ``[batch]``.
-        is_pair: 1 for a pair, 0 for a row without one, ``[batch]``.
-
-    Returns:
-        surrogate ``[batch]``, its derivative with respect to the margin ``[batch]``, and the next
-        state of the objective.
-    """
-
-    def total(x: tuple[Array, Array], counted: tuple[Array, Array]) -> Array:
-        right, wrong = (
-            jnp.sum(jnp.where(c, v, 0), axis=1) for v, c in zip(x, counted, strict=True)
-        )
-        return right - wrong
-
-    margin = total(log_prob, mask) - reference_margin
+def difference(values: tuple[Array, Array], masks: tuple[Array, Array]) -> Array:
+    """Sum over the tokens of the right responses minus that of the wrong ones, ``[batch]``."""
     right, wrong = (
-        ratio_levels.transform(new - old, "joint", counted)[:, 0]
-        for new, old, counted in zip(log_prob, behavior_log_prob, mask, strict=True)
+        jnp.sum(jnp.where(mask, x, 0), axis=1) for x, mask in zip(values, masks, strict=True)
     )
-
-    def surrogate(margin: Array) -> tuple[Array, Any]:
-        inputs = {"margin": margin, "other_log_ratio": wrong}
-        asked = {name: x for name, x in inputs.items() if name in spec.inputs}
-        return signatures.evaluate(spec, right, is_pair, **asked, **given)
-
-    values, state = surrogate(margin)
-    weight = jax.grad(lambda m: jnp.sum(surrogate(m)[0]))(jax.lax.stop_gradient(margin))
-    return values, weight, state
+    return right - wrong
 
 
 def check(config: Config, spec: signatures.Spec) -> None:
@@ -130,10 +91,6 @@ def check(config: Config, spec: signatures.Spec) -> None:
     because = f"because {spec.name} compares whole answers"
     if config.ratio_level not in (None, "joint"):
         raise ConfigError("ratio_level", config.ratio_level, f"'joint' or left out, {because}")
-    for field, default in (("loss_agg_mode", "token-mean"), ("normalize_advantage", None)):
-        value = getattr(config, field)
-        if value not in (default, False):
-            raise ConfigError(field, value, f"left out, {because}")
     others = set(spec.inputs) - {"margin", "other_log_ratio"}
     if others:
         valid = "margin and other_log_ratio alone, the inputs that a pair has"

@@ -6,7 +6,7 @@ diversity is measured beside it (``modes_covered``, ``pairwise_distance``).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,11 @@ class Task(NamedTuple):
         return False
 
 
+def is_task(env: Any) -> bool:
+    """Whether the setting ``env`` means a task of this kind, and not an environment."""
+    return isinstance(env, str) and env.startswith(PREFIX)
+
+
 def make(name: str) -> Task:
     """The task of a name.
 
@@ -64,7 +69,9 @@ def make(name: str) -> Task:
     """
     if name not in TASKS:
         raise ConfigError("env", name, f"one of {', '.join(TASKS)}")
-    return TASKS[name]()
+    # A training function may be made under a trace; centers of modes stay numbers there.
+    with jax.ensure_compile_time_eval():
+        return TASKS[name]()
 
 
 def ring() -> Task:

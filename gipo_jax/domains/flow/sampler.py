@@ -29,9 +29,9 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from gipo_jax import cpu, networks
+from gipo_jax import networks
 from gipo_jax.config import Config
-from gipo_jax.flow.tasks import Task
+from gipo_jax.domains.flow.tasks import Task
 
 Velocity = Callable[[Array, Array], Array]
 """``points [..., 2], times [...] -> velocities [..., 2]``."""
@@ -49,6 +49,7 @@ class VelocityField(nn.Module):
     hidden_sizes: tuple[int, ...]
     activation: str
     layer_norm: bool
+    precision: networks.Precision = networks.FLOAT32
 
     @nn.compact
     def __call__(self, points: Array, times: Array) -> Array:
@@ -56,13 +57,16 @@ class VelocityField(nn.Module):
         time = times[..., None] * jnp.asarray(_TIME_FREQUENCIES, jnp.float32)
         phase = jnp.concatenate([place.reshape(*place.shape[:-2], -1), time], axis=-1)
         x = jnp.concatenate([points, jnp.sin(phase), jnp.cos(phase)], axis=-1)
-        x = networks.Torso(self.hidden_sizes, self.activation, self.layer_norm, conv=False)(x)
-        return nn.Dense(2, kernel_init=cpu.orthogonal(1.0), dot_general=cpu.dot_general(2))(x)
+        x = networks.Torso(
+            self.hidden_sizes, self.activation, self.layer_norm, False, self.precision
+        )(x)
+        return networks.at_least_single(networks.dense(2, 1.0, self.precision)(x))
 
 
 def velocity_field(config: Config) -> VelocityField:
-    """The network of a configuration: ``hidden_sizes``, ``activation``, ``layer_norm``."""
-    return VelocityField(config.hidden_sizes, config.activation, config.layer_norm)
+    """The network of a configuration: its hidden layers and types of numbers."""
+    types = networks.precision(config)
+    return VelocityField(config.hidden_sizes, config.activation, config.layer_norm, types)
 
 
 class Chain(NamedTuple):

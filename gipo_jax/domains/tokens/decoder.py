@@ -57,6 +57,7 @@ def make(
     width: int = 64,
     heads: int = 4,
     feed_forward: int = 128,
+    precision: networks.Precision = networks.FLOAT32,
 ) -> Decoder:
     """Builds a decoder; the default size has about 0.1 million parameters.
 
@@ -69,13 +70,15 @@ def make(
         width: width of the residual stream, a multiple of ``heads``.
         heads: attention heads, >= 1.
         feed_forward: width of the hidden layer of the feed-forward part, >= 1.
+        precision: types of numbers.
 
     Raises:
         ConfigError: a width that the heads do not divide.
     """
     if width % heads:
         raise ConfigError("width", width, f"a multiple of heads {heads}")
-    network = Transformer(vocab, prompt_length + answer_length, layers, width, heads, feed_forward)
+    time = prompt_length + answer_length
+    network = Transformer(vocab, time, layers, width, heads, feed_forward, precision)
     head = networks.categorical(answer_length, vocab)
 
     def apply(params: Params, *arguments: Any) -> Any:
@@ -98,9 +101,9 @@ def make(
         temperature: ArrayLike,
     ) -> tuple[Array, Array]:
         """Answers whose tokens ``choose(logits [batch, vocab], noise)`` picks one by one."""
-        time = prompt_length + answer_length - 1
-        shape = (prompt.shape[0], heads, time, width // heads)
-        cache: Cache = ((jnp.zeros(shape), jnp.zeros(shape)),) * layers
+        shape = (prompt.shape[0], heads, time - 1, width // heads)
+        nothing = jnp.zeros(shape, precision.compute or jnp.float32)
+        cache: Cache = ((nothing, nothing),) * layers
         if prompt_length > 1:
             cache = apply(params, prompt[:, :-1], cache, 0)[1]
 
@@ -162,6 +165,7 @@ class Transformer(nn.Module):
     width: int
     heads: int
     feed_forward: int
+    precision: networks.Precision = networks.FLOAT32
 
     @nn.compact
     def __call__(
@@ -172,25 +176,30 @@ class Transformer(nn.Module):
         With a cache, the tokens stand at positions ``start, start + 1, ...`` after those that the
         cache holds, and their keys and values are written into it.
         """
-        positions = self.param("positions", _INIT, (self.max_length, self.width))
-        x = nn.Embed(self.vocab, self.width, embedding_init=_INIT)(tokens)
-        x = x + jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1])
+        compute, param = self.precision
+        positions = self.param("positions", _INIT, (self.max_length, self.width), param)
+        x = nn.Embed(self.vocab, self.width, compute, param, embedding_init=_INIT)(tokens)
+        positions = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1])
+        x = x + positions.astype(x.dtype)
         written = []
         for layer in range(self.layers):
-            mixed, entry = Attention(self.heads)(
-                nn.LayerNorm()(x), None if cache is None else cache[layer], start
+            mixed, entry = Attention(self.heads, self.precision)(
+                networks.norm(self.precision)(x), None if cache is None else cache[layer], start
             )
             x = x + mixed
-            hidden = nn.gelu(_dense(self.feed_forward)(nn.LayerNorm()(x)))
-            x = x + _dense(self.width)(hidden)
+            normed = networks.norm(self.precision)(x)
+            hidden = nn.gelu(_dense(self.feed_forward, self.precision)(normed))
+            x = x + _dense(self.width, self.precision)(hidden)
             written.append(entry)
-        return _dense(self.vocab)(nn.LayerNorm()(x)), tuple(written)
+        logits = _dense(self.vocab, self.precision)(networks.norm(self.precision)(x))
+        return networks.at_least_single(logits), tuple(written)
 
 
 class Attention(nn.Module):
     """Causal self-attention with several heads."""
 
     heads: int
+    precision: networks.Precision = networks.FLOAT32
 
     @nn.compact
     def __call__(
@@ -198,7 +207,7 @@ class Attention(nn.Module):
     ) -> tuple[Array, tuple[Array, Array]]:
         batch, time, width = x.shape
         size = width // self.heads
-        projected = _dense(3 * width)(x).reshape(batch, time, 3, self.heads, size)
+        projected = _dense(3 * width, self.precision)(x).reshape(batch, time, 3, self.heads, size)
         query, key, value = jnp.moveaxis(projected, (2, 3), (0, 2))
         if cache is not None:
             key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, start, axis=2)
@@ -208,11 +217,12 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value)
         mixed = jnp.moveaxis(mixed, 1, 2).reshape(batch, time, width)
-        return _dense(width)(mixed), (key, value)
+        return _dense(width, self.precision)(mixed), (key, value)
 
 
 _INIT = nn.initializers.normal(0.02)
 
 
-def _dense(size: int) -> nn.Dense:
-    return nn.Dense(size, dot_general=cpu.dot_general(size))
+def _dense(size: int, precision: networks.Precision) -> nn.Dense:
+    compute, param = precision
+    return nn.Dense(size, dtype=compute, param_dtype=param, dot_general=cpu.dot_general(size))

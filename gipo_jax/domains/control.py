@@ -1,0 +1,273 @@
+"""Control: environments stepped side by side, with a value function."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
+
+from gipo_jax import (
+    advantages,
+    environments,
+    networks,
+    normalizer,
+    objectives,
+    ratio_levels,
+    signatures,
+)
+from gipo_jax import rollout as rollouts
+from gipo_jax.config import CONTROL, Config, ConfigError, HParams, check_applies, check_fields
+from gipo_jax.domains.interface import Batch, Collected, Domain, Scores
+from gipo_jax.learner import INIT_STREAM, Metrics, TrainState, run_key
+from gipo_jax.normalizer import Normalizer
+
+EVAL_EPISODES = 10
+"""Episodes of an evaluation, greedy and sampled each, unless the configuration says how many."""
+
+
+class State(NamedTuple):
+    """What control carries from one iteration to the next.
+
+    Attributes:
+        normalizer: moments of the observations, fixed within an iteration.
+        envs: environments in mid-episode.
+    """
+
+    normalizer: Normalizer
+    envs: rollouts.EnvStates
+
+
+class Row(NamedTuple):
+    """What replay keeps of a transition. Fields that the settings do not need are None.
+
+    ``stored`` keeps the advantages made at collection, ``recomputed`` and ``vtrace`` what is needed
+    to make them anew, and an exact KL the outputs of the behaviour policy.
+    """
+
+    obs: Any
+    action: Any
+    behavior_log_prob: Any
+    advantage: Any = None
+    value_target: Any = None
+    reward: Any = None
+    terminated: Any = None
+    truncated: Any = None
+    final_obs: Any = None
+    behavior_outputs: Any = None
+
+
+class Control(Domain):
+    """Rollouts of environments; see ``Domain``."""
+
+    ordered = False
+
+    def __init__(self, config: Config, env: environments.Environment) -> None:
+        self.config, self.env, self.host = config, env, env.host
+        self.head = networks.make_head(config, env)
+        self.network = networks.make(config, env.obs_shape, self.head)
+        self.objective = objectives.spec(config.objective)
+        self.ratio_level = ratio_levels.choose(config.ratio_level, self.objective)
+        self.standardize = config.normalize_advantage is not False
+        self.gather_once = len(env.obs_shape) < 3  # batches of images are too large for it
+        self.activations = 6 * sum(config.hidden_sizes)
+        default = 0 if env.host else EVAL_EPISODES
+        self.eval_episodes = default if config.eval_episodes is None else config.eval_episodes
+        self.block = self._block()
+
+    def init(self, hparams: HParams, key: Array) -> tuple[Any, State]:
+        key_params, key_envs = _start_keys(key)
+        envs = rollouts.reset(self.env, key_envs, self.config.num_envs)
+        return self.network.init(key_params), State(normalizer.init(self.env.obs_shape), envs)
+
+    def collect(self, state: TrainState, hparams: HParams, key: Array) -> Collected:
+        config, (moments, envs_before) = self.config, state.domain_state
+        policy = self._policy(self.acting(state))
+        keep = config.kl == "exact"
+        envs, transition, returns, episodes = rollouts.collect(
+            self.env, self.head, policy, envs_before, key, config.rollout_length, keep
+        )
+        counts = {"returns": returns, "episodes": episodes}
+        if self.env.reports_success:
+            before, after = (rollouts.solved_episodes(x) for x in (envs_before, envs))
+            counts["solved"] = after - before
+        transition = transition._replace(reward=transition.reward * hparams.reward_scale)
+        rows = self._with_targets(state, hparams, transition)
+        if config.normalize_obs:
+            moments = normalizer.update(moments, transition.obs)
+        return Collected(rows, State(moments, envs), counts)
+
+    def _with_targets(
+        self, state: TrainState, hparams: HParams, transition: rollouts.Transition
+    ) -> Row:
+        """What replay keeps of a rollout: with ``stored`` its advantages and value targets."""
+        row = Row(
+            transition.obs,
+            transition.action,
+            transition.behavior_log_prob,
+            behavior_outputs=transition.behavior_outputs,
+        )
+        if self.config.advantage_mode != "stored":
+            return row._replace(
+                reward=transition.reward,
+                terminated=transition.terminated,
+                truncated=transition.truncated,
+                final_obs=transition.final_obs,
+            )
+        value = functools.partial(self.network.value, state.learner.params)
+        moments = state.domain_state.normalizer
+        advantage, value_target = advantages.gae(
+            transition.reward,
+            transition.terminated,
+            transition.truncated,
+            value(self._input(moments, transition.obs)),
+            value(self._input(moments, transition.final_obs)),
+            hparams.gamma,
+            hparams.gae_lambda,
+        )
+        return row._replace(advantage=advantage, value_target=value_target)
+
+    def batch(
+        self,
+        state: TrainState,
+        params: Any,
+        rows: Row,
+        age: Array,
+        hparams: HParams,
+        key: Array | None = None,
+    ) -> Batch:
+        config, moments = self.config, state.domain_state.normalizer
+        obs = self._input(moments, rows.obs)
+        data = (obs, rows.action, rows.behavior_outputs)
+        if config.advantage_mode == "stored":
+            return Batch(
+                data, rows.behavior_log_prob, rows.advantage, age, value_target=rows.value_target
+            )
+        rewards_and_ends = (rows.reward, rows.terminated, rows.truncated)
+        outputs, value = self.network.policy_and_value(params, obs)
+        next_value = self.network.value(params, self._input(moments, rows.final_obs))
+        if config.advantage_mode == "vtrace":
+            log_prob = self.head.log_prob(outputs, rows.action)
+            log_ratio = jnp.sum(log_prob - rows.behavior_log_prob, axis=-1)
+            targets = advantages.vtrace(
+                log_ratio, *rewards_and_ends, value, next_value, hparams.gamma
+            )
+        else:
+            targets = advantages.gae(
+                *rewards_and_ends, value, next_value, hparams.gamma, hparams.gae_lambda
+            )
+        advantage, value_target = stop_gradient(targets)
+        age = jnp.broadcast_to(age, value.shape)
+        batch = Batch(data, rows.behavior_log_prob, advantage, age, value_target=value_target)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+
+    def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
+        obs, action, behavior_outputs = batch.data
+        outputs, value = self.network.policy_and_value(params, obs)
+        exact = behavior_outputs is not None
+        return Scores(
+            log_ratio=self.head.log_prob(outputs, action) - batch.behavior_log_prob,
+            entropy=self.head.entropy(outputs),
+            kl=self.head.kl(behavior_outputs, outputs) if exact else None,
+            value=value,
+        )
+
+    def acting(self, state: TrainState) -> Any:
+        return {"params": state.learner.params, "normalizer": state.domain_state.normalizer}
+
+    def evaluate(self, acting: Any, hparams: HParams, key: Array, episodes: int) -> Metrics:
+        greedy, sampled = rollouts.evaluate(
+            self.env, self.head, self._policy(acting), key, episodes
+        )
+        return {"eval_return": greedy, "eval_return_sampled": sampled}
+
+    def choose_action(
+        self, acting: Any, hparams: HParams, obs: Array, key: Array | None = None
+    ) -> Array:
+        head, obs = self.head, jnp.asarray(obs)
+        outputs = self._policy(acting)(obs)
+        if key is None:
+            return head.to_env(head.mode(outputs))
+        batch = obs.shape[: obs.ndim - len(self.env.obs_shape)]
+        return head.to_env(head.sample(outputs, head.noise(key, batch)))
+
+    def metrics(self, state: TrainState, batch: Batch) -> Metrics:
+        if not self.env.reports_success:
+            return {}
+        return {"success_rate": state.totals["solved"] / state.totals["episodes"]}
+
+    def _policy(self, acting: Any) -> Callable[[Array], Array]:
+        """The policy: observations ``[..., *obs_shape]`` -> outputs of the action head."""
+        params, moments = acting["params"], acting["normalizer"]
+        return lambda obs: self.network.policy(params, self._input(moments, obs))
+
+    def _input(self, moments: Normalizer, obs: Array) -> Array:
+        """Observations as the networks take them."""
+        scale = 255.0 if obs.dtype == jnp.uint8 else 1.0
+        obs = obs.astype(jnp.float32) / scale
+        return normalizer.normalize(moments, obs) if self.config.normalize_obs else obs
+
+    def _block(self) -> Row:
+        """Shapes of an iteration's rows."""
+        config, env, head = self.config, self.env, self.head
+
+        def like(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
+            return jax.ShapeDtypeStruct((config.rollout_length, config.num_envs, *shape), dtype)
+
+        obs, token = like(env.obs_shape, env.obs_dtype), (head.num_tokens,)
+        row = Row(obs, like(token, jnp.int32 if head.discrete else jnp.float32), like(token))
+        if config.kl == "exact":
+            row = row._replace(behavior_outputs=like((*token, head.output_width)))
+        if config.advantage_mode == "stored":
+            return row._replace(advantage=like(()), value_target=like(()))
+        flag = like((), jnp.bool_)
+        return row._replace(reward=like(()), terminated=flag, truncated=flag, final_obs=obs)
+
+
+def make(config: Config, env: environments.Environment | None = None) -> Control:
+    """Control of a configuration; see ``domains.make``."""
+    check_fields(config)
+    objective = objectives.spec(config.objective)
+    check_applies(config, domain=CONTROL, objective=objective)
+    env = environments.make(config) if env is None else env
+    if env.host and config.eval_episodes:
+        valid = f"0, because {env.name} is simulated outside JAX: its training episodes tell"
+        raise ConfigError("eval_episodes", config.eval_episodes, valid)
+    signatures.check_single(objective)
+    domain = Control(config, env)
+    if objective.discrete_only and not domain.head.discrete:
+        valid = f"'tokens', because {objective.name} reads probabilities of discrete actions"
+        raise ConfigError("action_head", config.action_head, valid)
+    if "position" in objective.inputs:
+        valid = "one for actions, because the tokens of an action have no order"
+        raise ConfigError("objective", objective.name, valid)
+    if domain.ratio_level not in ("token", "joint"):
+        valid = "'token' or 'joint', because the tokens of an action have no order"
+        raise ConfigError("ratio_level", domain.ratio_level, valid)
+    return domain
+
+
+def check_hparams(config: Config, hparams: HParams) -> None:
+    """Refuses traced settings that would do nothing. Raises ConfigError."""
+    objective = objectives.spec(config.objective)
+    check_applies(config, hparams, domain=CONTROL, objective=objective)
+
+
+def _start_keys(key: Array) -> tuple[Array, Array]:
+    """Keys of a run's parameters and environments, from the run's own."""
+    key_params, key_envs = jax.random.split(jax.random.fold_in(key, INIT_STREAM))
+    return key_params, key_envs
+
+
+def open_env(config: Config, seeds: Iterable[int], devices: int = 1) -> environments.Environment:
+    """The environment of some runs, with its simulators made; see ``environments.open_pools``.
+
+    Args:
+        config: static settings.
+        seeds: of the runs that will start in it, each as often as there are such runs.
+        devices: devices that share the runs evenly, in order.
+    """
+    keys = jnp.stack([_start_keys(run_key(seed))[1] for seed in seeds])
+    return environments.open_pools(environments.make(config), keys, devices)

@@ -1,0 +1,156 @@
+"""What the loop asks of a domain: where data comes from, and what a policy says of it."""
+
+import abc
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from gipo_jax.config import Config, HParams
+from gipo_jax.learner import Metrics, TrainState
+from gipo_jax.signatures import Spec
+
+
+class Batch(NamedTuple):
+    """A sample of replay with its targets. Tokens of control are the dimensions of an action.
+
+    Attributes:
+        data: what ``Domain.score`` reads.
+        behavior_log_prob: log mu of each token, ``[batch, tokens]``.
+        advantage: ``[batch]``.
+        age: iterations since collection, ``[batch]``.
+        value_target: ``[batch]``; None without a value function.
+        mask: false at padding, ``[batch, tokens]``; None where every token counts.
+        surrogate_weight: factor on the surrogate, ``[batch, 1]`` or ``[1, tokens]``, for pairs
+            ``[batch]``; None for 1.
+        token_weight: factor on entropy and KL, ``[batch, 1]``; None for 1.
+        counts: added to ``TrainState.totals`` by an update that uses the batch, by name.
+    """
+
+    data: Any
+    behavior_log_prob: Array
+    advantage: Array
+    age: Array
+    value_target: Any = None
+    mask: Any = None
+    surrogate_weight: Any = None
+    token_weight: Any = None
+    counts: Metrics = {}  # noqa: RUF012
+
+
+class Scores(NamedTuple):
+    """A batch under some parameters: log-ratios, entropy, KL and value.
+
+    Attributes:
+        log_ratio: log pi - log mu of each token, ``[batch, tokens]``; anything at padding.
+        entropy: of each token's distribution in nats, same shape; None where it is not used.
+        kl: exact KL(mu || pi) of each token, same shape; None where it is estimated.
+        value: V, ``[batch]``; None without a value function.
+        margin: of pairs of responses, log pi(right) - log pi(wrong), less the same under the
+            reference policy, ``[batch]``; else None.
+        other_log_ratio: of pairs, joint log-ratio of the wrong response, ``[batch]``; else None.
+    """
+
+    log_ratio: Array
+    entropy: Array | None = None
+    kl: Array | None = None
+    value: Array | None = None
+    margin: Array | None = None
+    other_log_ratio: Array | None = None
+
+
+class Collected(NamedTuple):
+    """What an iteration collects.
+
+    Attributes:
+        rows: for replay, arrays ``[rollout_length, num_envs, ...]``.
+        domain_state: the domain's state from the next iteration on.
+        counts: added to ``TrainState.totals``, by name.
+    """
+
+    rows: Any
+    domain_state: Any
+    counts: Metrics
+
+
+class Domain(abc.ABC):
+    """One kind of training data under the loop of ``gipo_jax.train``; every method is pure.
+
+    Attributes:
+        config: the configuration.
+        env: its environment, or task.
+        objective: what its objective needs.
+        ratio_level: see ``ratio_levels``.
+        block: shapes and types of an iteration's rows, ``[rollout_length, num_envs, ...]``.
+        standardize: whether advantages are standardised in each batch.
+        eval_episodes: episodes of an evaluation, 0 for none.
+        activations: about how many numbers an update keeps for each sample, to plan memory.
+        host: whether its environments are simulated outside JAX, and so cannot be vmapped.
+        gather_once: whether all batches of an iteration are small enough to gather at once.
+        ordered: whether tokens have an order, and so a ``position``.
+        own_totals: names that it adds to ``TrainState.totals``.
+    """
+
+    config: Config
+    env: Any
+    objective: Spec
+    ratio_level: str
+    block: Any
+    standardize: bool
+    eval_episodes: int
+    activations: int
+    host = False
+    gather_once = True
+    ordered = True
+    own_totals: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def init(self, hparams: HParams, key: Array) -> tuple[Any, Any]:
+        """First parameters, ``{"policy": ...}`` and ``"value"``, and first state of the domain."""
+
+    @abc.abstractmethod
+    def collect(self, state: TrainState, hparams: HParams, key: Array) -> Collected:
+        """Data of the current policy, with what replay keeps of it."""
+
+    @abc.abstractmethod
+    def batch(
+        self,
+        state: TrainState,
+        params: Any,
+        rows: Any,
+        age: Array,
+        hparams: HParams,
+        key: Array | None = None,
+    ) -> Batch:
+        """A batch of rows of replay as an update takes it.
+
+        Args:
+            state: at the start of the update phase.
+            params: current parameters.
+            rows: ``[batch, ...]``, or segments ``[rollout_length, segments, ...]``.
+            age: of each row or segment, in iterations.
+            hparams: traced settings of the run.
+            key: PRNG key of a training batch; None for one that is only looked at.
+        """
+
+    @abc.abstractmethod
+    def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
+        """Log-ratios, entropy, KL and value of a batch under ``params``."""
+
+    def acting(self, state: TrainState) -> Any:
+        """The part of a state that acting takes, and that is kept of a finished run."""
+        return {"params": state.learner.params, "normalizer": ()}
+
+    @abc.abstractmethod
+    def evaluate(self, acting: Any, hparams: HParams, key: Array, episodes: int) -> Metrics:
+        """``eval_return`` of fresh episodes with the most likely actions, ``eval_return_sampled``
+        with sampled ones, and what else the domain measures on them."""
+
+    @abc.abstractmethod
+    def choose_action(
+        self, acting: Any, hparams: HParams, obs: Array, key: Array | None = None
+    ) -> Array:
+        """Actions for observations ``[..., *obs_shape]``, the most likely ones without a key."""
+
+    def metrics(self, state: TrainState, batch: Batch) -> Metrics:
+        """What the domain reports at a logged point beside what all do."""
+        return {}

@@ -1,0 +1,194 @@
+"""What every domain of training shares: state, optimizer, learning-rate schedule, sampling.
+
+``gipo_jax.train`` is the loop, ``gipo_jax.domains`` says what control, tokens and flows are to it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from gipo_jax import buffer, networks
+from gipo_jax.config import Config, HParams
+
+Metrics = dict[str, Array]
+
+INIT_STREAM = 2**31 - 1
+"""Stream id for the start of a run, larger than any iteration's index."""
+
+LOG_STREAM = INIT_STREAM - 1
+"""Stream id for its logged points."""
+
+
+class Learner(NamedTuple):
+    """What updates change.
+
+    Attributes:
+        params: ``{"policy": ...}``, and ``"value"`` where there is a value function.
+        opt_state: an optimizer state for each of them.
+        objective_state: state of a stateful objective, else ``()``.
+    """
+
+    params: Any
+    opt_state: Any
+    objective_state: Any
+
+
+class TrainState(NamedTuple):
+    """Everything a run carries from one iteration to the next.
+
+    Attributes:
+        learner: parameters and optimizer.
+        replay: arrays ``[blocks, rollout_length, num_envs, ...]``.
+        domain_state: what belongs to the domain, such as environments in mid-episode.
+        totals: counts since the last logged point by name: sum of the ``returns`` and number of
+            the ``episodes`` that ended, how many of them ``solved`` the task, the domain's own.
+        key: the run's key, never consumed, only folded.
+        diverged_at: iteration whose updates gave non-finite parameters, -1 while none has; the
+            learner is frozen from before that iteration on.
+    """
+
+    learner: Learner
+    replay: Any
+    domain_state: Any
+    totals: dict[str, Array]
+    key: Array
+    diverged_at: Array
+
+
+def run_key(seed: Any) -> Array:
+    """The key of the run with a seed."""
+    return jax.random.fold_in(jax.random.key(0), seed)
+
+
+# Sampling of replay.
+
+
+def first_update(config: Config) -> int:
+    """First iteration that updates: without replacement, once replay has a batch of rows."""
+    if config.sampling == "uniform":
+        return 0
+    return -(-config.batch_size // config.block_size) - 1
+
+
+def updates_begin(config: Config, hparams: HParams) -> Any:
+    """``first_update`` of a run, whose ``min_age`` delays when a batch of rows may be drawn."""
+    return first_update(config) + (0 if config.sampling == "uniform" else hparams.min_age)
+
+
+DRAWS = {"shuffled": buffer.draw_shuffled, "uniform": buffer.draw_uniform}
+"""How batches are drawn, by the setting ``sampling``."""
+
+
+def sample_indices(
+    config: Config, hparams: HParams, iteration: int | Array, key: Array, batches: int
+) -> Array:
+    """Newest-first indices of rows, or of segments, ``[batches, per batch]``.
+
+    The newest ``min_age`` iterations are left out, and ``recent_fraction`` of each batch comes from
+    the newest one of the rest.
+    """
+    rows_per_draw = 1 if config.advantage_mode == "stored" else config.rollout_length
+    size, block = config.batch_size // rows_per_draw, config.block_size // rows_per_draw
+    skipped, valid = buffer.window(
+        iteration, hparams.buffer_size, config.block_size, hparams.min_age
+    )
+    key_all, key_recent = jax.random.split(key)
+    index = DRAWS[config.sampling](key_all, batches, size, valid // rows_per_draw)
+    recent = buffer.draw_uniform(key_recent, batches, size, block)
+    from_newest = jnp.arange(size) < jnp.round(hparams.recent_fraction * size)
+    return skipped // rows_per_draw + jnp.where(from_newest, recent, index)
+
+
+def gather(config: Config, replay: Any, index: Array, iteration: int | Array) -> tuple[Any, Array]:
+    """Rows of replay, or segments, at indices ``[batch]``, and their ages in iterations."""
+    take = buffer.take_rows if config.advantage_mode == "stored" else buffer.take_segments
+    return take(replay, index, iteration)
+
+
+# One step of the optimizer.
+
+
+def make_optimizer(epsilon: Any) -> optax.GradientTransformation:
+    """The optimizer of each group of parameters; ``gradient_step`` applies the learning rate."""
+    return optax.scale_by_adam(eps=epsilon)
+
+
+def init_optimizer(params: Any) -> Any:
+    """First state of the optimizer for the parameters of a group."""
+    return make_optimizer(0.0).init(ravel_pytree(params)[0])
+
+
+def gradient_step(
+    config: Config, learner: Learner, grads: Any, rates: dict[str, Any], hparams: HParams
+) -> tuple[Learner, dict[str, Array]]:
+    """One optimizer step of the parameter groups that have a gradient; and the gradients' norms.
+
+    Gradients are clipped to ``max_grad_norm``, those of policy and value function apart or with
+    ``joint_grad_norm`` together. The norms returned are those before clipping.
+    """
+    # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
+    vectors, unravel = {}, {}
+    for group, tree in grads.items():
+        vectors[group], unravel[group] = ravel_pytree(tree)
+    parts = [vectors] if config.joint_grad_norm else [{g: v} for g, v in vectors.items()]
+    params, opt_state = dict(learner.params), dict(learner.opt_state)
+    for clipped in (clip_by_global_norm(part, hparams.max_grad_norm) for part in parts):
+        for group, gradient in clipped.items():
+            optimizer = make_optimizer(hparams.adam_epsilon)
+            step, opt_state[group] = optimizer.update(gradient, learner.opt_state[group])
+            updates = unravel[group](-rates[group] * step)
+            params[group] = optax.apply_updates(params[group], updates)
+    norms = {group: optax.tree.norm(tree) for group, tree in grads.items()}
+    return learner._replace(params=params, opt_state=opt_state), norms
+
+
+def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
+    """Like Optax's, but finite gradients whose squares overflow keep their direction.
+
+    Optax divides by the norm, which is then infinite, and returns zeros.
+    """
+    # Norms of half-width numbers are taken in single precision.
+    full = jax.tree.map(networks.at_least_single, grads)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(full)]))
+    # Squares of numbers below 1e18 do not overflow, and numbers stay as they are.
+    shrink = jnp.where(largest > 1e18, 1e18 / largest, 1.0)
+    full = jax.tree.map(lambda x: x * shrink, full)
+    norm = optax.tree.norm(full)
+    factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+    return jax.tree.map(lambda x, given: (x * factor).astype(given.dtype), full, grads)
+
+
+def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
+    """Factor on the learning rates: linear warm-up from 0, then the configured decay.
+
+    Optax's schedules take their lengths as Python numbers; here the warm-up is traced.
+    """
+    step = jnp.asarray(iteration, jnp.float32)
+    warmup = jnp.asarray(hparams.warmup_iterations, jnp.float32)
+    warm = jnp.where(step < warmup, step / jnp.maximum(warmup, 1.0), 1.0)
+    progress = (step - warmup) / jnp.maximum(config.num_iterations - warmup, 1.0)
+    progress = jnp.clip(progress, 0.0, 1.0)
+    if config.schedule == "linear":
+        return warm * (1 - progress)
+    if config.schedule == "cosine":
+        return warm * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return warm
+
+
+def keep_finite(
+    state: TrainState, learner: Learner, iteration: int | Array, updated: Array
+) -> TrainState:
+    """Takes the new learner where it was ``updated``, unless it or an earlier one is not finite."""
+    sums = [jnp.sum(x) for x in jax.tree.leaves((learner.params, learner.objective_state))]
+    finite = jnp.all(jnp.isfinite(jnp.stack(sums))) | ~updated
+    good = finite & updated & (state.diverged_at < 0)
+    return state._replace(
+        learner=jax.tree.map(lambda new, old: jnp.where(good, new, old), learner, state.learner),
+        diverged_at=jnp.where(
+            finite | (state.diverged_at >= 0), state.diverged_at, jnp.int32(iteration)
+        ),
+    )

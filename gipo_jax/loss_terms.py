@@ -1,0 +1,117 @@
+"""Terms of the loss, as pure functions of arrays; ``train.loss`` puts them together."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from gipo_jax import ratio_levels, signatures
+from gipo_jax.objectives import clamp_straight_through
+
+SurrogateFunction = Callable[[Array, Array], tuple[Array, Any]]
+"""``log_ratio, advantage -> surrogate, next state``: an objective with all else filled in."""
+
+MAX_KL_RATIO = 20.0
+"""Ratio at which the KL penalty's gradient stops growing."""
+
+
+def bind(
+    spec: signatures.Spec,
+    ratio_level: str,
+    given: Mapping[str, Any],
+    behavior_log_prob: Array,
+    log_ratio_start: Callable[[], Array] | None = None,
+    mask: Array | None = None,
+    ordered: bool = True,
+) -> SurrogateFunction:
+    """An objective with its parameters, and with those of its inputs that it asks for.
+
+    Args:
+        spec: the objective.
+        ratio_level: see ``ratio_levels``.
+        given: its parameters, kernel and state.
+        behavior_log_prob: of each token, ``[batch, tokens]``.
+        log_ratio_start: gives that of each token, same shape, where the objective asks for it.
+        mask: bool, same shape; None without padding.
+        ordered: whether the tokens have an order.
+    """
+    given = dict(given)
+    if "behavior_log_prob" in spec.inputs:
+        given["behavior_log_prob"] = ratio_levels.transform(behavior_log_prob, ratio_level, mask)
+    if "log_ratio_start" in spec.inputs:
+        assert log_ratio_start is not None
+        given["log_ratio_start"] = ratio_levels.transform(log_ratio_start(), ratio_level, mask)
+    if spec.takes_mask and mask is not None:
+        given["mask"] = mask
+    if ordered and "position" in spec.inputs:
+        counted = jnp.ones_like(behavior_log_prob, bool) if mask is None else mask
+        given["position"] = jnp.where(counted, jnp.cumsum(counted, axis=-1), 0)
+    return functools.partial(signatures.evaluate, spec, **given)
+
+
+def bind_pairs(
+    spec: signatures.Spec, given: Mapping[str, Any], log_ratio: Array, other_log_ratio: Array
+) -> SurrogateFunction:
+    """An objective of pairs of responses as a function of their margins, ``[batch]`` each.
+
+    Args:
+        spec: the objective.
+        given: its parameters and state.
+        log_ratio: joint log-ratio of the right responses, ``[batch]``.
+        other_log_ratio: of the wrong ones, ``[batch]``.
+    """
+
+    def objective(margin: Array, is_pair: Array) -> tuple[Array, Any]:
+        inputs = {"margin": margin, "other_log_ratio": other_log_ratio}
+        asked = {name: x for name, x in inputs.items() if name in spec.inputs}
+        return signatures.evaluate(spec, log_ratio, is_pair, **asked, **given)
+
+    return objective
+
+
+def objective_weight(objective: SurrogateFunction, log_ratio: Array, advantage: Array) -> Array:
+    """Effective weights u: the surrogate's derivative over A, and 0 where A is 0."""
+    total = jax.grad(lambda x: jnp.sum(objective(x, advantage)[0]))
+    weighted = total(jax.lax.stop_gradient(log_ratio))
+    return jnp.where(advantage == 0, 0.0, weighted / jnp.where(advantage == 0, 1.0, advantage))
+
+
+def aggregate(
+    values: Array, mask: Array, loss_agg_mode: str, max_tokens: ArrayLike | None = None
+) -> Array:
+    """One number for values ``[batch, tokens]``, 0 over none; modes as in ``policy_loss``."""
+    values = jnp.where(mask, values, 0)
+    lengths = jnp.sum(mask, axis=1)
+    if loss_agg_mode == "token-mean":
+        return jnp.sum(values) / jnp.maximum(jnp.sum(lengths), 1)
+    responses = jnp.sum(values, axis=1)
+    if loss_agg_mode == "seq-mean-token-mean":
+        responses = responses / jnp.maximum(lengths, 1)
+    elif loss_agg_mode == "seq-mean-token-sum-norm":
+        responses = responses / (values.shape[1] if max_tokens is None else max_tokens)
+    return jnp.sum(responses) / jnp.maximum(jnp.sum(lengths > 0), 1)
+
+
+def standardize(advantage: Array) -> Array:
+    """Advantages of a batch with mean 0 and population standard deviation 1 (floor 1e-8)."""
+    deviation = advantage - jnp.mean(advantage)
+    return deviation / jnp.maximum(jnp.std(advantage), 1e-8)
+
+
+def kl_estimate(log_ratio: Array) -> Array:
+    """Estimate of KL(mu || pi) from actions of mu: r - 1 - log r >= 0, with r at most e^20."""
+    return jnp.exp(jnp.minimum(log_ratio, 20.0)) - 1 - log_ratio
+
+
+def kl_penalty(log_ratio: Array) -> Array:
+    """``kl_estimate`` to minimise. Its gradient is r - 1, with r bounded to ``MAX_KL_RATIO``.
+
+    Without the bound a few stale samples would decide the whole batch.
+    """
+    bounded = clamp_straight_through(log_ratio, math.log(MAX_KL_RATIO))
+    return jnp.exp(bounded) - 1 - log_ratio

@@ -1,1 +1,0 @@
-"""Answers of many tokens: tasks, a small transformer, and the algorithm that trains it."""

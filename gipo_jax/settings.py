@@ -1,0 +1,91 @@
+"""Settings of runs, complete and checked, and their grids."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jax import Array
+
+from gipo_jax import domains, objectives, signatures
+from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes, stack
+
+
+def make_hparams(
+    config: Config, *, objective_params: Mapping[str, float] | None = None, **overrides: Any
+) -> HParams:
+    """Traced settings of a run, complete and checked.
+
+    Args:
+        config: the static settings they go with.
+        objective_params: the objective's own parameters; those not given take their defaults.
+        overrides: fields of ``HParams``; a parameter of the objective may be given here too.
+
+    Raises:
+        ConfigError: unknown, out of range, or at odds with ``config``.
+    """
+    spec = objectives.spec(config.objective)
+    own = {name: overrides.pop(name) for name in spec.params if name in overrides}
+    own |= objective_params or {}
+    fields = {field.name for field in dataclasses.fields(HParams)}
+    for name in (set(own) - set(spec.params)) | (set(overrides) - fields):
+        valid = sorted(spec.params) + sorted(fields - {"objective_params"})
+        raise ConfigError(name, own.get(name, overrides.get(name)), f"one of {', '.join(valid)}")
+    hparams = HParams(**overrides, objective_params=own)
+    check_fields(hparams)
+    domains.check_hparams(config, hparams)
+    hparams = fill_defaults(config, hparams)
+    signatures.check_params(spec, hparams.objective_params)
+    check_sizes(config, hparams)
+    return hparams
+
+
+def fill_defaults(config: Config, hparams: HParams) -> HParams:
+    """The same settings with what was left open filled in."""
+    value_rate = hparams.value_learning_rate
+    defaults = objectives.spec(config.objective).params
+    return dataclasses.replace(
+        hparams,
+        value_learning_rate=hparams.learning_rate if value_rate is None else value_rate,
+        objective_params={**defaults, **hparams.objective_params},
+    )
+
+
+def grid(config: Config, **settings: Any) -> tuple[HParams, list[dict[str, Any]]]:
+    """All combinations of traced settings, stacked for ``jax.vmap(make_train(config))``.
+
+    Args:
+        config: the static settings; ``max_buffer_size`` bounds the buffer sizes.
+        settings: fields of ``HParams`` and parameters of the objective, each a value or a sequence
+            of values.
+
+    Returns:
+        settings as arrays ``[runs]``, and what each row is; the last name varies fastest.
+
+    Raises:
+        ConfigError: a combination is not usable.
+
+    >>> hparams, rows = grid(Config(), seed=range(2), sigma=[0.5, 1.0])
+    >>> rows[1]
+    {'seed': 0, 'sigma': 1.0}
+    """
+    columns = {name: _values(name, value) for name, value in settings.items()}
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in itertools.product(*columns.values())
+    ]
+    allocated = dataclasses.replace(config, max_buffer_size=config.allocated_size)
+    return stack([make_hparams(allocated, **row) for row in rows]), rows
+
+
+def _values(name: str, value: Any) -> list[Any]:
+    values = list(value) if isinstance(value, Iterable) else [value]
+    if not values:
+        raise ConfigError(name, value, "at least one value")
+    return [v.item() if isinstance(v, np.generic | Array) else v for v in values]
+
+
+def log_boundaries(config: Config) -> list[int]:
+    """Iterations after which a point is logged: ``num_logs`` evenly spaced, every one if fewer."""
+    points = min(config.num_logs, config.num_iterations)
+    return [config.num_iterations * (i + 1) // points for i in range(points)]
