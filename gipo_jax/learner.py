@@ -75,8 +75,11 @@ def first_update(config: Config) -> int:
 
 
 def updates_begin(config: Config, hparams: HParams) -> Any:
-    """``first_update`` of a run, whose ``min_age`` delays when a batch of rows may be drawn."""
-    return first_update(config) + (0 if config.sampling == "uniform" else hparams.min_age)
+    """``first_update`` of a run: with ``min_age`` a batch of several blocks is there later.
+
+    A batch of one block or less is drawn from the oldest until one is as old as ``min_age``.
+    """
+    return first_update(config) + hparams.min_age if first_update(config) else 0
 
 
 DRAWS = {"shuffled": buffer.draw_shuffled, "uniform": buffer.draw_uniform}
