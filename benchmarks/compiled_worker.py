@@ -17,11 +17,13 @@ import types
 from pathlib import Path
 from typing import Any
 
-# The device is only described; arrays live on the CPU. No question to a cloud's metadata server.
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-sys.path += sys.argv[2:]
+if __name__ == "__main__":
+    # The device is only described: arrays live on the CPU, and no cloud is asked for its TPUs.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    sys.path += sys.argv[2:]
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
@@ -64,7 +66,7 @@ _GPUS = {
 """Facts that XLA wants to know of a GPU, here the SXM model, as its GpuTargetConfigProto."""
 
 
-def devices(name: str) -> tuple[list[Any], str]:
+def describe(name: str) -> tuple[list[Any], str]:
     """Described devices and their platform, for ``h100``, ``h100:1x1x8`` or ``v5e:16x16``."""
     kind, _, shape = name.partition(":")
     if kind in _GPUS:
@@ -82,28 +84,26 @@ def over_runs(mesh: Mesh, tree: Any) -> Any:
 
 
 def trace_own(work: Work, mesh: Mesh) -> tuple[Any, Work]:
-    """This project's program for ``runs`` runs, and what its plan says."""
+    """This project's program for ``runs`` runs, and the bytes that a sweep plans for a device."""
     checkout = Path(work["checkout"])
     sys.path.insert(0, str(checkout))
     import gipo_jax
     from gipo_jax import train
-    from gipo_jax.config import Config, stack
+    from gipo_jax.config import Config
     from gipo_jax.sweep import plan, program
 
     if checkout not in Path(gipo_jax.__file__).parents:
         raise SystemExit(f"gipo_jax is that of {gipo_jax.__file__}, not of {checkout}")
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in work["config"].items()}
-    config = Config(**settings)
-    config = dataclasses.replace(config, max_buffer_size=work["buffer_size"])
-    block = config.num_envs * config.rollout_length
-    config = dataclasses.replace(config, total_steps=4 * block, num_logs=2)
-    runs = work["runs"]
+    settings |= {"max_buffer_size": work["buffer_size"], "num_logs": 2}
+    block = Config(**settings).block_size
+    config = Config(**settings, total_steps=4 * block)
     hparams = [
         train.make_hparams(config, seed=seed, buffer_size=work["buffer_size"])
-        for seed in range(runs)
+        for seed in range(work["runs"])
     ]
     algorithm = train.make(config)
-    layout = program.layout("vmap", None, tuple(mesh.devices.flat), runs)
+    layout = program.layout("vmap", None, tuple(mesh.devices.flat), len(hparams))
     planned = plan.needed(plan.measure(algorithm, hparams[0]), layout) / mesh.size
     if work["kind"] == "sweep":
         function, arguments = program.Program(algorithm, layout, hparams[0]).train_and_log_function
@@ -113,7 +113,7 @@ def trace_own(work: Work, mesh: Mesh) -> tuple[Any, Work]:
         function = jax.shard_map(
             function, mesh=mesh, in_specs=P("runs"), out_specs=P("runs"), check_vma=False
         )
-    stacked = jax.tree.map(np.asarray, stack(hparams))
+    stacked = jax.tree.map(lambda *values: jnp.asarray(values), *hparams)
     return jax.jit(function).trace(over_runs(mesh, stacked)), {"planned": planned}
 
 
@@ -141,7 +141,7 @@ def trace_peer(work: Work, mesh: Mesh) -> tuple[Any, Work]:
 
 def compile_and_count(work: Work) -> Work:
     """Compiles a program and returns what the table says of it."""
-    described, platform = devices(work["device"])
+    described, platform = describe(work["device"])
     mesh = Mesh(np.array(described), ("runs",))
     own = work["by"] == "gipo_jax"
     traced, about = (trace_own if own else trace_peer)(work, mesh)
@@ -174,7 +174,7 @@ def counted(text: str, work: Work) -> Work:
     inside = values.pop("inside")
     read_backs = [dataclasses.asdict(read_back) for read_back in program.read_backs]
     for read_back in read_backs:
-        # The loop of iterations is in the list of those inside it, its own end is not.
+        # The end of the loop of iterations is read between them.
         read_back["in_iteration"] = bool(inside & set(read_back.pop("loops")))
     return values | {
         "collectives": program.collectives,

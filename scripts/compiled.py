@@ -219,7 +219,7 @@ def rows(options: argparse.Namespace, console: Console) -> Iterator[Row]:
             compiled = compile_one(places, device, by, work)
             console.print(f"{name}, {by}, {device}: {compiled.get('error', 'compiled')}")
             case = {"program": name, "device": device, "by": by, "runs": work["runs"]}
-            yield {"benchmark": "compiled", "case": case} | modelled(compiled, device, work)
+            yield {"benchmark": "compiled", "case": case} | modelled(compiled, device)
 
 
 def jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Work]]:
@@ -277,7 +277,7 @@ def compile_one(places: Environments, device: str, by: str, work: Work) -> Work:
     return answer
 
 
-def modelled(compiled: Work, device: str, work: Work) -> Work:
+def modelled(compiled: Work, device: str) -> Work:
     """Adds the modelled seconds of an iteration, and its constants, where there is a model."""
     model = MODEL.get(device.partition(":")[0])
     if model is None or "error" in compiled:
@@ -321,7 +321,7 @@ def show(found: Sequence[Row], console: Console) -> None:
         if "error" in row:
             table.add_row(case["program"], case["by"], "not compiled:", row["error"])
             continue
-        gae = f"{row['gae_step']:.0f} x {row['gae_steps']}" if row["gae_steps"] else ""
+        gae = f"{row['gae_step']:.2g} x {row['gae_steps']}" if row["gae_steps"] else ""
         update = f"{row['update']:.0f}" if row["update"] is not None else "in rest"
         planned = f"{row['held'] / row['planned']:.2f}" if "planned" in row else ""
         inside = sum(read_back["in_iteration"] for read_back in row["read_backs"])
