@@ -154,6 +154,38 @@ def test_steps_written_out_in_a_trip_are_steps_all_the_same() -> None:
     assert (found.env_step, found.update) == (3 / 4, 2 / 4)
 
 
+def test_epochs_of_minibatches_and_a_scan_of_sixteen_steps_a_trip_are_told_apart() -> None:
+    minibatch = hlo.Loop("minibatch", trips=2, launches=48, bytes=1e9, products=9)
+    epoch = hlo.Loop("epoch", trips=8, launches=17, products=1, inner=[minibatch])
+    scan = hlo.Loop("scan", trips=8, launches=5)
+    act = hlo.Loop("act", trips=128, launches=33, products=2)
+    iteration = hlo.Loop("iteration", trips=4, launches=90, inner=[act, scan, epoch])
+    main = hlo.Loop("main", launches=50, inner=[iteration])
+    found = hlo.regions(main, env_steps=128, updates=16, gae_steps=128)
+    assert (found.env_step, found.update, found.update_bytes) == (33, 48, 1e9)
+    assert (found.gae_step, found.gae_steps) == (5 / 16, 128)
+    assert found.rest == 90 + 8 * 17
+    assert found.iteration == 128 * 33 + 8 * 5 + 16 * 48 + found.rest
+
+
+def test_a_scan_of_advantages_in_each_update_is_part_of_it() -> None:
+    scan = hlo.Loop("scan", trips=128, launches=3)
+    update = hlo.Loop("update", trips=16, launches=78, products=9, inner=[scan])
+    act = hlo.Loop("act", trips=128, launches=26, products=2)
+    main = hlo.Loop("main", launches=97, inner=[act, update])
+    found = hlo.regions(main, env_steps=128, updates=16, gae_steps=128)
+    assert (found.gae_step, found.gae_steps) == (3, 16 * 128)
+    assert found.update == 78 + 128 * 3 and found.rest == 97
+
+
+def test_an_iteration_of_one_update_has_no_loop_of_updates() -> None:
+    act = hlo.Loop("act", trips=8, launches=22, products=2)
+    scan = hlo.Loop("scan", trips=8, launches=3)
+    main = hlo.Loop("main", inner=[hlo.Loop("all", trips=None, launches=141, inner=[act, scan])])
+    found = hlo.regions(main, env_steps=8, updates=1, gae_steps=8)
+    assert (found.env_step, found.gae_step, found.update, found.rest) == (22, 3, None, 141)
+
+
 def test_numbers_that_no_loop_has_are_refused() -> None:
     with pytest.raises(ValueError, match="no loop of 100 steps beside one of 16 updates"):
         hlo.regions(hlo.count(TRAINING).main, env_steps=100, updates=16)
