@@ -9,7 +9,8 @@ What is counted:
 - **Launches**: every instruction of an executed computation but those that only name or regroup
   values (``FREE``); a fusion is one, a started and finished asynchronous operation is one.
 - **Bytes**: operands and results of each launch. Slices and gathers read what they take, in-place
-  writes what they replace, also inside a fusion. A result that stays in cache counts in full.
+  writes what they replace, also inside a fusion. What stays in a cache counts in full, what a TPU
+  keeps on the chip by its own decision does not.
 - **Loops**: what lies in one counts times its trip count. A loop without a known count is taken
   once and listed: a GPU's host reads its condition back at each trip. So does it for a conditional,
   of which the branch of most launches is taken.
@@ -63,14 +64,22 @@ _MOST_UNROLLED = 16
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type of one array: name of its elements' type, and number of elements."""
+    """Type of one array.
+
+    Attributes:
+        dtype: name of its elements' type.
+        size: number of elements.
+        on_chip: whether a TPU keeps it on the chip (memory space 1).
+    """
 
     dtype: str
     size: int
+    on_chip: bool = False
 
     @property
     def bytes(self) -> float:
-        return self.size * item_bytes(self.dtype)
+        """Bytes that reading or writing it takes from memory."""
+        return 0.0 if self.on_chip else self.size * item_bytes(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +93,7 @@ class Instruction:
         operands: names.
         attributes: text behind the operands.
         root: whether it is the computation's result.
+        number: value of an integer constant, else None.
     """
 
     name: str
@@ -92,6 +102,7 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     root: bool
+    number: int | None = None
 
     @property
     def size(self) -> int:
@@ -266,18 +277,20 @@ def _instruction(line: str) -> Instruction:
     rest = line[head.end() :]
     # A tuple's type is in parentheses; layouts such as {1,0:T(8,128)} have some of their own.
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-    kind = re.sub(r"\{[^}]*\}|/\*.*?\*/", "", rest[:end])
     arrays = tuple(
-        Array(dtype, math.prod(int(size) for size in re.findall(r"\d+", shape)))
-        for dtype, shape in re.findall(r"(\w+)\[([^\]]*)\]", kind)
+        Array(dtype, math.prod(int(size) for size in re.findall(r"\d+", shape)), "S(1)" in layout)
+        for dtype, shape, layout in re.findall(r"(\w+)\[([^\]]*)\](\{[^}]*\})?", rest[:end])
     )
     operation = re.match(r" *([\w\-]+)", rest[end:])
     start = rest.index("(", end)
     assert operation is not None
     stop = _closing(rest, start)
-    inside = "" if operation[1] == "constant" else rest[start + 1 : stop - 1]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(head[2], operation[1], arrays, operands, rest[stop:], bool(head[1]))
+    inside, number, operands = rest[start + 1 : stop - 1], None, ()
+    if operation[1] != "constant":
+        operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    elif re.fullmatch(r"-?\d+", inside):
+        number = int(inside)
+    return Instruction(head[2], operation[1], arrays, operands, rest[stop:], bool(head[1]), number)
 
 
 def _closing(text: str, start: int) -> int:
@@ -337,17 +350,14 @@ def count(text: str) -> Program:
         for instruction in computation.values():
             opcode = instruction.opcode
             if opcode == "while":
-                known = re.search(
-                    r'known_trip_count":\{"n":"?(\d+)', instruction.attributes.replace(" ", "")
-                )
-                trips = int(known[1]) if known else None
+                trips = trips_of(instruction, computation, computations)
                 inner = Loop(instruction.name, where(instruction), trips)
                 loop.inner.append(inner)
                 # A GPU counts the trips of a loop of known length without its condition.
-                parts = ("body",) if known else ("body", "condition")
+                parts = ("body",) if trips is not None else ("body", "condition")
                 for called in instruction.called(*parts):
                     visit(called, inner, (*around, instruction.name))
-                if not known:
+                if trips is None:
                     found.append(ReadBack("loop", instruction.name, inner.where, around))
             elif opcode == "conditional":
                 found.append(ReadBack("conditional", instruction.name, where(instruction), around))
@@ -390,16 +400,63 @@ def count(text: str) -> Program:
     return Program(main, tuple(found), collectives)
 
 
+def trips_of(
+    loop: Instruction, computation: Computation, computations: dict[str, Computation]
+) -> int | None:
+    """Trips of a loop, noted by XLA or told by a counter from a number to a number; else None."""
+    noted = re.search(r'known_trip_count":\{"n":"?(\d+)', loop.attributes.replace(" ", ""))
+    if noted:
+        return int(noted[1])
+    condition, body = (computations[loop.called(part)[0]] for part in ("condition", "body"))
+    carried = _origin(computation, loop.operands[0])
+    end, carried_on = _root(condition), _root(body)
+    if end.opcode != "compare" or "direction=LT" not in end.attributes:
+        return None
+    counter, limit = (_origin(condition, name) for name in end.operands)
+    place = re.search(r"index=(\d+)", counter.attributes)
+    if place is None or {carried.opcode, carried_on.opcode} != {"tuple"}:
+        return None
+    start = _origin(computation, carried.operands[int(place[1])])
+    step = _origin(body, carried_on.operands[int(place[1])])
+    if step.opcode != "add":
+        return None
+    before, by = (_origin(body, name) for name in step.operands)
+    counts = before.opcode == "get-tuple-element" and place[0] in before.attributes
+    numbers = (start.number, limit.number, by.number)
+    if not counts or None in numbers or not by.number:
+        return None
+    return max(0, math.ceil((limit.number - start.number) / by.number))  # type: ignore[operator]
+
+
+def _root(computation: Computation) -> Instruction:
+    return next(instruction for instruction in computation.values() if instruction.root)
+
+
+def _origin(computation: Computation, name: str) -> Instruction:
+    """The instruction that a name stands for, behind copies of it."""
+    instruction = computation[name]
+    while instruction.opcode in ("copy", "bitcast"):
+        instruction = computation[instruction.operands[0]]
+    return instruction
+
+
 def launches(instruction: Instruction) -> bool:
     """Whether an instruction other than a loop, a conditional or a call launches something."""
     opcode = instruction.opcode
-    return opcode not in FREE and not opcode.endswith(("-done", "-update"))
+    if opcode in FREE or opcode.endswith(("-done", "-update")):
+        return False
+    return _target(instruction) != "AllocateBuffer"
+
+
+def _target(instruction: Instruction) -> str:
+    """What a custom call calls; empty where it is none."""
+    found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
+    return found[1] if found else ""
 
 
 def _calls_host(instruction: Instruction) -> bool:
-    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     return instruction.opcode in ("infeed", "outfeed") or bool(
-        target and _HOST_CALL.search(target[1])
+        _HOST_CALL.search(_target(instruction))
     )
 
 
@@ -410,9 +467,8 @@ def _is_product(instruction: Instruction, computations: dict[str, Computation]) 
             for called in instruction.called("calls")
             for inner in computations[called].values()
         )
-    target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     return instruction.opcode in ("dot", "convolution") or bool(
-        target and re.search(r"gemm|matmul|conv|dot", target[1])
+        re.search(r"gemm|matmul|conv|dot", _target(instruction))
     )
 
 
@@ -450,7 +506,7 @@ def bytes_moved(
 
 def _fusion_bytes(fused: Computation) -> float:
     """Bytes of a fusion: what its result needs of each operand, traced back through it."""
-    root = next(instruction for instruction in fused.values() if instruction.root)
+    root = _root(fused)
     needed: dict[str, float] = dict.fromkeys(fused, 0.0)
     written = 0.0
 

@@ -288,53 +288,58 @@ def modelled(compiled: Work, device: str) -> Work:
 
 
 def revision(checkout: Path) -> str:
-    """Short revision of a checkout, with a plus sign if its package has changed since."""
+    """Short revision of a checkout's package, with a plus sign if it has changed since."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(checkout), *arguments, "--", "gipo_jax"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=7", "HEAD") + (
-            "+" if git("status", "--porcelain", "--", "gipo_jax") else ""
-        )
+        changed = "+" if git("status", "--porcelain") else ""
+        return git("log", "-1", "--abbrev=7", "--format=%h") + changed
     except (OSError, subprocess.CalledProcessError):
         return checkout.resolve().name
 
 
 def show(found: Sequence[Row], console: Console) -> None:
-    """Draws the table of stored rows."""
-    table = Table(
-        "program", "by", "an env-step", "a GAE step", "an update", "rest", "an iteration", "GB",
-        "temp. GB", "of plan", "collectives", "read-backs", "modelled ms",
-        title="Kernels, and bytes of one iteration",
+    """Draws tables of stored rows, one for each device."""
+    for place in dict.fromkeys((row["case"]["device"], row["case"]["runs"]) for row in found):
+        mine = [row for row in found if (row["case"]["device"], row["case"]["runs"]) == place]
+        console.print(table(f"{place[0]}, {place[1]} runs", mine))
+    for name, model in MODEL.items():
+        console.print(
+            f"Modelled, not timed: {name} with {1e6 * model['launch_s']} us a launch and"
+            f" {model['bytes_per_s'] / 1e12} TB/s."
+        )
+    console.print(
+        "Kernels; GB moved in an iteration; GB of temporaries; memory held, of that a sweep plans;"
+        " instructions of communication; reads by the host inside an iteration."
+    )
+
+
+def table(title: str, found: Sequence[Row]) -> Table:
+    """The programs compiled for one device."""
+    drawn = Table(
+        "program", "by", "env-step", "GAE step", "update", "rest", "iteration", "GB", "temp. GB",
+        "of plan", "comm.", "reads", "model ms",
+        title=title,
     )  # fmt: skip
-    last = None
     for row in found:
         case = row["case"]
-        place = f"{case['runs']} runs, {case['device']}"
-        if place != last:
-            table.add_section()
-            table.add_row(f"[bold]{place}")
-            last = place
         if "error" in row:
-            table.add_row(case["program"], case["by"], "not compiled:", row["error"])
+            drawn.add_row(case["program"], case["by"], "not compiled")
             continue
         gae = f"{row['gae_step']:.2g} x {row['gae_steps']}" if row["gae_steps"] else ""
         update = f"{row['update']:.0f}" if row["update"] is not None else "in rest"
         planned = f"{row['held'] / row['planned']:.2f}" if "planned" in row else ""
         inside = sum(read_back["in_iteration"] for read_back in row["read_backs"])
-        table.add_row(
+        drawn.add_row(
             case["program"], case["by"], f"{row['env_step']:.0f}", gae, update,
             f"{row['rest']:,.0f}", f"{row['iteration']:,.0f}",
             f"{row['iteration_bytes'] / 1e9:,.1f}", f"{row['temporaries'] / 1e9:.2f}", planned,
             f"{row['collectives']}", f"{inside}",
             f"{1e3 * row['modelled_s']:,.1f}" if "modelled_s" in row else "",
         )  # fmt: skip
-    console.print(table)
-    for name, model in MODEL.items():
-        console.print(
-            f"Modelled, not timed: {name} with {1e6 * model['launch_s']} us a launch and"
-            f" {model['bytes_per_s'] / 1e12} TB/s."
-        )
+    failed = [f"{row['case']['program']}: {row['error']}" for row in found if "error" in row]
+    drawn.caption = "\n".join(failed) or None
+    return drawn

@@ -195,6 +195,45 @@ def test_a_loop_of_unknown_length_is_a_read_back_and_those_of_known_length_are_n
     assert hlo.count(TRAINING).read_backs == (hlo.ReadBack("loop", "all", "", ()),)
 
 
+COUNTED_LOOP = """
+%body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %b = (s32[], f32[8]{0}) parameter(0)
+  %b.step = s32[] get-tuple-element(%b), index=0
+  %b.copy = s32[] copy(%b.step)
+  %b.x = f32[8]{0} get-tuple-element(%b), index=1
+  %b.by = s32[] constant(3)
+  %b.next = s32[] add(%b.copy, %b.by)
+  ROOT %b.out = (s32[], f32[8]{0}) tuple(%b.next, %b.x)
+}
+
+%condition (c: (s32[], f32[8])) -> pred[] {
+  %c = (s32[], f32[8]{0}) parameter(0)
+  %c.step = s32[] get-tuple-element(%c), index=0
+  %limit = s32[] LIMIT
+  ROOT %less = pred[] compare(%c.step, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> (s32[], f32[8]) {
+  %x = f32[8]{0} parameter(0)
+  %start = s32[] constant(-2)
+  %in = (s32[], f32[8]{0}) tuple(%start, %x)
+  ROOT %all = (s32[], f32[8]{0}) while(%in), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "trips"), [("constant(18)", 7), ("constant(-2)", 0), ("negate(%c.step)", None)]
+)
+def test_trips_that_xla_does_not_note_are_told_by_the_counter(
+    limit: str, trips: int | None
+) -> None:
+    # From -2 in steps of 3: -2, 1, 4, 7, 10, 13, 16.
+    program = hlo.count(COUNTED_LOOP.replace("LIMIT", limit))
+    assert program.main.inner[0].trips == trips
+    assert [read_back.kind for read_back in program.read_backs] == ["loop"] * (trips is None)
+
+
 def test_a_loop_is_named_by_the_line_that_wrote_it() -> None:
     learn = hlo.count(TRAINING).main.inner[0].inner[1]
     assert learn.where == "train.py:42 learn.all_updates"
@@ -313,7 +352,8 @@ def test_layouts_and_tuples_of_a_tpu_are_read() -> None:
         "main"
     ].values()
     assert (instruction.opcode, instruction.operands) == ("custom-call", ("b", "c"))
-    assert instruction.bytes == 8 * 128 * 4 + 4 + 2
+    # The first array, S(1), lies on the chip.
+    assert instruction.bytes == 4 + 2 and instruction.size == 8 * 128 + 2
 
 
 def test_text_that_is_no_program_is_refused() -> None:
