@@ -114,6 +114,10 @@ class Instruction:
         """Bytes of the result."""
         return sum(array.bytes for array in self.arrays)
 
+    def share(self, size: float) -> float:
+        """Bytes of a number of its elements."""
+        return self.bytes * size / max(self.size, 1)
+
     def called(self, *names: str) -> list[str]:
         """Computations named by attributes such as ``body``."""
         found = []
@@ -445,7 +449,7 @@ def launches(instruction: Instruction) -> bool:
     opcode = instruction.opcode
     if opcode in FREE or opcode.endswith(("-done", "-update")):
         return False
-    return _target(instruction) != "AllocateBuffer"
+    return _target(instruction) not in ("AllocateBuffer", "ConcatBitcast")
 
 
 def _target(instruction: Instruction) -> str:
@@ -487,17 +491,25 @@ def bytes_moved(
     if opcode == "fusion":
         return _fusion_bytes(computations[instruction.called("calls")[0]])
     if opcode in ("slice", "dynamic-slice"):
-        return 2 * result
+        return result + operands[0].share(instruction.size)
     if opcode == "gather":
-        return 2 * result + operands[1].bytes
+        return result + operands[0].share(instruction.size) + operands[1].bytes
     if opcode == "dynamic-update-slice":
-        return 2 * operands[1].bytes
+        return operands[1].bytes + operands[0].share(operands[1].size)
     if opcode == "scatter":
         count = (len(operands) - 1) // 2
-        return operands[count].bytes + 3 * sum(update.bytes for update in operands[count + 1 :])
+        updates = operands[count + 1 :]
+        pairs = zip(operands[:count], updates, strict=True)
+        # A place that is updated is read and written.
+        touched = sum(2 * target.share(update.size) for target, update in pairs)
+        return operands[count].bytes + sum(update.bytes for update in updates) + touched
+    if opcode == "slice-start":
+        taken = instruction.arrays[1]
+        return taken.bytes + operands[0].share(taken.size)
     if opcode.endswith("-start"):
-        # Their results repeat the operands, and hold handles.
-        return 2 * sum(operand.bytes for operand in operands)
+        # The result repeats the operands and holds a handle, or it is the future result alone.
+        several = len(instruction.arrays) > 1
+        return result if several else result + sum(operand.bytes for operand in operands)
     if opcode == "custom-call" and len(instruction.arrays) > 1:
         # cuBLAS and others return their scratch memory as bytes.
         result = sum(array.bytes for array in instruction.arrays if array.dtype not in ("s8", "u8"))
@@ -530,7 +542,7 @@ def _fusion_bytes(fused: Computation) -> float:
                 if target.opcode == "scatter":
                     need(buffer.name, update.size)
                 before = write(buffer) if buffer.opcode == target.opcode else 0.0
-                return before + update.bytes
+                return before + result.share(update.size)
         need(result.name, result.size)
         return result.bytes
 
@@ -558,7 +570,7 @@ def _fusion_bytes(fused: Computation) -> float:
             for name in operands:
                 need(name, fused[name].size * size / instruction.size)
     read = sum(
-        needed[name] / max(instruction.size, 1) * instruction.bytes
+        instruction.share(needed[name])
         for name, instruction in fused.items()
         if instruction.opcode == "parameter"
     )

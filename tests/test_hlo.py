@@ -67,7 +67,7 @@ StackFrames
   %u.w = f32[4,4]{1,0} get-tuple-element(%u), index=1
   %u.product = (f32[4,4]{1,0}, s8[1024]{0}) custom-call(%u.w, %u.w), GEMM
   %u.new = f32[4,4]{1,0} get-tuple-element(%u.product), index=0
-  %u.copy-start = (f32[4,4]{1,0}, f32[4,4]{1,0}, u32[]) copy-start(%u.new)
+  %u.copy-start = (f32[4,4]{1,0}, f32[4,4]{1,0}) copy-start(%u.new)
   %u.copy = f32[4,4]{1,0} copy-done(%u.copy-start)
   ROOT %u.out = (s32[], f32[4,4]{1,0}) tuple(%u.step, %u.copy)
 }
@@ -342,6 +342,15 @@ ROOT %y = f32[100]{0} fusion(%p, %u), kind=kLoop, calls=%f"""
 )
 def test_bytes_of_an_element(dtype: str, expected: float) -> None:
     assert hlo.item_bytes(dtype) == expected
+
+
+def test_a_copy_onto_the_chip_of_a_tpu_only_reads_memory() -> None:
+    start = "%s = (f32[8]{0:S(1)}, f32[8]{0}) copy-start(%a)"
+    assert bytes_of(f"%a = f32[8]{{0}} parameter(0)\n{start}") == 8 * F32
+    part = "%s = ((f32[8]{0}), f32[2]{0:S(1)}) slice-start(%a), slice={[0:2]}"
+    assert bytes_of(f"%a = f32[8]{{0}} parameter(0)\n{part}") == 2 * F32
+    back = "%s = f32[2]{0} slice(%a), slice={[0:2]}"
+    assert bytes_of(f"%a = f32[8]{{0:S(1)}} parameter(0)\n{back}") == 2 * F32
 
 
 def test_layouts_and_tuples_of_a_tpu_are_read() -> None:
