@@ -20,6 +20,8 @@ from typing import Any
 if __name__ == "__main__":
     # The device is only described: arrays live on the CPU, and no cloud is asked for its TPUs.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    # A program for a described device cannot be stored.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     sys.path += sys.argv[2:]
 
 import jax

@@ -98,6 +98,7 @@ class Context:
     against: Path | None = None
     authors: Path | None = None
     compiled: argparse.Namespace = dataclasses.field(default_factory=argparse.Namespace)
+    stored: Sequence[Row] = ()
 
 
 # Timing
@@ -1116,7 +1117,7 @@ def bench_compile(context: Context) -> list[Row]:
 
 def bench_compiled(context: Context) -> Iterator[Row]:
     """Programs compiled for accelerators that need not be there, counted and not timed."""
-    return compiled.rows(context.compiled, context.console)
+    return compiled.rows(context.compiled, context.stored, context.console)
 
 
 def _own_flags() -> dict[str, str]:
@@ -1182,7 +1183,11 @@ def main() -> int:
     parser.add_argument(
         "--against", type=Path, metavar="CHECKOUT", help="other revision, for the case revision"
     )
-    parser.add_argument("--out", type=Path, help="JSON file (benchmarks/DATE-NAMES.json)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON file (benchmarks/DATE-NAMES.json); compiled goes on behind the programs in it",
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="only draw stored results")
     parser.add_argument(
         "--authors-checkout",
@@ -1224,7 +1229,11 @@ def main() -> int:
         "load": [round(x, 2) for x in os.getloadavg()],
         "rows": [],
     }
-    context = Context(options.repeats, options.quick, console, options.against, authors, options)
+    # Compiled programs do not depend on when they are compiled, so that a call can go on.
+    stored = json.loads(out.read_text())["rows"] if out.exists() else []
+    context = Context(
+        options.repeats, options.quick, console, options.against, authors, options, stored
+    )
     for name in names:
         with console.status(name) if console.is_terminal else contextlib.nullcontext():
             for measured in BENCHMARKS[name](context):

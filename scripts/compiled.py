@@ -8,6 +8,7 @@ and nothing is timed: the table's last column is a model of two constants.
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ A TPU launches nothing from a host inside a program, so that its time is not mod
 SPACE_GB = {"cuda": 8, "tpu": 2.5, "peers": 2.5}
 """Free space that making an environment needs."""
 
-COMPILE_SECONDS = 1800
+COMPILE_SECONDS = 7200
 """Limit on compiling one program."""
 
 PPO: Work = {
@@ -210,16 +211,27 @@ class Environments:
         return venv
 
 
-def rows(options: argparse.Namespace, console: Console) -> Iterator[Row]:
-    """Compiles and counts one program after the other."""
+def rows(options: argparse.Namespace, stored: Sequence[Row], console: Console) -> Iterator[Row]:
+    """Compiles and counts one program after the other, but for those that ``stored`` rows have."""
+    known = [row for row in stored if row.get("counter") == counter() and "error" not in row]
     with contextlib.ExitStack() as stack:
         folder = options.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         places = Environments(folder)
         for device, name, by, work in jobs(options):
+            case = {"program": name, "device": device, "by": by, "runs": work["runs"]}
+            same = [row for row in known if row["case"] == case]
+            if same and not by.endswith("+"):
+                yield same[0]
+                continue
             compiled = compile_one(places, device, by, work)
             console.print(f"{name}, {by}, {device}: {compiled.get('error', 'compiled')}")
-            case = {"program": name, "device": device, "by": by, "runs": work["runs"]}
-            yield {"benchmark": "compiled", "case": case} | modelled(compiled, device)
+            row = {"benchmark": "compiled", "case": case, "counter": counter()}
+            yield row | modelled(compiled, device)
+
+
+def counter() -> str:
+    """What tells one version of the counter from another."""
+    return hashlib.sha256((BENCHMARKS / "hlo.py").read_bytes()).hexdigest()[:12]
 
 
 def jobs(options: argparse.Namespace) -> Iterator[tuple[str, str, str, Work]]:

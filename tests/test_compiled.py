@@ -100,6 +100,26 @@ def test_the_table_shows_counts_and_what_did_not_compile() -> None:
     assert "no such thing" in text and "Modelled, not timed: h100 with 2.5 us" in text
 
 
+def test_a_call_goes_on_behind_the_programs_that_the_same_counter_has_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compiled, "revision", lambda checkout: "1234567")
+    monkeypatch.setattr(compiled, "compile_one", lambda *job: {"error": "compiled again"})
+    given = options("--program", "flow", "tokens", "sweep", "--cache", str(tmp_path))
+    flow, tokens, sweep = (
+        {"program": name, "device": device, "by": by, "runs": work["runs"]}
+        for device, name, by, work in compiled.jobs(given)
+    )
+    stored: list[dict[str, Any]] = [
+        {"case": flow, "counter": compiled.counter(), "update": 1},
+        {"case": tokens, "counter": compiled.counter(), "error": "killed"},
+        {"case": sweep, "counter": "of another day", "update": 1},
+    ]
+    found = list(compiled.rows(given, stored, Console(quiet=True)))
+    assert found[0] == stored[0]
+    assert [row["error"] for row in found[1:]] == ["compiled again"] * 2
+
+
 @pytest.mark.slow
 def test_parts_of_an_iteration_are_found_in_a_program_of_training(
     monkeypatch: pytest.MonkeyPatch,
