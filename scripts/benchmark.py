@@ -3,6 +3,7 @@
     python scripts/benchmark.py [NAME ...] [--quick] [--repeats N] [--out FILE]
     python scripts/benchmark.py revision --against CHECKOUT
     python scripts/benchmark.py metaworld_authors --authors-checkout DIR
+    python scripts/benchmark.py compiled [--device h100 v5e:16x16] [--peer rejax] [--cache DIR]
     python scripts/benchmark.py --table FILE
 
 Cases of one benchmark run in turn, over and over, so that what else the machine does hits all of
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ from gipo_jax.config import Config  # noqa: E402
 from gipo_jax.domains import control, tokens  # noqa: E402
 from gipo_jax.environments import envpool_env  # noqa: E402
 from gipo_jax.sweep import plan, program  # noqa: E402
-from scripts import peer_env  # noqa: E402
+from scripts import compiled, peer_env  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks"
@@ -96,6 +97,8 @@ class Context:
     console: Console
     against: Path | None = None
     authors: Path | None = None
+    compiled: argparse.Namespace = dataclasses.field(default_factory=argparse.Namespace)
+    stored: Sequence[Row] = ()
 
 
 # Timing
@@ -1113,15 +1116,23 @@ def bench_compile(context: Context) -> list[Row]:
     return rows
 
 
+def bench_compiled(context: Context) -> Iterator[Row]:
+    """Programs compiled for accelerators that need not be there, counted and not timed."""
+    return compiled.rows(context.compiled, context.stored, context.console)
+
+
 def _own_flags() -> dict[str, str]:
     return {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
 
 
-BENCHMARKS: dict[str, Callable[[Context], list[Row]]] = {
+BENCHMARKS: dict[str, Callable[[Context], Iterable[Row]]] = {
     name.removeprefix("bench_"): function
     for name, function in list(globals().items())
     if name.startswith("bench_")
 }
+
+ON_REQUEST = ("revision", "compiled")
+"""Benchmarks that run only where they are named."""
 
 
 # Results
@@ -1136,9 +1147,15 @@ def show(results: Mapping[str, Any], console: Console) -> None:
         f" jax {about['packages']['jax']}, revision {about['revision']}, load {results['load']}\n"
         f"{results['command']}"
     )
+    counted = [row for row in results["rows"] if row["benchmark"] == "compiled"]
+    if counted:
+        compiled.show(counted, console)
+    timed = [row for row in results["rows"] if row["benchmark"] != "compiled"]
+    if not timed:
+        return
     table = Table("benchmark", "case", "median", "range", "unit", "compile s", "more")
     last = None
-    for measured in results["rows"]:
+    for measured in timed:
         if last not in (None, measured["benchmark"]):
             table.add_section()
         last = measured["benchmark"]
@@ -1157,14 +1174,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all but revision"
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(BENCHMARKS)}; all but {', '.join(ON_REQUEST)}",
     )
     parser.add_argument("--quick", action="store_true", help="smaller work, fewer cases")
     parser.add_argument("--repeats", type=int, default=5, help="repeats of each case (5)")
     parser.add_argument(
         "--against", type=Path, metavar="CHECKOUT", help="other revision, for the case revision"
     )
-    parser.add_argument("--out", type=Path, help="JSON file (benchmarks/DATE-NAMES.json)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON file (benchmarks/DATE-NAMES.json); compiled goes on behind the programs in it",
+    )
     parser.add_argument("--table", type=Path, metavar="FILE", help="only draw stored results")
     parser.add_argument(
         "--authors-checkout",
@@ -1172,6 +1196,7 @@ def main() -> int:
         metavar="DIR",
         help="a checkout of github.com/distanceLu/GIPO, for metaworld_authors",
     )
+    compiled.add_options(parser)
     parser.add_argument("--worker", nargs=2, metavar=("KIND", "JSON"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -1192,7 +1217,9 @@ def main() -> int:
 
     if ("revision" in options.names) != (options.against is not None):
         parser.error("the case revision and --against CHECKOUT go together")
-    names = options.names or [name for name in BENCHMARKS if name != "revision"]
+    if "compiled" in options.names and (problem := compiled.misfit(options)):
+        parser.error(problem)
+    names = options.names or [name for name in BENCHMARKS if name not in ON_REQUEST]
     started = datetime.datetime.now(datetime.UTC)
     out = options.out or RESULTS / f"{started:%Y-%m-%d}-{'-'.join(options.names) or 'all'}.json"
     results: dict[str, Any] = {
@@ -1203,12 +1230,17 @@ def main() -> int:
         "load": [round(x, 2) for x in os.getloadavg()],
         "rows": [],
     }
-    context = Context(options.repeats, options.quick, console, options.against, authors)
+    # Compiled programs do not depend on when they are compiled, so that a call can go on.
+    stored = json.loads(out.read_text())["rows"] if out.exists() else []
+    context = Context(
+        options.repeats, options.quick, console, options.against, authors, options, stored
+    )
     for name in names:
         with console.status(name) if console.is_terminal else contextlib.nullcontext():
-            results["rows"] += BENCHMARKS[name](context)
-        # After each benchmark: a long call that is cut short keeps what it has.
-        out.write_text(json.dumps(results, indent=1) + "\n")
+            for measured in BENCHMARKS[name](context):
+                results["rows"].append(measured)
+                # A long call that is cut short keeps what it has.
+                out.write_text(json.dumps(results, indent=1) + "\n")
     show(results, console)
     console.print(f"stored in {os.path.relpath(out)}")
     return 0
