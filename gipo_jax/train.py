@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gipo_jax import buffer, diagnostics, domains, losses, signatures
-from gipo_jax.config import Config, HParams, check_sizes
+from gipo_jax.config import Config, HParams, check_sizes, stack
 from gipo_jax.domains import Batch, Domain
 from gipo_jax.learner import (
     LOG_STREAM,
@@ -48,6 +48,7 @@ __all__ = [
     "make_train",
     "open_env",
     "select",
+    "stack",
     "train_and_log",
     "train_step",
 ]
