@@ -96,7 +96,7 @@ class Control(Domain):
         transition = transition._replace(reward=transition.reward * hparams.reward_scale)
         rows = self._label(state, hparams, transition)
         if config.normalize_obs:
-            moments = normalizer.update(moments, transition.obs)
+            moments = normalizer.update(moments, _scaled(transition.obs))
         return Collected(rows, State(moments, envs), counted)
 
     def _label(self, state: TrainState, hparams: HParams, transition: rollouts.Transition) -> Row:
@@ -198,8 +198,7 @@ class Control(Domain):
 
     def _input(self, moments: Normalizer, obs: Array) -> Array:
         """Observations as the networks take them."""
-        scale = 255.0 if obs.dtype == jnp.uint8 else 1.0
-        obs = obs.astype(jnp.float32) / scale
+        obs = _scaled(obs)
         return normalizer.normalize(moments, obs) if self.config.normalize_obs else obs
 
     def _block(self) -> Row:
@@ -246,6 +245,12 @@ def check_hparams(config: Config, hparams: HParams) -> None:
     """Refuses traced settings that would do nothing. Raises ConfigError."""
     objective = objectives.spec(config.objective)
     check_applies(config, hparams, domain=CONTROL, objective=objective)
+
+
+def _scaled(obs: Array) -> Array:
+    """Observations as numbers, bytes from 0 to 1."""
+    scale = 255.0 if obs.dtype == jnp.uint8 else 1.0
+    return obs.astype(jnp.float32) / scale
 
 
 def _start_keys(key: Array) -> tuple[Array, Array]:
