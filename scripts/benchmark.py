@@ -1032,7 +1032,7 @@ def _acting(context: Context, name: str) -> list[Row]:
     network = networks.make(config, closed.obs_shape, head)
     params = network.init(jax.random.key(0))
     keys = jax.random.split(jax.random.key(1), 2)
-    env = environments.open_pools(closed, keys)
+    env = closed.open(keys)
     actions = jax.random.uniform(jax.random.key(2), (steps, 1, 4), minval=-1, maxval=1)
 
     def step(envs: rollout.EnvStates) -> tuple[rollout.EnvStates, Any]:
@@ -1074,7 +1074,7 @@ def _acting(context: Context, name: str) -> list[Row]:
         "EnvPool's NumPy loop": lambda: stopwatch(loop),
     }
     seconds = in_turn(list(cases.values()), context.repeats)
-    environments.close_pools(env)
+    env.close()
     rows = []
     for label, times in zip(cases, seconds, strict=True):
         rows.append(row("envpool", {"task": name, "by": label}, "env-steps/s", steps, times))

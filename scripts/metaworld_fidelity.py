@@ -83,7 +83,7 @@ def ours(python: Path, task: str, count: int, seed: int) -> dict[str, list[float
     """Returns of the expert, which answers from its own process, in ``count`` environments."""
     key = jax.random.key(seed)
     closed = environments.make(Config(env=envpool_name(task), num_envs=count))
-    env = environments.open_pools(closed, key[None])
+    env = closed.open(key[None])
     step = jax.jit(lambda state, action: env.step(key, state, action))
     obs, state = jax.jit(lambda: env.reset(key, count))()
     totals, solved = np.zeros(count), np.zeros(count, bool)
@@ -102,7 +102,7 @@ def ours(python: Path, task: str, count: int, seed: int) -> dict[str, list[float
             solved |= np.asarray(stepped.success)
             ended = bool(np.all(stepped.truncated))
         expert.stdin.close()
-    environments.close_pools(env)
+    env.close()
     return {"returns": totals.tolist(), "successes": solved.astype(float).tolist()}
 
 

@@ -79,6 +79,23 @@ def test_minatar_observations_are_zeros_and_ones(name: str) -> None:
     assert np.all(jax.jit(run, compiler_options=QUICK)(jax.random.key(0)))
 
 
+def test_floats_of_an_environment_of_ones_own_stay_whatever_its_name(
+    toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy, "name", "Own-MinAtar")
+    env = environments.make(Config(env=toy(limit=3, clock=True)))
+    assert env.obs_dtype == np.float32
+    assert [float(s.final_obs[0]) for s in run_out(env, 3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bool_])
+def test_bytes_of_a_space_stay_bytes(dtype: Any, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = spaces.Box(0, 255, (1,), dtype)
+    monkeypatch.setattr(toy, "observation_space", lambda self, params: space)
+    env = environments.make(Config(env=toy()))
+    assert env.obs_dtype == env.reset(jax.random.key(0), 2)[0].dtype == dtype
+
+
 def run_out(env: environments.Environment, steps: int) -> list[environments.Step]:
     one = environments.single(env)
     _, state = one.reset(jax.random.key(0))
@@ -121,6 +138,11 @@ def test_the_time_limit_may_be_set(toy: Any) -> None:
     assert env.max_episode_steps == 2
     assert flags(run_out(env, 3)) == [NEITHER, TRUNCATED, NEITHER]
     assert environments.make(Config(env="CartPole-v1")).max_episode_steps == 500
+
+
+def test_the_time_limit_may_be_set_where_gymnax_keeps_it_as_a_float() -> None:
+    env = environments.make(Config(env="BernoulliBandit-misc", max_episode_steps=2))
+    assert flags(run_out(env, 3)) == [NEITHER, TRUNCATED, NEITHER]
 
 
 @pytest.mark.parametrize("ends_at", [None, 3])

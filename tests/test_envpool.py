@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import gipo_jax
-from gipo_jax import cli, environments, networks, rollout, sweep, train
+from gipo_jax import agents, cli, environments, learner, networks, rollout, sweep, train
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.environments import envpool_env
 from gipo_jax.sweep import checkpoint, plan
@@ -33,16 +33,16 @@ Open = Callable[..., environments.Environment]
 
 @pytest.fixture
 def opened() -> Iterator[Open]:
-    """Opens pools, and closes them after the test."""
+    """Makes simulators, and ends them after the test."""
     made = []
 
-    def open_pools(config: Config, keys: jax.Array = KEY[None]) -> environments.Environment:
-        made.append(environments.open_pools(environments.make(config), keys))
+    def open_env(config: Config, keys: jax.Array = KEY[None]) -> environments.Environment:
+        made.append(environments.make(config).open(keys))
         return made[-1]
 
-    yield open_pools
+    yield open_env
     for env in made:
-        environments.close_pools(env)
+        env.close()
 
 
 def actions(env: environments.Environment, steps: int, seed: int = 0) -> np.ndarray:
@@ -83,7 +83,8 @@ class Alone:
 
     def step(self, action: np.ndarray) -> tuple[Any, ...]:
         """What an environment of ours should return: obs, reward, ends, final observation."""
-        obs, reward, terminated, truncated, _ = self.pool.step(action[None])
+        obs, reward, terminated, truncated, info = self.pool.step(action[None])
+        self.solved = bool(info["success"][0] > 0) if "success" in info else False
         final = now = self._read(obs)
         if terminated[0] or truncated[0]:
             obs, reset_reward, *_ = self.pool.step(action[None])
@@ -129,9 +130,9 @@ def test_steps_inside_the_program_equal_those_of_the_numpy_interface(
 
 def test_a_game_that_goes_on_after_a_lost_life_says_that_resuming_is_not_exact() -> None:
     env = environments.make(Config(env="Breakout-v5:episodic_life=true"))
-    gap = environments.resume_gap(env)
+    gap = env.resume_gap
     assert gap is not None and "goes on with its game" in gap
-    assert environments.resume_gap(environments.make(Config(env="Breakout-v5"))) is None
+    assert environments.make(Config(env="Breakout-v5")).resume_gap is None
 
 
 def test_a_meta_world_episode_is_cut_by_time_and_its_last_observation_is_kept(
@@ -230,7 +231,7 @@ def test_restored_environments_continue_bit_identically(
 ) -> None:
     config = Config(env=name, num_envs=2)
     env = opened(config)
-    assert environments.resume_gap(env) is None
+    assert env.resume_gap is None
     envs, collect = jax.jit(lambda: rollout.reset(env, KEY, 2))(), collector(env, length)
     for i in range(2):
         envs, _ = collect(envs, jax.random.key(i))
@@ -249,7 +250,7 @@ def test_an_environment_that_cannot_be_restored_says_so_and_begins_a_new_episode
 ) -> None:
     config = Config(env="LunarLander-v3", num_envs=2)
     env = opened(config)
-    gap = environments.resume_gap(env)
+    gap = env.resume_gap
     assert gap is not None and "LunarLander-v3" in gap and "\n" not in gap
     envs = jax.jit(lambda: rollout.reset(env, KEY, 2))()
     envs, _ = collector(env, 30)(envs, jax.random.key(0))
@@ -305,7 +306,7 @@ from gipo_jax import cli, sweep
 
 runs = sweep.expand(
     env="Hopper-v4", num_envs=2, rollout_length=30, batch_size=30, total_steps=60, num_logs=1,
-    buffer_size=120, hidden_sizes=(4,), seeds=5,
+    buffer_size=120, hidden_sizes=(4,), seeds=5, eval_episodes=2,
 )
 sweep.run(runs, sys.argv[1] + "/all", sweep.Options(devices=2, batch_mode="loop"))
 sweep.run(runs[3:], sys.argv[1] + "/last", sweep.Options(devices=1, batch_mode="loop", quiet=True))
@@ -338,13 +339,13 @@ def run(env, key):
     envs = rollout.reset(env, key, 2)
     return rollout.collect(env, head, lambda obs: outputs, envs, key, 60)[1].final_obs
 
-shared = environments.open_pools(closed, keys, devices=2)
+shared = closed.open(keys, devices=2)
 mesh = Mesh(np.asarray(jax.devices()), ("runs",), axis_types=(AxisType.Auto,))
 some = lambda keys: jax.lax.map(lambda key: run(shared, key), keys)
 side_by_side = jax.jit(jax.shard_map(
     some, mesh=mesh, in_specs=P("runs"), out_specs=P("runs"), check_vma=False))(keys)
 for key, found in zip(keys, side_by_side):
-    alone = environments.open_pools(closed, key[None])
+    alone = closed.open(key[None])
     assert np.array_equal(jax.jit(lambda: run(alone, key))(), found)
 print(len(jax.devices()), "devices")
 """
@@ -388,7 +389,7 @@ def test_devices_that_would_share_a_pool_are_refused_in_one_line(opened: Open) -
     with pytest.raises(
         ConfigError, match=r"^devices: 2 is not valid; .* number of runs, 3: [^\n]*$"
     ):
-        environments.open_pools(closed, keys, devices=2)
+        closed.open(keys, devices=2)
 
     env = opened(Config(env="Hopper-v4", num_envs=1))
     mesh = jax.sharding.AbstractMesh((2,), ("runs",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -412,11 +413,93 @@ def test_closed_pools_have_shapes_and_cannot_run() -> None:
         env.reset(KEY, 2)
 
 
-def test_evaluation_in_a_simulator_is_refused() -> None:
-    config = Config(env=BUTTON)
+def threads() -> int:
+    """Threads of this process, those of simulators included."""
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+# Hoppers fall one by one; DM Control observes a dict; Meta-World says when a task is solved; Atari
+# gives bytes, and its time limit comes before the end of the game.
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (Config(env="Hopper-v4", num_bins=5), {}),
+        (Config(env="WalkerWalk-v1", num_bins=5, max_episode_steps=20), {}),
+        (
+            Config(env="MetaWorld/Reach-v3", num_bins=5, max_episode_steps=60),
+            {"partially_observable": False},
+        ),
+        (Config(env="Breakout-v5", max_episode_steps=30), {}),
+    ],
+)
+def test_evaluation_equals_episodes_of_the_numpy_interface(
+    config: Config, options: dict[str, Any]
+) -> None:
+    closed, episodes = environments.make(config), 3
+    head = networks.make_head(config, closed)
+    if config.max_episode_steps is not None:
+        options = options | {"max_episode_steps": config.max_episode_steps}
+
+    def policy(obs: jax.Array) -> jax.Array:
+        flat = obs.reshape(len(obs), -1)[:, :7].astype(jnp.float32)
+        return jnp.sin(3 * jnp.resize(flat, (len(obs), head.num_tokens, head.output_width)))
+
+    evaluate = functools.partial(rollout.evaluate, closed, head, policy, episodes=episodes)
+    before = threads()
+    made = jax.jit(evaluate)(KEY)
+    assert threads() <= before + 2, "simulators end with their episodes"
+
+    # Each simulator alone, and actions drawn from the same random numbers.
+    key_reset, key_steps = jax.random.split(KEY)
+    seeds = np.asarray(jax.random.randint(key_reset, (2 * episodes,), 0, 2**31 - 1, jnp.int32))
+    alone = [Alone(config.env, seed, options) for seed in seeds.tolist()]
+    obs = np.stack([one.first for one in alone])
+    returns, lengths = np.zeros(2 * episodes), np.zeros(2 * episodes, int)
+    solved, running = np.zeros(2 * episodes, bool), np.ones(2 * episodes, bool)
+    for time in range(closed.max_episode_steps):
+        outputs = policy(jnp.asarray(obs))
+        key_noise, _ = jax.random.split(jax.random.fold_in(key_steps, time))
+        drawn = head.sample(outputs, head.noise(key_noise, (2 * episodes,)))
+        action = np.where(np.arange(6)[:, None] < episodes, head.mode(outputs), drawn)
+        taken = np.asarray(head.to_env(jnp.asarray(action)))
+        for i in np.flatnonzero(running):
+            _, reward, terminated, truncated, obs[i] = alone[i].step(taken[i])
+            returns[i] += reward
+            lengths[i] += 1
+            solved[i] |= alone[i].solved
+            running[i] = not (terminated or truncated)
+        if not running.any():
+            break
+    greedy, sampled = slice(0, episodes), slice(episodes, None)
+    np.testing.assert_allclose(made.greedy, returns[greedy].mean(), rtol=1e-5)
+    np.testing.assert_allclose(made.sampled, returns[sampled].mean(), rtol=1e-5)
+    if closed.reports_success:
+        assert made.solved_greedy == np.float32(solved[greedy].mean())
+        assert made.solved_sampled == np.float32(solved[sampled].mean())
+    else:
+        assert made.solved_greedy is None and made.solved_sampled is None
+    assert config.env != "Hopper-v4" or len(set(lengths)) > 2, "episodes of several lengths"
+
+
+# LunarLander cannot be put back into mid-episode; its evaluation is exact all the same.
+@pytest.mark.parametrize("name", ["LunarLander-v3", "Hopper-v4"])
+def test_an_evaluation_follows_from_its_key_alone(name: str) -> None:
+    config = Config(env=name)
     env = environments.make(config)
-    with pytest.raises(ConfigError, match=r"^eval_episodes: 10 is not valid; expected 0, because"):
-        rollout.evaluate(env, networks.make_head(config, env), lambda obs: obs, KEY, 10)
+    head = networks.make_head(config, env)
+
+    def policy(obs: jax.Array) -> jax.Array:
+        return jnp.sin(jnp.resize(obs, (len(obs), head.num_tokens, head.output_width)))
+
+    evaluate = jax.jit(functools.partial(rollout.evaluate, env, head, policy, episodes=2))
+    first, other, again = (evaluate(key)[:2] for key in (KEY, jax.random.key(8), KEY))
+    assert first == again and first != other
+
+
+def test_an_evaluation_under_vmap_is_refused_in_one_line() -> None:
+    env = environments.make(Config(env="Hopper-v4")).for_evaluation()
+    with pytest.raises(ConfigError, match=r"^env: 'Hopper-v4' .* needs lax.map"):
+        jax.eval_shape(jax.vmap(lambda key: env.reset(key, 1)), jax.random.split(KEY, 2))
 
 
 def test_programs_with_simulators_stay_out_of_the_compilation_cache(
@@ -435,7 +518,7 @@ def test_programs_with_simulators_stay_out_of_the_compilation_cache(
     try:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         compilation_cache.reset_cache()
-        with environments.uncached(env):
+        with environments.uncached():
             compile()
         assert not list(tmp_path.iterdir())
         compile()
@@ -485,32 +568,60 @@ def test_a_run_in_a_simulator_trains_inside_one_program() -> None:
     env = train.open_env(SMALL, [3, 4])
     runs, _ = train.grid(SMALL, seed=[3, 4], buffer_size=200)
     _, both = jax.jit(lambda runs: jax.lax.map(train.make_train(SMALL, env), runs))(runs)
-    environments.close_pools(env)
+    env.close()
     assert np.all(both["episodes"] > 0) and "eval_return" not in both
     env = train.open_env(SMALL, [4])
     _, alone = jax.jit(train.make_train(SMALL, env))(train.select(runs, 1))
-    environments.close_pools(env)
+    env.close()
     for name, values in alone.items():
         np.testing.assert_array_equal(values, both[name][1], err_msg=name)
 
 
-def test_evaluation_of_a_run_in_a_simulator_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^eval_episodes: 2 is not valid; expected 0, because"):
-        train.make(dataclasses.replace(SMALL, eval_episodes=2))
+def test_a_run_in_a_simulator_is_evaluated_on_fresh_episodes_that_do_not_disturb_it() -> None:
+    evaluated = dataclasses.replace(SMALL, eval_episodes=2)
+    runs, results = {}, {}
+    for config in (SMALL, evaluated):
+        env = train.open_env(config, [3])
+        hparams = train.make_hparams(config, seed=3, buffer_size=200)
+        runs[config], results[config] = jax.jit(train.make_train(config, env))(hparams)
+        env.close()
+    for name, values in results[SMALL].items():
+        np.testing.assert_array_equal(values, results[evaluated][name], err_msg=name)
+    measured = [results[evaluated][name] for name in ("eval_return", "eval_return_sampled")]
+    assert {*results[evaluated]} - {*results[SMALL]} == {"eval_return", "eval_return_sampled"}
+    assert len({float(x) for values in measured for x in values}) == 4, "fresh at each point"
+
+    # The trained agent plays the last point's episodes again, without simulators made beforehand.
+    state = runs[evaluated]
+    last = evaluated.num_iterations - 1
+    key = jax.random.fold_in(jax.random.fold_in(state.key, learner.LOG_STREAM), last)
+    agent = agents.agent(evaluated, hparams, state)
+    again = agent.evaluate(jax.random.split(key)[0], 2)
+    np.testing.assert_allclose(again, [values[-1] for values in measured], rtol=1e-5)
+
+
+def test_simulators_of_an_evaluation_count_in_the_memory_plan() -> None:
+    hparams = train.make_hparams(SMALL, buffer_size=200)
+    few, more = (
+        plan.measure(train.make(dataclasses.replace(SMALL, eval_episodes=n)), hparams)
+        for n in (0, 32)
+    )
+    assert more.work - few.work == 64 * plan.SIMULATOR_BYTES and more.state == few.state
 
 
 @pytest.mark.slow
 def test_the_success_rate_of_meta_world_is_reported(quick_compilation_of_a_test: None) -> None:
     config = dataclasses.replace(
         SMALL, env=BUTTON, num_envs=1, rollout_length=500, batch_size=500, total_steps=1000,
-        max_buffer_size=500, hidden_sizes=(4,),
+        max_buffer_size=500, hidden_sizes=(4,), eval_episodes=1,
     )  # fmt: skip
     env = train.open_env(config, [0])
     hparams = train.make_hparams(config, buffer_size=500)
     _, metrics = jax.jit(train.make_train(config, env))(hparams)
-    environments.close_pools(env)
+    env.close()
     assert np.array_equal(metrics["episodes"], [1, 1])
-    assert np.all((metrics["success_rate"] == 0) | (metrics["success_rate"] == 1))
+    for name in ("success_rate", "eval_success", "eval_success_sampled"):
+        assert np.all((metrics[name] == 0) | (metrics[name] == 1)), name
 
 
 # ------------------------------------------------------------------ sweeps
@@ -523,7 +634,7 @@ class StopError(Exception):
 def swept() -> list[sweep.Run]:
     return sweep.expand(
         env="Hopper-v4", num_envs=2, rollout_length=30, batch_size=30, total_steps=300, num_logs=5,
-        buffer_size=120, hidden_sizes=(4,), seeds=2,
+        buffer_size=120, hidden_sizes=(4,), seeds=2, eval_episodes=2,
     )  # fmt: skip
 
 
@@ -551,7 +662,7 @@ def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
     for table in ("runs.csv", "metrics.csv"):
         whole, resumed = ((tmp_path / x / table).read_bytes() for x in ("whole", "stopped"))
         assert whole == resumed, table
-    assert b"success_rate" not in whole
+    assert b"eval_return_sampled" in whole and b"success" not in whole
 
 
 @pytest.mark.slow
@@ -614,7 +725,6 @@ def test_drawing_an_episode_without_opengl_or_of_another_task_ends_in_one_line(
         (["--env", "MetaWorld/ButtonPres-v3"], ["env", "MetaWorld/ButtonPress-v3"]),
         (["--env", BUTTON, "--batch-mode", "vmap"], ["batch_mode", "map or loop", BUTTON]),
         (["--env", BUTTON, "--batch-mode", "map", "--map-lanes", "2"], ["map_lanes: 2", BUTTON]),
-        (["--env", BUTTON, "--eval-episodes", "3"], ["eval_episodes: 3", "0"]),
         (["--env", BUTTON, "--protocol", "gipo-meta"], ["protocol", "gipo-metaworld"]),
         (["--env", BUTTON, "--ratio-level", "prefix_min"], ["ratio_level", "no order"]),
         (["--env", BUTTON, "--devices", "999"], ["devices: 999", "at most"]),

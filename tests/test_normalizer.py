@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gymnax.environments import spaces
 
 from gipo_jax import normalizer, train
 from gipo_jax.config import Config
@@ -113,3 +114,21 @@ def test_the_second_iteration_sees_nearly_the_observations_of_the_first(drift: n
 def test_normalisation_never_looks_like_staleness_later_on(drift: np.ndarray) -> None:
     assert drift.max() < 0.15
     assert drift[-10:].max() < 0.03
+
+
+def test_moments_of_bytes_are_of_the_numbers_from_0_to_1_that_networks_see(
+    toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = spaces.Box(0, 255, (1,), jnp.uint8)
+    monkeypatch.setattr(toy, "observation_space", lambda self, params: space)
+    config = Config(
+        env=toy(limit=250, clock=True), normalize_obs=True, num_envs=4, rollout_length=125,
+        batch_size=32, max_buffer_size=1000, total_steps=1000, eval_episodes=0, num_logs=1,
+    )  # fmt: skip
+    state, _ = jax.jit(train.make_train(config))(train.make_hparams(config, buffer_size=1000))
+    # Every environment has shown 0 to 249 once.
+    shown = np.arange(250) / 255
+    moments = state.domain_state.normalizer
+    assert moments.total == 1000 and state.domain_state.envs.obs.dtype == jnp.uint8
+    np.testing.assert_allclose(moments.mean, [shown.mean()], rtol=1e-5)
+    np.testing.assert_allclose(moments.squares / 1000, [shown.var()], rtol=1e-4)

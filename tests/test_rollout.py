@@ -70,7 +70,7 @@ def test_evaluate_greedy_and_sampled(toy: Any) -> None:
             outputs = jnp.tile(jnp.array([0.0, logit]), (80, 1, 1))
             return rollout.evaluate(env, head, lambda obs: outputs, key, 40)
 
-        return [float(x) for x in jax.jit(evaluate)(jax.random.key(0))]
+        return [float(x) for x in jax.jit(evaluate)(jax.random.key(0))[:2]]
 
     probability = 1 / (1 + np.exp(-0.5))
     greedy, sampled = constant(0.5)
@@ -97,7 +97,7 @@ def test_evaluation_stops_with_the_episode(toy: Any) -> None:
         next(steps)
         return jnp.tile(jnp.array([0.1, 0.0]), (obs.shape[0], 1, 1))
 
-    greedy, sampled = rollout.evaluate(quits, head, outputs, jax.random.key(0), 200)
+    greedy, sampled, *_ = rollout.evaluate(quits, head, outputs, jax.random.key(0), 200)
     # Traced once, so that a loop and not an unrolled program runs the episodes.
     assert next(steps) <= 2
     assert greedy == 6
@@ -105,3 +105,19 @@ def test_evaluation_stops_with_the_episode(toy: Any) -> None:
     p = 1 / (1 + np.exp(-0.1))
     expected = sum(p**k for k in range(6))
     assert abs(sampled - expected) < 0.4
+
+
+def test_an_evaluation_counts_what_an_episode_solved_and_not_the_one_after_it(toy: Any) -> None:
+    env, head = parts(toy(limit=4, clock=True))
+
+    def one_step(key: jax.Array, state: Any, action: jax.Array) -> Any:
+        taken = env.step(key, state, action)
+        # The first environment's second step solves; the second one's episode ends before that.
+        quits = jnp.arange(4) == 1
+        solved = (taken.final_obs[:, 0] == 2) & (jnp.arange(4) < 2)
+        return taken._replace(terminated=taken.terminated | quits, success=solved)
+
+    solves = env._replace(step=one_step, reports_success=True)
+    outputs = jnp.zeros((4, 1, 2))
+    made = rollout.evaluate(solves, head, lambda obs: outputs, jax.random.key(0), 2)
+    assert made.solved_greedy == 0.5 and made.solved_sampled == 0

@@ -25,7 +25,10 @@ from gipo_jax.learner import INIT_STREAM, Metrics, TrainState, run_key
 from gipo_jax.normalizer import Normalizer
 
 EVAL_EPISODES = 10
-"""Episodes of an evaluation, greedy and sampled each, unless the configuration says how many."""
+"""Episodes of an evaluation, greedy and sampled each, unless the configuration says how many.
+
+Where they are simulated outside JAX there are none, since they cost as much as training does.
+"""
 
 
 class State(NamedTuple):
@@ -65,7 +68,8 @@ class Control(Domain):
     ordered = False
 
     def __init__(self, config: Config, env: environments.Environment) -> None:
-        self.config, self.env, self.host = config, env, env.host
+        self.config, self.env = config, env
+        self.host, self.resume_gap = env.host, env.resume_gap
         self.head = networks.make_head(config, env)
         self.network = networks.make(config, env.obs_shape, self.head)
         self.objective = objectives.spec(config.objective)
@@ -82,6 +86,18 @@ class Control(Domain):
         envs = rollouts.reset(self.env, key_envs, self.config.num_envs)
         return self.network.init(key_params), State(normalizer.init(self.env.obs_shape), envs)
 
+    def open(self, seeds: Iterable[int], devices: int = 1) -> Domain:
+        if not self.host:
+            return self
+        return make(self.config, open_env(self.config, seeds, devices))
+
+    def close(self) -> None:
+        self.env.close()
+
+    def restore(self, state: TrainState) -> tuple[TrainState, int]:
+        envs, begun = rollouts.restore(self.env, state.domain_state.envs)
+        return state._replace(domain_state=state.domain_state._replace(envs=envs)), begun
+
     def collect(self, state: TrainState, hparams: HParams, key: Array) -> Collected:
         config, (moments, envs_before) = self.config, state.domain_state
         policy = self._policy(self.acting(state))
@@ -96,7 +112,7 @@ class Control(Domain):
         transition = transition._replace(reward=transition.reward * hparams.reward_scale)
         rows = self._with_targets(state, hparams, transition)
         if config.normalize_obs:
-            moments = normalizer.update(moments, transition.obs)
+            moments = normalizer.update(moments, _scaled(transition.obs))
         return Collected(rows, State(moments, envs), counts)
 
     def _with_targets(
@@ -178,10 +194,9 @@ class Control(Domain):
         return {"params": state.learner.params, "normalizer": state.domain_state.normalizer}
 
     def evaluate(self, acting: Any, hparams: HParams, key: Array, episodes: int) -> Metrics:
-        greedy, sampled = rollouts.evaluate(
-            self.env, self.head, self._policy(acting), key, episodes
-        )
-        return {"eval_return": greedy, "eval_return_sampled": sampled}
+        made = rollouts.evaluate(self.env, self.head, self._policy(acting), key, episodes)
+        names = ("eval_return", "eval_return_sampled", "eval_success", "eval_success_sampled")
+        return {name: x for name, x in zip(names, made, strict=True) if x is not None}
 
     def choose_action(
         self, acting: Any, hparams: HParams, obs: Array, key: Array | None = None
@@ -205,8 +220,7 @@ class Control(Domain):
 
     def _input(self, moments: Normalizer, obs: Array) -> Array:
         """Observations as the networks take them."""
-        scale = 255.0 if obs.dtype == jnp.uint8 else 1.0
-        obs = obs.astype(jnp.float32) / scale
+        obs = _scaled(obs)
         return normalizer.normalize(moments, obs) if self.config.normalize_obs else obs
 
     def _block(self) -> Row:
@@ -232,9 +246,6 @@ def make(config: Config, env: environments.Environment | None = None) -> Control
     objective = objectives.spec(config.objective)
     check_applies(config, domain=CONTROL, objective=objective)
     env = environments.make(config) if env is None else env
-    if env.host and config.eval_episodes:
-        valid = f"0, because {env.name} is simulated outside JAX: its training episodes tell"
-        raise ConfigError("eval_episodes", config.eval_episodes, valid)
     signatures.check_single(objective)
     domain = Control(config, env)
     if objective.discrete_only and not domain.head.discrete:
@@ -255,6 +266,12 @@ def check_hparams(config: Config, hparams: HParams) -> None:
     check_applies(config, hparams, domain=CONTROL, objective=objective)
 
 
+def _scaled(obs: Array) -> Array:
+    """Observations as numbers, bytes from 0 to 1."""
+    scale = 255.0 if obs.dtype == jnp.uint8 else 1.0
+    return obs.astype(jnp.float32) / scale
+
+
 def _start_keys(key: Array) -> tuple[Array, Array]:
     """Keys of a run's parameters and environments, from the run's own."""
     key_params, key_envs = jax.random.split(jax.random.fold_in(key, INIT_STREAM))
@@ -262,7 +279,7 @@ def _start_keys(key: Array) -> tuple[Array, Array]:
 
 
 def open_env(config: Config, seeds: Iterable[int], devices: int = 1) -> environments.Environment:
-    """The environment of some runs, with its simulators made; see ``environments.open_pools``.
+    """The environment of some runs, with its simulators made; see ``Environment.open``.
 
     Args:
         config: static settings.
@@ -270,4 +287,4 @@ def open_env(config: Config, seeds: Iterable[int], devices: int = 1) -> environm
         devices: devices that share the runs evenly, in order.
     """
     keys = jnp.stack([_start_keys(run_key(seed))[1] for seed in seeds])
-    return environments.open_pools(environments.make(config), keys, devices)
+    return environments.make(config).open(keys, devices)

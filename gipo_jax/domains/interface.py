@@ -1,6 +1,7 @@
 """What the loop asks of a domain: where data comes from, and what a policy says of it."""
 
 import abc
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -85,6 +86,7 @@ class Domain(abc.ABC):
         eval_episodes: episodes of an evaluation, 0 for none.
         activations: about how many numbers an update keeps for each sample, to plan memory.
         host: whether its environments are simulated outside JAX, and so cannot be vmapped.
+        resume_gap: why a stopped run would not go on exactly; None where it does.
         gather_once: whether all batches of an iteration are small enough to gather at once.
         ordered: whether tokens have an order, and so a ``position``.
         own_totals: names that it adds to ``TrainState.totals``.
@@ -99,6 +101,7 @@ class Domain(abc.ABC):
     eval_episodes: int
     activations: int
     host = False
+    resume_gap: str | None = None
     gather_once = True
     ordered = True
     own_totals: tuple[str, ...] = ()
@@ -106,6 +109,22 @@ class Domain(abc.ABC):
     @abc.abstractmethod
     def init(self, hparams: HParams, key: Array) -> tuple[Any, Any]:
         """First parameters, ``{"policy": ...}`` and ``"value"``, and first state of the domain."""
+
+    def open(self, seeds: Iterable[int], devices: int = 1) -> "Domain":
+        """The domain with the simulators of runs of these seeds made, each as often as there are
+        such runs, for devices that share them evenly; without simulators the domain itself."""
+        return self
+
+    def close(self) -> None:  # noqa: B027
+        """Ends the simulators of ``open``; programs compiled with them must not run again."""
+
+    def restore(self, state: TrainState) -> tuple[TrainState, int]:
+        """Brings simulators to stored states of their runs, arrays ``[runs, ...]`` on the host.
+
+        Returns:
+            states to go on from, and how many environments had to begin a new episode.
+        """
+        return state, 0
 
     @abc.abstractmethod
     def collect(self, state: TrainState, hparams: HParams, key: Array) -> Collected:

@@ -4,7 +4,7 @@ EnvPool gives XLA two foreign functions, one that hands actions to a pool of sim
 takes results from it, so that acting stays a ``lax.scan`` without a callback. What follows from it:
 
 - A pool belongs to a compiled program, which holds its address. It is made before the program is
-  (``environments.open_pools``) and lives until ``environments.close_pools``.
+  (``Environment.open``) and lives until ``Environment.close``.
 - A pool's random numbers are seeded when it is made, one seed for each environment, derived from
   the key that ``reset`` is later called with. ``reset`` looks up the environments made for its key.
 - The calls change the pool, so they must happen in order: each passes on a token that the next one
@@ -13,9 +13,15 @@ takes results from it, so that acting stays a ``lax.scan`` without a callback. W
 EnvPool resets an environment in the step after the one that ended its episode. Here ``step`` makes
 that extra step itself, so every environment keeps the contract of the interface: ``final_obs`` is
 where the episode ended, ``obs`` is the next one's first, and no reward of a reset is seen.
+
+Evaluation has simulators of its own, made anew at each logged point and ended with their one
+episode (``Environment.for_evaluation``). Their seeds follow from the run's key and the point, so a
+resumed run repeats them to the bit without a word of them in a checkpoint. They are stepped all at
+once by a callback, which costs little beside as many steps.
 """
 
 import functools
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -106,8 +112,8 @@ class Task(NamedTuple):
     Attributes:
         name: EnvPool's, with the options that were given.
         options: for ``envpool.make``, which takes ``base_name(name)``.
-        encode: leaves of an observation, ``[1, ...]`` each, and the module that computes with them
-            (``numpy`` or ``jax.numpy``) to an array ``[*obs_shape]``.
+        encode: leaves of observations, ``[n, ...]`` each, and the module that computes with them
+            (``numpy`` or ``jax.numpy``) to an array ``[n, *obs_shape]``.
         action_dtype: type that EnvPool takes.
         resume_gap: why a stopped run does not go on exactly, or None.
     """
@@ -248,16 +254,20 @@ def _observations(
     single = np.dtype(np.float32)
     if isinstance(space, spaces.Discrete):
         n = int(space.n)
-        return lambda leaves, xp: (xp.arange(n) == leaves[0][0]).astype(single), (n,), single
+
+        def one_hot(leaves: Sequence[Any], xp: Any) -> Any:
+            return (leaves[0].reshape(-1, 1) == xp.arange(n)).astype(single)
+
+        return one_hot, (n,), single
     if isinstance(space, spaces.Box):
         if space.dtype != np.uint8:
-            return lambda leaves, xp: leaves[0][0].astype(single), tuple(space.shape), single
+            return lambda leaves, xp: leaves[0].astype(single), tuple(space.shape), single
         if len(space.shape) == 3 and space.shape[0] < space.shape[-1]:
             # Frames come as channels, height, width; convolutions here take channels last.
             channels, height, width = space.shape
             moved = (height, width, channels)
-            return lambda leaves, xp: leaves[0][0].transpose(1, 2, 0), moved, np.dtype(np.uint8)
-        return lambda leaves, xp: leaves[0][0], tuple(space.shape), np.dtype(np.uint8)
+            return lambda leaves, xp: leaves[0].transpose(0, 2, 3, 1), moved, np.dtype(np.uint8)
+        return lambda leaves, xp: leaves[0], tuple(space.shape), np.dtype(np.uint8)
     boxes = (
         jax.tree.leaves(_boxes(space), is_leaf=lambda x: not isinstance(x, dict))
         if isinstance(space, spaces.Dict)
@@ -270,7 +280,7 @@ def _observations(
         raise ConfigError("env", name, f"{valid}, not {space}")
 
     def concatenate(leaves: Sequence[Any], xp: Any) -> Any:
-        return xp.concatenate([x[0].ravel().astype(single) for x in leaves])
+        return xp.concatenate([x.reshape(len(x), -1).astype(single) for x in leaves], axis=-1)
 
     return concatenate, (sum(int(np.prod(box.shape)) for box in boxes),), single
 
@@ -279,6 +289,21 @@ def _boxes(space: Any) -> Any:
     """A Dict space as a dict, nested likewise."""
     spaces = getattr(space, "spaces", None)
     return {k: _boxes(v) for k, v in spaces.items()} if isinstance(spaces, dict) else space
+
+
+def _make_pool(task: Task, seeds: np.ndarray, threads: int, **settings: int) -> Any:
+    """An EnvPool of simulators with these seeds, and threads that simulate."""
+    import envpool
+
+    return envpool.make(
+        base_name(task.name),
+        env_type="gymnasium",
+        num_envs=seeds.size,
+        num_threads=max(1, min(seeds.size, threads)),
+        seed=seeds.ravel().tolist(),
+        **settings,
+        **task.options,
+    )
 
 
 class _Pool:
@@ -295,18 +320,8 @@ class _Pool:
             seeds: ``[runs, envs]`` int32.
             threads: that simulate.
         """
-        import envpool
-
         self._task = task
-        self._pool: Any = envpool.make(
-            base_name(task.name),
-            env_type="gymnasium",
-            num_envs=seeds.size,
-            batch_size=1,
-            num_threads=threads,
-            seed=seeds.ravel().tolist(),
-            **task.options,
-        )
+        self._pool = _make_pool(task, seeds, threads, batch_size=1)
         # The foreign functions take and give what EnvPool says only where double precision exists:
         # without it they are declared single, and doubles overflow the buffers.
         with jax.enable_x64(True):
@@ -331,7 +346,7 @@ class _Pool:
             token, (obs, reward, terminated, truncated, info) = self._recv(token[0])
             return token[None], _Result(
                 id=info["env_id"][0],
-                obs=self._task.encode(jax.tree.leaves(obs), jnp),
+                obs=self._task.encode(jax.tree.leaves(obs), jnp)[0],
                 reward=reward[0].astype(jnp.float32),
                 terminated=terminated[0],
                 truncated=truncated[0],
@@ -345,19 +360,19 @@ class _Pool:
                 del self._free[index]
                 return ids
         raise PoolError(
-            f"no environment of {self._task.name} is left for this run; open_pools makes one for"
-            " each key, and each starts once"
+            f"no environment of {self._task.name} is left for this run; open makes one for each"
+            " key, and each starts once"
         )
 
     def reset(self, id: int) -> np.ndarray:
         """Resets an environment and gives its observation ``[*obs_shape]``."""
         obs, _ = self._pool.reset(np.array([id], np.int32))
-        return self._task.encode(jax.tree.leaves(obs), np)
+        return self._task.encode(jax.tree.leaves(obs), np)[0]
 
     def step(self, id: int, action: np.ndarray) -> np.ndarray:
         """Steps an environment and gives its observation ``[*obs_shape]``."""
         obs = self._pool.step(action[None], np.array([id], np.int32))[0]
-        return self._task.encode(jax.tree.leaves(obs), np)
+        return self._task.encode(jax.tree.leaves(obs), np)[0]
 
 
 # Programs know pools by their addresses alone, so something else must keep them alive.
@@ -375,7 +390,7 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
         except NameError:  # no mesh
             devices = 1
         if pools and devices != len(pools):
-            valid = f"{len(pools)}, for which open_pools made pools; two would mix in one"
+            valid = f"{len(pools)}, for which open made pools; two would mix in one"
             raise ConfigError("devices", devices, valid)
         return jax.lax.axis_index(axis) if len(pools) > 1 else jnp.int32(0)
 
@@ -391,18 +406,11 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
     def recv(token: Array) -> tuple[Array, _Result]:
         return on_device(_Pool.recv, token)
 
-    @jax.custom_batching.custom_vmap
-    def unbatched(ids: Array) -> Array:
-        return ids
-
-    @unbatched.def_vmap
-    def refuse(*_: Any) -> Any:
-        valid = "an environment in pure JAX under vmap; this one needs lax.map (map or loop)"
-        raise ConfigError("env", task.name, valid)
+    unbatched = _unbatched(task)
 
     def start(device: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not pools:
-            raise PoolError(f"{task.name} has no pools; environments.open_pools makes them")
+            raise PoolError(f"{task.name} has no pools; Environment.open makes them")
         pool = pools[int(device)]
         ids = pool.claim(np.asarray(seeds))
         return ids, np.stack([pool.reset(id) for id in ids.tolist()])
@@ -491,17 +499,17 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
         success = flag if task.reports_success else None
         return Step(state, obs, reward, flag, flag, obs, success)
 
-    def open_pools(keys: Array, devices: int, axis: str) -> Environment:
+    def open(keys: Array, devices: int, axis: str) -> Environment:
         if len(keys) % devices:
             valid = f"a divisor of the number of runs, {len(keys)}: each device has a pool for some"
             raise ConfigError("devices", devices, valid)
         seeds = np.asarray(jax.vmap(lambda key: _seeds(key, num_envs))(keys))
-        threads = max(1, min(num_envs, runtime.available_cores() // devices))
+        threads = min(num_envs, runtime.available_cores() // devices)
         made = tuple(_Pool(task, part, threads) for part in np.split(seeds, devices))
         _open_pools[id(made)] = made
         return _environment(task, config, made, axis)
 
-    def close_pools() -> None:
+    def close() -> None:
         _open_pools.pop(id(pools), None)
         for pool in pools:
             pool.close()
@@ -512,10 +520,94 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
                  for run in range(runs)]  # fmt: skip
         return jax.tree.map(lambda *x: np.stack(x), *parts)
 
-    return Environment(
-        name=task.name,
+    return _spaces(
+        task,
         reset=reset,
         step=step if pools else closed_step,
+        simulator=Simulator(
+            open=open,
+            close=close,
+            restore=restore,
+            for_evaluation=lambda: _for_evaluation(task, max(len(pools), 1)),
+            resume_gap=task.resume_gap,
+        ),
+    )
+
+
+class _Episodes:
+    """Simulators that play one episode each, all of them stepped at once from the host."""
+
+    def __init__(self, task: Task, seeds: np.ndarray, threads: int) -> None:
+        self._task, self._pool = task, _make_pool(task, seeds, threads)
+        self.running, self._steps = np.ones(seeds.size, bool), 0
+        self.obs = task.encode(jax.tree.leaves(self._pool.reset()[0]), np)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Steps those in mid-episode: obs, reward, terminated, truncated and success ``[n, ...]``.
+
+        The others keep their last observation; all else of theirs is zero.
+        """
+        ids = np.flatnonzero(self.running).astype(np.int32)
+        obs, reward, terminated, truncated, info = self._pool.step(action[ids], ids)
+        ids = info["env_id"]
+        self.obs[ids] = self._task.encode(jax.tree.leaves(obs), np)
+        self._steps += 1
+        in_time = self._steps < self._task.max_episode_steps
+        self.running[ids] = ~(terminated | truncated) & in_time
+        made = [np.zeros(len(self.running), t) for t in (np.float32, bool, bool, bool)]
+        success = info["success"] > 0 if self._task.reports_success else False
+        for row, value in zip(made, (reward, terminated, truncated, success), strict=True):
+            row[ids] = value
+        return self.obs.copy(), *made
+
+
+def _for_evaluation(task: Task, devices: int) -> Environment:
+    """Simulators made at each ``reset``, for one episode; see ``Environment.for_evaluation``."""
+    playing: dict[int, _Episodes] = {}
+    numbers = itertools.count()
+    threads = runtime.available_cores() // devices
+    unbatched = _unbatched(task)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def like(*shape: int, dtype: Any = jnp.bool_) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def start(seeds: Any) -> tuple[np.int32, np.ndarray]:
+        this = next(numbers)
+        playing[this] = _Episodes(task, np.asarray(seeds), threads)
+        return np.int32(this), playing[this].obs
+
+    def advance(this: Any, action: Any) -> tuple[Any, ...]:
+        episodes = playing[int(this)]
+        made = episodes.step(np.asarray(action))
+        if not episodes.running.any():
+            del playing[int(this)]
+        return this, *made
+
+    def reset(key: Array, num: int) -> tuple[Array, Array]:
+        first = like(num, *task.obs_shape, dtype=task.obs_dtype)
+        this, obs = io_callback(start, (number, first), unbatched(_seeds(key, num)))
+        return obs, this
+
+    def step(keys: Array, state: Array, action: Array) -> Step:
+        del keys  # the simulators have random numbers of their own
+        num = len(action)
+        obs_like = like(num, *task.obs_shape, dtype=task.obs_dtype)
+        shapes = (number, obs_like, like(num, dtype=jnp.float32), *[like(num)] * 3)
+        # The number of the simulators goes from call to call, so that these stay in order.
+        state, obs, reward, terminated, truncated, success = io_callback(
+            advance, shapes, unbatched(state), action
+        )
+        success = success if task.reports_success else None
+        return Step(state, obs, reward, terminated, truncated, obs, success)
+
+    return _spaces(task, reset=reset, step=step)
+
+
+def _spaces(task: Task, **functions: Any) -> Environment:
+    """An environment with the spaces of a task."""
+    return Environment(
+        name=task.name,
         obs_shape=task.obs_shape,
         obs_dtype=task.obs_dtype,
         action_shape=task.action_shape,
@@ -524,19 +616,29 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
         action_high=task.action_high,
         max_episode_steps=task.max_episode_steps,
         reports_success=task.reports_success,
-        simulator=Simulator(
-            open_pools=open_pools,
-            close_pools=close_pools,
-            restore=restore,
-            resume_gap=task.resume_gap,
-        ),
+        **functions,
     )
+
+
+def _unbatched(task: Task) -> Callable[[Array], Array]:
+    """The identity, which refuses ``vmap``."""
+
+    @jax.custom_batching.custom_vmap
+    def unbatched(x: Array) -> Array:
+        return x
+
+    @unbatched.def_vmap
+    def refuse(*_: Any) -> Any:
+        valid = "an environment in pure JAX under vmap; this one needs lax.map (map or loop)"
+        raise ConfigError("env", task.name, valid)
+
+    return unbatched
 
 
 def _restore_run(
     pool: _Pool, state: PoolState, obs: np.ndarray, run: int
 ) -> tuple[PoolState, np.ndarray, np.ndarray]:
-    """Brings a run's environments to where they were; see ``environments.restore``."""
+    """Brings a run's environments to where they were; see ``Environment.restore``."""
     stored: Any = jax.tree.map(lambda x: np.asarray(x[run]), state)
     ids = pool.claim(stored.seeds)
     resets, elapsed = stored.resets.copy(), stored.elapsed.copy()

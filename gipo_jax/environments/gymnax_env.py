@@ -19,10 +19,12 @@ def make(config: Config) -> Environment:
     env, params = _load(config.env)
     name = config.env if isinstance(config.env, str) else env.name
     if config.max_episode_steps is not None:
-        params = params.replace(max_steps_in_episode=config.max_episode_steps)
+        # BernoulliBandit's is a float, and its spaces do not take another type.
+        kind = float if isinstance(params.max_steps_in_episode, float) else int
+        params = params.replace(max_steps_in_episode=kind(config.max_episode_steps))
 
     obs_space, action_space = env.observation_space(params), env.action_space(params)
-    encode, obs_shape, obs_dtype = _observations(name, obs_space)
+    encode, obs_shape, obs_dtype = _observations(name, obs_space, type(env).__module__)
     num_actions, low, high = _actions(name, action_space)
 
     def reset_one(key: Array) -> tuple[Array, Any]:
@@ -69,7 +71,7 @@ def _load(env: Any) -> tuple[Any, Any]:
 
 
 def _observations(
-    name: str, space: Any
+    name: str, space: Any, module: str
 ) -> tuple[Callable[[Array], Array], tuple[int, ...], np.dtype]:
     """How to encode an observation, and the shape and type it then has."""
     if isinstance(space, spaces.Discrete):
@@ -77,8 +79,12 @@ def _observations(
     if not isinstance(space, spaces.Box):
         valid = "an environment with Box or Discrete observations"
         raise ConfigError("env", name, f"{valid}, not {type(space).__name__}")
-    # MinAtar's planes are zeros and ones: a byte each in replay instead of four.
-    dtype = np.dtype(np.bool_ if name.endswith("-MinAtar") else np.float32)
+    # A byte each in replay instead of four, for gymnax's MinAtar too: zeros and ones as floats.
+    dtype = np.dtype(space.dtype)
+    if module.startswith("gymnax.environments.minatar."):
+        dtype = np.dtype(np.bool_)
+    elif dtype not in (np.bool_, np.uint8):
+        dtype = np.dtype(np.float32)
     return lambda obs: jnp.asarray(obs, dtype), tuple(space.shape), dtype
 
 

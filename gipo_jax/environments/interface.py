@@ -46,6 +46,8 @@ class Environment(NamedTuple):
         max_episode_steps: time limit in steps.
         reports_success: whether ``Step.success`` is there.
         simulator: what an environment outside JAX needs besides; None for one that is pure JAX.
+
+    The methods know about simulators, so that callers need not ask: in pure JAX they do nothing.
     """
 
     name: str
@@ -63,23 +65,75 @@ class Environment(NamedTuple):
 
     @property
     def host(self) -> bool:
-        """Whether it is simulated outside JAX: no ``vmap`` over it, and ``open_pools`` first."""
+        """Whether it is simulated outside JAX: no ``vmap`` over it, and ``open`` first."""
         return self.simulator is not None
+
+    @property
+    def resume_gap(self) -> str | None:
+        """Why a stopped run would go on with new episodes and not exactly; None where exact."""
+        return None if self.simulator is None else self.simulator.resume_gap
+
+    def open(self, keys: Array, devices: int = 1, axis: str = "runs") -> "Environment":
+        """Makes its simulators, before a program with them is compiled.
+
+        Args:
+            keys: ``[runs]``, the keys that ``reset`` will be called with, each as often as it is
+                here.
+            devices: devices that share the runs evenly, in order. Each has simulators of its own.
+            axis: with several devices, the mesh axis that ``jax.shard_map`` runs them along.
+
+        Returns:
+            the same environment, whose ``reset`` and ``step`` may be compiled. Every key starts
+            once: a second ``reset`` with it raises ``envpool_env.PoolError``, because a simulator
+            cannot go back to its first random numbers.
+
+        Raises:
+            ConfigError: the runs cannot be shared evenly. So does ``reset``, when it is traced on a
+                mesh of another number of devices.
+        """
+        return self if self.simulator is None else self.simulator.open(keys, devices, axis)
+
+    def close(self) -> None:
+        """Ends the simulators of ``open``; programs compiled with them must not run again."""
+        if self.simulator is not None:
+            self.simulator.close()
+
+    def restore(self, state: Any, obs: Any) -> tuple[Any, Any, np.ndarray]:
+        """Brings newly opened simulators to a stored state.
+
+        A simulator is reset as often as the stored one was and takes the actions of its current
+        episode again. Where that does not lead to the stored observation, bit for bit, it begins a
+        new episode.
+
+        Args:
+            state: stored states of the runs that ``open`` had the keys of, in order, arrays
+                ``[runs, ...]`` on the host.
+            obs: their observations, ``[runs, envs, *obs_shape]``.
+
+        Returns:
+            state and observations to go on from, and ``[runs, envs]`` bool: which began a new
+            episode.
+        """
+        if self.simulator is None:
+            return state, obs, np.zeros(np.shape(obs)[:2], bool)
+        return self.simulator.restore(state, obs)
+
+    def for_evaluation(self) -> "Environment":
+        """The environment to play one fresh episode in, at any time and without ``open``.
+
+        Outside JAX, each ``reset`` makes simulators whose random numbers follow from its key, and
+        they end with the last of their episodes.
+        """
+        return self if self.simulator is None else self.simulator.for_evaluation()
 
 
 class Simulator(NamedTuple):
-    """What an environment outside JAX needs besides; use the functions of ``environments``.
+    """What an environment outside JAX needs besides; see the methods of ``Environment``."""
 
-    Attributes:
-        open_pools: see ``environments.open_pools``.
-        close_pools: see ``environments.close_pools``.
-        restore: see ``environments.restore``.
-        resume_gap: see ``environments.resume_gap``.
-    """
-
-    open_pools: Callable[[Array, int, str], Environment]
-    close_pools: Callable[[], None]
+    open: Callable[[Array, int, str], Environment]
+    close: Callable[[], None]
     restore: Callable[[Any, Any], tuple[Any, Any, np.ndarray]]
+    for_evaluation: Callable[[], Environment]
     resume_gap: str | None
 
 

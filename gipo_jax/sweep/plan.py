@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gipo_jax import environments, train
+from gipo_jax import train
 from gipo_jax.config import ConfigError, HParams
 from gipo_jax.domains import Domain
 from gipo_jax.domains.tokens import selection
@@ -149,6 +149,7 @@ def measure(domain: Domain, hparams: HParams) -> Memory:
     other = size(state) - params - optimizer - replay
     if domain.host:
         other += config.num_envs * SIMULATOR_BYTES
+        work += 2 * domain.eval_episodes * SIMULATOR_BYTES
     return Memory(params, optimizer, replay, other, int(work))
 
 
@@ -361,7 +362,6 @@ def lines(group: Group, slices: Slices) -> list[str]:
     if len(slices.parts) > 1 and slices.layout.width > len(slices.layout.devices):
         width = len(slices.parts[0])
         text.append(f"  more than fits at once: {len(slices.parts)} slices of up to {width} runs")
-    gap = environments.resume_gap(group.domain.env) if group.domain.host else None
-    if gap is not None:
-        text.append(f"  --resume will go on with new episodes: {gap}")
+    if group.domain.resume_gap is not None:
+        text.append(f"  --resume will go on with new episodes: {group.domain.resume_gap}")
     return text

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gipo_jax import config, environments, rollout, train
+from gipo_jax import config, environments, train
 from gipo_jax.config import HParams
 from gipo_jax.domains import Domain
 from gipo_jax.learner import Metrics, TrainState
@@ -81,6 +81,7 @@ class Program:
     communication.
 
     Attributes:
+        domain: what is trained on.
         layout: how the runs are laid out.
         init_function: ``hparams -> state``, arrays ``[width, ...]``, and shapes of its argument.
         train_and_log_function: ``state, hparams, start, stop -> state, metrics``, likewise.
@@ -94,7 +95,7 @@ class Program:
     def __init__(self, domain: Domain, layout: Layout, example: HParams) -> None:
         """Traces the program for settings such as ``example``; errors in an objective come here."""
         self.layout = layout
-        self._simulated = domain.env if domain.host else None
+        self.domain = domain
         mesh = Mesh(np.asarray(layout.devices), ("runs",), axis_types=(AxisType.Auto,))
         self._sharding = NamedSharding(mesh, P("runs"))
         share = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
@@ -143,19 +144,13 @@ class Program:
 
     def compile(self) -> None:
         """Compiles both functions, once."""
-        simulated = self._simulated
-        with environments.uncached(simulated) if simulated else contextlib.nullcontext():
+        with environments.uncached() if self.domain.host else contextlib.nullcontext():
             self._init = self._init_traced.lower().compile()
             self._train_and_log = self._train_and_log_traced.lower().compile()
 
     @property
     def is_compiled(self) -> bool:
         return self._train_and_log is not None
-
-    @property
-    def simulated(self) -> bool:
-        """Whether environments are simulated outside JAX."""
-        return self._simulated is not None
 
     def place(self, hparams: Sequence[HParams]) -> HParams:
         """Settings of at most ``layout.width`` runs on the devices."""
@@ -182,9 +177,7 @@ class Program:
         if not isinstance(stored.diverged_at, jax.Array):
             last = np.minimum(np.arange(self.layout.width), runs - 1)
             stored = jax.tree.map(lambda x: x[last], stored)
-            if self._simulated is not None:
-                envs, self.new_episodes = rollout.restore(self._simulated, stored.domain_state.envs)
-                stored = stored._replace(domain_state=stored.domain_state._replace(envs=envs))
+            stored, self.new_episodes = self.domain.restore(stored)
             return self._copy(self._place(stored))
         if runs == self.layout.width:
             return self._copy(stored)

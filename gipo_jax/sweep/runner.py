@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gipo_jax import environments, train, user_files
+from gipo_jax import train, user_files
 from gipo_jax.config import ConfigError, check_fields
 from gipo_jax.sweep import checkpoint, cluster, grid, logs, plan, results
 from gipo_jax.sweep.folder import Folder
@@ -174,8 +174,8 @@ def _train_part(work: _Work, group: Group, program: Program, part: Part) -> None
 def _compiled(task: _Task, parts: Sequence[Sequence[int]], reporter: Reporter) -> Iterator[Program]:
     """The program of a task, compiled once; with simulators outside JAX, one for these parts."""
     group, layout, program = task.group, task.slices.layout, task.program
-    env = None
-    if group.domain.host:
+    domain = group.domain
+    if domain.host:
         seeds = []
         for runs in parts:
             own = [int(group.settings(run).seed) for run in runs]
@@ -183,9 +183,8 @@ def _compiled(task: _Task, parts: Sequence[Sequence[int]], reporter: Reporter) -
         # A device has the simulators of its share of every part.
         devices = len(layout.devices)
         by_device = np.reshape(seeds, (len(parts), devices, -1)).swapaxes(0, 1).ravel()
-        config = group.domain.config
-        env = train.open_env(config, by_device.tolist(), devices)
-        program = Program(train.make(config, env), layout, group.hparams[0])
+        domain = domain.open(by_device.tolist(), devices)
+        program = Program(domain, layout, group.hparams[0])
     try:
         if not program.is_compiled:
             reporter.say(f"{group.name}: compiling")
@@ -194,8 +193,7 @@ def _compiled(task: _Task, parts: Sequence[Sequence[int]], reporter: Reporter) -
             reporter.say(f"{group.name}: compiled in {time.monotonic() - began:.1f} s")
         yield program
     finally:
-        if env is not None:
-            environments.close_pools(env)
+        domain.close()
 
 
 def _prepare(
@@ -283,7 +281,7 @@ def _load_states(folder: Folder, tasks: Sequence[_Task]) -> None:
     for index, part in enumerate(folder.progress.started):
         program = programs[part.runs[0]]
         wide = len(part.runs) > program.layout.width
-        on_host = index > 0 or wide or program.simulated
+        on_host = index > 0 or wide or program.domain.host
         like.append(program.on_host(len(part.runs)) if on_host else program.state)
     folder.load_states(like)
 
