@@ -84,7 +84,9 @@ def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any
         if folder.suffix or run not in (members := json.loads((folder / "runs.json").read_text())):
             continue
         acting = jax.eval_shape(lambda: domain.acting(train.init(domain, hparams)))
-        like = checkpoint.stacked(acting, len(members))
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((len(members), *x.shape), x.dtype), acting
+        )
         stored = checkpoint.read_arrays(folder / checkpoint.ARRAYS, like)
         mine = jax.tree.map(operator.itemgetter(members.index(run)), stored)
         return _agent(domain, hparams, mine)

@@ -12,7 +12,7 @@ import pytest
 import gipo_jax
 from gipo_jax import sweep
 from gipo_jax.config import ConfigError
-from gipo_jax.sweep import logs, results
+from gipo_jax.sweep import report, results
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -94,8 +94,8 @@ def hang(event: threading.Event) -> None:
 def test_a_log_callback_that_hangs_holds_up_nothing() -> None:
     never = threading.Event()
     warned: list[str] = []
-    dispatcher = logs.Dispatcher([lambda rows: hang(never)], warned.append)
-    for _ in range(logs.WAITING + 5):
+    dispatcher = report.Dispatcher([lambda rows: hang(never)], warned.append)
+    for _ in range(report.WAITING + 5):
         dispatcher.send([])
     dispatcher.close(seconds=0.2)
     never.set()

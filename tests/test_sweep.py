@@ -13,7 +13,7 @@ import pytest
 
 from gipo_jax import agents, sweep, train
 from gipo_jax.config import Config, ConfigError
-from gipo_jax.sweep import checkpoint, folder, grid, plan, program, progress, results
+from gipo_jax.sweep import checkpoint, folder, grid, plan, program, report, results
 
 QUIET = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
 SMALL: dict[str, Any] = {
@@ -173,8 +173,8 @@ def test_median_returns_do_not_mix_environments() -> None:
         {"env": "Acrobot-v1", "objective": "gipo"},
     ]
     latest = {0: 10.0, 1: 20.0, 2: np.nan, 3: -500.0}
-    assert progress.median_returns(latest, settings, "CartPole-v1") == {"gipo": 15.0}
-    assert progress.median_returns(latest, settings, "Acrobot-v1") == {"gipo": -500.0}
+    assert report.median_returns(latest, settings, "CartPole-v1") == {"gipo": 15.0}
+    assert report.median_returns(latest, settings, "Acrobot-v1") == {"gipo": -500.0}
 
 
 def test_settings_have_one_type_whatever_was_given() -> None:

@@ -29,7 +29,7 @@ class ResultsError(RuntimeError):
 
 
 def read_runs(directory: str | Path) -> pd.DataFrame:
-    """One row a run: settings, status and returns.
+    """One row per run: settings, status and returns.
 
     Raises:
         ResultsError: the folder holds no sweep, or its table cannot be read.
@@ -38,7 +38,7 @@ def read_runs(directory: str | Path) -> pd.DataFrame:
 
 
 def read_metrics(directory: str | Path) -> pd.DataFrame:
-    """One row a run and logged point. ``run`` refers to ``read_runs``.
+    """One row per run and logged point. ``run`` refers to ``read_runs``.
 
     Raises:
         ResultsError: the folder holds no sweep, or its table cannot be read.
@@ -85,11 +85,7 @@ def check_holds_sweep(directory: Path, field: str) -> None:
 
 
 def check_directory(directory: Path, resume: bool) -> None:
-    """Checks that a sweep may write to a folder, without touching anything.
-
-    Raises:
-        ConfigError: it holds another sweep, holds none to resume, or cannot be written to.
-    """
+    """Raises ConfigError where a sweep may not write to a folder; touches nothing."""
     if resume:
         check_holds_sweep(directory, "out")
     elif (directory / CONFIG).exists():
