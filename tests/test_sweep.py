@@ -13,6 +13,7 @@ import pytest
 
 from gipo_jax import agents, sweep, train
 from gipo_jax.config import Config, ConfigError
+from gipo_jax.domains.tokens import tasks
 from gipo_jax.sweep import checkpoint, folder, grid, plan, program, report, results
 
 QUIET = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
@@ -110,7 +111,66 @@ def test_the_first_difference_between_two_sweeps_is_named() -> None:
     more = grid.encode(sweep.expand(**SMALL, gamma=0.9, seeds=2))
     assert grid.difference(one, one) is None
     assert grid.difference(one, other) == ("gamma", 0.9, 0.95)
-    assert grid.difference(one, more) == ("number of runs", 1, 2)
+    assert grid.difference(one, more) == ("seed", [0], [0, 1])
+    assert grid.difference(more, more[:1]) is None
+    both = grid.encode(sweep.expand(**SMALL | {"buffer_size": [16, 32]}, gamma=[0.9, 0.95]))
+    fewer = [both[0] | {"runs": both[0]["runs"][:3]}]
+    assert grid.difference(both, fewer) == ("number of runs", 4, 3)
+
+
+def scaled(power: float) -> Any:
+    def mine(log_ratio: jax.Array, advantage: jax.Array) -> jax.Array:
+        return power * log_ratio * advantage
+
+    return mine
+
+
+def test_two_objects_of_one_name_are_refused_in_a_sweep() -> None:
+    with pytest.raises(ConfigError, match=r"^objective: 'mine' .* two of this sweep"):
+        grid.encode(sweep.expand(**SMALL, objective=[scaled(1.0), scaled(-1.0)]))
+    one = scaled(1.0)
+    runs = [*sweep.expand(**SMALL, objective=one), *sweep.expand(**SMALL, objective=one, gamma=0.5)]
+    assert len(grid.encode(runs)) == 1
+
+
+TASK = """
+import jax
+import jax.numpy as jnp
+from gipo_jax.domains.tokens import tasks
+SORT = tasks.Task(
+    lambda key: jax.random.randint(key, (2,), 0, 2),
+    lambda prompt, answer: jnp.mean(answer == jnp.sort(prompt)),
+    vocab=2, prompt_length=2, answer_length=2,
+)
+"""
+
+
+def test_a_task_whose_folder_moved_is_found_beside_the_sweep_or_as_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "sorting.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path / "old")
+    small = {k: v for k, v in SMALL.items() if k != "hidden_sizes"}
+    runs = sweep.expand(**small, env="sorting.py:SORT", decoder_layers=1, decoder_width=8)
+    stored = grid.encode(runs)
+    # From elsewhere, by its whole path: the same sweep.
+    monkeypatch.chdir(tmp_path)
+    found = grid.decode(stored)
+    assert found[0].config.env == f"{tmp_path}/old/sorting.py:SORT"
+    assert grid.difference(stored, grid.encode(found)) is None
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(
+        ConfigError, match=r"^env: None .* sorting.py:SORT of this sweep, whose file"
+    ):
+        grid.decode(stored)
+    task = tasks.TASKS["tokens/reverse"]
+    assert grid.decode(stored, env=task)[0].config.env is task
+    monkeypatch.chdir(tmp_path / "new")
+    assert grid.decode(stored)[0].config.env == "sorting.py:SORT"
+    (tmp_path / "new" / "sorting.py").write_text(TASK + "# another")
+    with pytest.raises(ConfigError, match="changed since"):
+        grid.decode(stored)
 
 
 def test_groups_share_what_is_static_and_allocate_for_the_largest() -> None:

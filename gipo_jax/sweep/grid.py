@@ -130,8 +130,10 @@ def flat_settings(run: Run) -> dict[str, Any]:
 def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Runs as JSON: one entry for each static configuration, with the settings of its runs."""
     groups: dict[Config, dict[str, Any]] = {}
+    objects: dict[tuple[str, str], Any] = {}
     for index, run in enumerate(runs):
         if run.config not in groups:
+            _check_names(run.config, objects)
             config = {name: _to_json(name, getattr(run.config, name)) for name in CONFIG_FIELDS}
             groups[run.config] = {"config": config, "runs": []}
         hparams = {n: _plain(v) for n, v in dataclasses.asdict(run.hparams).items()}
@@ -160,6 +162,18 @@ def decode(
             hparams = {k: _numbers(v) for k, v in entry.items() if k not in ("run", "name")}
             runs[entry["run"]] = Run(entry["name"], config, HParams(**hparams))
     return [runs[index] for index in sorted(runs)]
+
+
+def _check_names(config: Config, objects: dict[tuple[str, str], Any]) -> None:
+    """Refuses another object of a name that ``objects`` of the sweep has already."""
+    for field, called in _CALLED.items():
+        value = getattr(config, field)
+        name = called(value)
+        if field == "objective" and objectives.KNOWN.get(name) is value:
+            value = name
+        if len({value, objects.setdefault((field, name), value)}) > 1:
+            valid = "objects that tables can tell apart by name; two of this sweep are called so"
+            raise ConfigError(field, name, valid)
 
 
 def _to_json(field: str, value: Any) -> Any:
@@ -203,18 +217,40 @@ def _numbers(stored: Any) -> Any:
 
 
 def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, Any] | None:
-    """The first setting in which two results of ``encode`` differ: its name and both values."""
-    before, now = (sum(len(group["runs"]) for group in groups) for groups in (stored, given))
-    if before != now:
-        return "number of runs", before, now
-    for old, new in zip(stored, given, strict=False):
-        pairs = [(old["config"], new["config"]), *zip(old["runs"], new["runs"], strict=False)]
-        for left, right in pairs:
-            for name in left | right:
-                values = left.get(name), right.get(name)
-                if name != "name" and _placeless(values[0]) != _placeless(values[1]):
-                    return name, *values
-    return None
+    """The first setting in which two results of ``encode`` differ: its name and both values.
+
+    Where there are more runs in one of them, the values are all that the setting takes.
+    """
+    before, now = _settings_of_runs(stored), _settings_of_runs(given)
+    names = dict.fromkeys(name for run in before + now for name in run)
+    if len(before) == len(now):
+        for old, new in zip(before, now, strict=True):
+            for name in names:
+                values = old.get(name), new.get(name)
+                if _placeless(values[0]) != _placeless(values[1]):
+                    return name, values[0], values[1]
+        return None
+    for name in names:
+        taken: list[list[Any]] = [[], []]
+        for runs, values_taken in zip((before, now), taken, strict=True):
+            for run in runs:
+                value = _placeless(run.get(name))
+                if value not in values_taken:
+                    values_taken.append(value)
+        if any(value not in taken[1] for value in taken[0]) or len(taken[0]) != len(taken[1]):
+            return name, taken[0], taken[1]
+    return "number of runs", len(before), len(now)
+
+
+def _settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """The settings of each run in a result of ``encode``, by name."""
+    runs = {}
+    for group in groups:
+        for entry in group["runs"]:
+            settings = group["config"] | entry | entry["objective_params"]
+            dropped = ("run", "name", "objective_params")
+            runs[entry["run"]] = {k: v for k, v in settings.items() if k not in dropped}
+    return [runs[index] for index in sorted(runs)]
 
 
 def _placeless(value: Any) -> Any:
