@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -367,6 +368,36 @@ def test_another_sweep_is_not_overwritten(grid_of_six: list[sweep.Run], swept: P
     with pytest.raises(ConfigError, match="resume"):
         sweep.run(grid_of_six, swept, QUIET)
     assert before == {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
+
+
+def test_an_objective_called_null_keeps_its_name_in_tables(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"format": {results.FORMAT}}}')
+    (tmp_path / "runs.csv").write_text("run,objective,sigma\n0,null,0.5\n1,NA,\n2,gipo,1.0\n")
+    table = results.read_runs(tmp_path)
+    assert table.objective.tolist() == ["null", "NA", "gipo"]
+    assert np.isnan(table.sigma[1]) and table.sigma[2] == 1.0
+
+
+def test_a_file_that_cannot_be_read_is_not_reported_as_written(
+    grid_of_six: list[sweep.Run], swept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*arguments: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "newest", unreadable)
+    with pytest.raises(results.ResultsError, match=r"^cannot read .*: Permission denied"):
+        sweep.run(grid_of_six, swept, QUIET, resume=True)
+
+
+def test_a_copy_of_a_checkpoint_beside_it_is_no_checkpoint(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, {"n": 1}, None)
+    for name in ("00000001.bak", "00000002 (copy)"):
+        shutil.copytree(path, tmp_path / name)
+    assert checkpoint.newest(tmp_path, pytest.fail) == 1
+    for number in (2, 3, 4):
+        checkpoint.save(tmp_path, number, {}, None)
+    assert checkpoint.newest(tmp_path, pytest.fail) == 4
+    assert (tmp_path / "00000001.bak").exists()
 
 
 def test_a_group_cut_into_slices_gives_the_same_bits(

@@ -63,7 +63,7 @@ def save(directory: Path, number: int, progress: dict[str, Any], state: Any | No
             shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
             _sync_folder(directory)
-            for old in _numbers(directory)[:-KEEP]:
+            for old in numbers(directory)[:-KEEP]:
                 shutil.rmtree(directory / f"{old:08d}")
     except Exception as error:
         raise CheckpointError(
@@ -72,19 +72,24 @@ def save(directory: Path, number: int, progress: dict[str, Any], state: Any | No
     return path
 
 
+def numbers(directory: Path) -> list[int]:
+    """Numbers of the checkpoints in a folder, the newest last; what has another name is none."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+
+
 def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
     """Number of the newest whole checkpoint, if any; ``warn`` gets a line for each damaged one.
 
     Raises CheckpointError where all are damaged.
     """
-    numbers = _numbers(directory)
-    for number in reversed(numbers):
+    present = numbers(directory)
+    for number in reversed(present):
         path = directory / f"{number:08d}"
         problem = _damage(path)
         if problem is None:
             return number
         warn(f"checkpoint {path.name} is damaged ({problem}); going back to an earlier one")
-    if numbers:
+    if present:
         raise CheckpointError(
             f"no checkpoint in {directory} is whole; delete that folder to start the sweep over"
         )
@@ -93,7 +98,7 @@ def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
 
 def read_progress(path: Path) -> dict[str, Any]:
     """The progress in a whole checkpoint; raises CheckpointError where it is of another version."""
-    stored = json.loads((path / _PROGRESS).read_text())
+    stored = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
     if stored["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {stored['format']};"
@@ -211,14 +216,10 @@ def _plain_shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=wanted)
 
 
-def _numbers(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("[0-9]*"))
-
-
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        expected = json.loads((path / _MANIFEST).read_text())
+        expected = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{_MANIFEST} cannot be read"
     try:

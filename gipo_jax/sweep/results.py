@@ -23,6 +23,9 @@ PARAMS = "params"
 CHECKPOINTS = "checkpoints"
 FIGURES = "figures"
 
+_TEXT = ("env", "objective", "kernel", "ratio_level", "selection", "status")
+"""Columns that are text, whatever they look like."""
+
 
 class ResultsError(RuntimeError):
     """A results folder cannot be read or written. The message is one line."""
@@ -54,7 +57,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         version = stored["format"]
     except FileNotFoundError as error:
         raise ResultsError(f"{directory} holds no sweep: there is no {CONFIG} in it") from error
@@ -71,7 +74,9 @@ def _read_table(directory: Path, name: str) -> pd.DataFrame:
     read_config(directory)
     path = directory / name
     try:
-        return pd.read_csv(path)
+        # An objective may be called null.
+        types = dict.fromkeys(_TEXT, str)
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=types)
     except FileNotFoundError as error:
         raise ResultsError(f"{path} does not exist: the sweep has logged nothing yet") from error
     except (OSError, ValueError) as error:
@@ -104,7 +109,7 @@ def check_directory(directory: Path, resume: bool) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Replaces a file as a whole: a reader, or a kill, sees the old text or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
+    with temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

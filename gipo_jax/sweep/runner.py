@@ -69,13 +69,15 @@ def run(
             failed; the last checkpoint stands.
         Interrupted: SIGTERM or Ctrl-C came, and everything is saved; or another process is gone.
     """
-    directory, options = Path(directory).absolute(), options or Options()
+    directory, options = Path(directory).expanduser().absolute(), options or Options()
+    doing = "read"
     try:
         folder, jobs = _prepare(runs, directory, options, resume)
+        doing = "write to"
         _train(runs, folder, jobs, options, on_log)
     except OSError as error:
         raise results.ResultsError(
-            f"cannot write to {directory}: {error.strerror or error};"
+            f"cannot {doing} {directory}: {error.strerror or error};"
             f" what the last checkpoint holds is safe; {_how_to_resume(directory)}"
         ) from error
     except Exception as error:
