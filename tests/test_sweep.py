@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -368,6 +371,62 @@ def test_another_sweep_is_not_overwritten(grid_of_six: list[sweep.Run], swept: P
     with pytest.raises(ConfigError, match="resume"):
         sweep.run(grid_of_six, swept, QUIET)
     assert before == {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", "runs.csv", "params/000000/mine", "checkpoints/1/mine", "figures/mine"]
+)
+def test_a_folder_with_a_file_that_a_sweep_would_write_is_refused(
+    grid_of_six: list[sweep.Run], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"^out: .*{name.partition('/')[0]}"):
+        sweep.run(grid_of_six, tmp_path, QUIET)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(
+    grid_of_six: list[sweep.Run], tmp_path: Path
+) -> None:
+    with folder.Folder(tmp_path, grid_of_six, resume=False).owned():
+        with pytest.raises(ConfigError, match=rf"^out: .* process {os.getpid()} on "):
+            sweep.run(grid_of_six, tmp_path, QUIET)
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_process_that_died_counts_no_more(
+    grid_of_six: list[sweep.Run], tmp_path: Path
+) -> None:
+    program = "import fcntl, os, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); os._exit(9)"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "lock")], check=False)
+    assert (tmp_path / "lock").exists()
+    with folder.Folder(tmp_path, grid_of_six, resume=False).owned():
+        pass
+
+
+def test_a_sweep_that_another_process_has_moved_on_is_not_resumed_from_behind(
+    grid_of_six: list[sweep.Run], swept: Path
+) -> None:
+    late = folder.Folder(swept, grid_of_six, resume=True)
+    path = swept / "checkpoints" / "00009999"
+    path.mkdir()
+    with pytest.raises(ConfigError, match="changed"), late.owned():
+        pass
+    path.rmdir()
+    with late.owned():
+        pass
+
+
+def test_a_finished_run_without_its_last_point_ends_in_an_error(
+    grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(swept, tmp_path / "copy")
+    path = tmp_path / "copy" / "metrics.csv"
+    path.write_text(path.read_text().replace("\n4,12,", "\n4,11,"))
+    with pytest.raises(results.ResultsError, match=r"last point of runs 4\b"):
+        sweep.run(grid_of_six, tmp_path / "copy", QUIET, resume=True)
 
 
 def test_an_objective_called_null_keeps_its_name_in_tables(tmp_path: Path) -> None:

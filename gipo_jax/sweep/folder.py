@@ -4,16 +4,19 @@ All processes hold the same ``Folder`` and call it alike. Arrays are written by 
 rest by process 0.
 """
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +49,7 @@ class Folder:
         self.checkpoints = directory / results.CHECKPOINTS
         self._file: IO[bytes] | None = None
         self._changed = False
+        self._present = checkpoint.numbers(self.checkpoints)
         if resume:
             found = grid.difference(results.read_config(directory)["groups"], self.encoded)
             if found is not None:
@@ -67,12 +71,46 @@ class Folder:
             pairs = zip(self.progress.started, checkpoint.read_arrays(path, like), strict=True)
             self.progress.started = [part._replace(state=state) for part, state in pairs]
 
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keeps the folder to this sweep, with a lock that the system drops if the process dies.
+
+        Raises:
+            ConfigError: another process writes to it, or has since ``self`` was made.
+        """
+        if not cluster.is_main_process():
+            yield
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        out, path = str(self.directory), self.directory / "lock"
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                valid = f"a folder that no other process writes to; {file.read()} does"
+                raise ConfigError("out", out, valid) from error
+            except OSError as error:
+                print(f"warning: {path} cannot be locked: {error.strerror}", file=sys.stderr)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise ConfigError("out", out, "a folder that another process has just left; again")
+            try:
+                results.check_directory(self.directory, self._resume)
+                if checkpoint.numbers(self.checkpoints) != self._present:
+                    valid = "a folder that no other process has changed since this one began"
+                    raise ConfigError("out", out, valid)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
     def open(self, metrics: Sequence[str], options: Mapping[str, Any]) -> None:
         """Begins to write tables of these metrics; options are for the record."""
         self._saved_at = time.monotonic()
         if not cluster.is_main_process():
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
         self._columns = list(dict.fromkeys(["run", "iteration", "env_steps", *metrics]))
         here: dict[str, Any] = {
             "command": shlex.join(sys.argv),
@@ -137,7 +175,7 @@ class Folder:
             temporary.mkdir()
         checkpoint.write_arrays(temporary / checkpoint.ARRAYS, acting)
         if cluster.is_main_process():
-            (temporary / "runs.json").write_text(json.dumps(list(runs)))
+            (temporary / "runs.json").write_text(json.dumps(list(runs)), encoding="utf-8")
             shutil.rmtree(temporary.with_suffix(""), ignore_errors=True)
             temporary.replace(temporary.with_suffix(""))
         self.progress.finished += runs
@@ -172,9 +210,15 @@ class Folder:
         if self._file is not None:
             self._file.close()
             path = self.directory / results.METRICS
-            header, *rows = path.read_text().splitlines(keepends=True)
-            rows.sort(key=lambda row: [int(cell) for cell in row.split(",", 2)[:2]])
-            write_atomic(path, header + "".join(rows))
+            header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            places = [[int(cell) for cell in row.split(",", 2)[:2]] for row in rows]
+            order = sorted(range(len(rows)), key=places.__getitem__)
+            write_atomic(path, header + "".join(rows[index] for index in order))
+            last = dict(sorted(places))
+            ends = {run: self._runs[run].config.num_iterations for run in self.progress.finished}
+            if lost := [str(run) for run in ends if last.get(run) != ends[run]]:
+                text = f"{path} was changed: it lacks the last point of runs {', '.join(lost)}"
+                raise ResultsError(text)
 
     def _write_runs(self) -> None:
         """Writes runs.csv from the settings, the progress and metrics.csv."""

@@ -97,6 +97,12 @@ def check_directory(directory: Path, resume: bool) -> None:
         raise ConfigError(
             "out", str(directory), "a folder without a sweep in it; --resume continues this one"
         )
+    else:
+        for name in (RUNS, METRICS, PARAMS, CHECKPOINTS, FIGURES):
+            if (directory / name).exists():
+                raise ConfigError(
+                    "out", str(directory), f"a folder without {name}: a sweep writes it"
+                )
     nearest = directory
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent

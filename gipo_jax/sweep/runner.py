@@ -125,9 +125,11 @@ def _train(
         contextlib.closing(
             Reporter(*_steps(runs, folder), show=main and not options.quiet)
         ) as reporter,
+        contextlib.ExitStack() as held,
         contextlib.closing(Dispatcher(callbacks, reporter.warn)) as dispatcher,
     ):
         names = [name for job in jobs for name in job.program.metrics]
+        cluster.run_on_all_processes(lambda: held.enter_context(folder.owned()))
         folder.open(names, dataclasses.asdict(options))
         for job in jobs:
             reporter.say(plan.plan_line(job.group, job.slices))
