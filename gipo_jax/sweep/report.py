@@ -22,6 +22,9 @@ LINE_SECONDS = 5.0
 WAITING = 1000
 """Logged points that may wait for a slow callback before more are dropped."""
 
+NAME_LENGTH = 100
+"""Characters of a folder of event files: file systems take 255 bytes."""
+
 Rows = Sequence[Mapping[str, Any]]
 Callback = Callable[[Rows], None]
 """Takes the rows of a logged point, one per run: ``run``, ``iteration``, ``env_steps``, metrics."""
@@ -144,9 +147,9 @@ class Dispatcher:
 class TensorBoard:
     """Callback that writes TensorBoard event files, one folder per run."""
 
-    def __init__(self, directory: Path, names: Sequence[str]) -> None:
-        self._directory, self._names = directory, names
-        self._writers: dict[int, Any] = {}
+    def __init__(self, directory: Path, names: Sequence[str], warn: Callable[[str], None]) -> None:
+        self._directory, self._names, self._warn = directory, names, warn
+        self._writers: dict[int, Any] = {}  # None where a run's files cannot be written
 
     @staticmethod
     def check() -> None:
@@ -158,15 +161,31 @@ class TensorBoard:
             raise ConfigError("tensorboard", True, valid) from error
 
     def __call__(self, rows: Rows) -> None:
-        from tensorboardX import SummaryWriter
-
         for row in rows:
             run = int(row["run"])
-            if run not in self._writers:
-                name = f"{run:05d} {self._names[run]}".replace("/", "_")
-                self._writers[run] = SummaryWriter(str(self._directory / name))
-            writer = self._writers[run]
+            try:
+                self._write(run, row)
+            except OSError as error:
+                self._writers[run] = None
+                self._warn(f"no more TensorBoard events of run {run}: {error}")
+
+    def _write(self, run: int, row: Mapping[str, Any]) -> None:
+        from tensorboardX import SummaryWriter
+
+        step = int(row["env_steps"])
+        if run not in self._writers:
+            name = f"{run:05d} {self._names[run]}".replace("/", "_")[:NAME_LENGTH]
+            # What an earlier execution wrote from here on was lost with it, and is made again.
+            self._writers[run] = SummaryWriter(str(self._directory / name), purge_step=step)
+        writer = self._writers[run]
+        if writer is not None:
             for key, value in row.items():
                 if key not in ("run", "iteration", "env_steps"):
-                    writer.add_scalar(key, float(value), int(row["env_steps"]))
+                    writer.add_scalar(key, float(value), step)
             writer.flush()
+
+    def close(self) -> None:
+        """Writes what still waits in the writers' own threads."""
+        for writer in self._writers.values():
+            if writer is not None:
+                writer.close()

@@ -117,15 +117,17 @@ def _train(
 ) -> None:
     """Trains what is left: group by group, part by part, logged point by logged point."""
     main = cluster.is_main_process()
-    callbacks = [on_log] if on_log and main else []
+    reporter = Reporter(*_steps(runs, folder), show=main and not options.quiet)
+    callbacks, held = [on_log] if on_log and main else [], contextlib.ExitStack()
     if options.tensorboard and main:
-        callbacks.append(TensorBoard(folder.directory / "tensorboard", [run.name for run in runs]))
+        names = [run.name for run in runs]
+        board = TensorBoard(folder.directory / "tensorboard", names, reporter.warn)
+        callbacks.append(board)
+        held.callback(board.close)
     with (
         catch_stop_signals() as signals,
-        contextlib.closing(
-            Reporter(*_steps(runs, folder), show=main and not options.quiet)
-        ) as reporter,
-        contextlib.ExitStack() as held,
+        contextlib.closing(reporter),
+        held,
         contextlib.closing(Dispatcher(callbacks, reporter.warn)) as dispatcher,
     ):
         names = [name for job in jobs for name in job.program.metrics]
