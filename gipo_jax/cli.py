@@ -7,6 +7,7 @@ signatures of the objectives, so that a new setting is an option without a line 
 import argparse
 import dataclasses
 import functools
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -58,12 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         code = options.pop("act")(options)
+        sys.stdout.flush()
     except (_UsageError, ConfigError) as error:
         code = _fail(str(error), BAD_INPUT)
     except ResultsError as error:
         code = _fail(str(error), FAILED)
     except Interrupted as stop:
         code = _fail(str(stop), stop.exit_code)
+    except BrokenPipeError:
+        # Who reads has seen enough, as head does; Python would write the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
     except KeyboardInterrupt:
         code = _fail("stopped at once; continue from the last checkpoint with --resume", 130)
     return cluster.leave(code)
@@ -223,7 +229,12 @@ def _sweep(given: dict[str, Any]) -> int:
     from gipo_jax import sweep
     from gipo_jax.sweep import cluster, grid, results
 
-    out, resume = given.pop("out"), given.pop("resume", False)
+    out, resume = str(Path(given.pop("out")).expanduser()), given.pop("resume", False)
+    if resume and (Path(out) / results.CONFIG).exists():
+        # A sweep goes on as quietly as it began.
+        begun = shlex.split(results.read_config(out)["command"])
+        kept = [name for name in ("quiet", "no_figures") if f"--{name.replace('_', '-')}" in begun]
+        given = dict.fromkeys(kept, True) | given
     draw = not given.pop("no_figures", False)
     fields = [field.name for field in dataclasses.fields(sweep.Options)]
     options = sweep.Options(**{name: given.pop(name) for name in fields if name in given})
@@ -286,7 +297,7 @@ def _join_cluster(given: dict[str, Any]) -> None:
 def _plot(given: dict[str, Any]) -> int:
     from gipo_jax.sweep import results
 
-    directory = Path(given["directory"])
+    directory = Path(given["directory"]).expanduser()
     results.check_holds_sweep(directory, "directory")
     _draw(directory)
     return 0
