@@ -74,21 +74,25 @@ def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any
         results.ResultsError: no sweep there, or the run has not finished.
         ConfigError: no such run, or ``env`` or ``objective`` is needed.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     runs = grid.decode(results.read_config(directory)["groups"], env, objective)
     if run not in range(len(runs)):
         raise ConfigError("run", run, f"a run of the sweep, 0 to {len(runs) - 1}")
     config, hparams = runs[run].config, runs[run].hparams
     domain = train.make(config)
-    for folder in sorted((directory / results.PARAMS).glob("[0-9]*")):
-        if folder.suffix or run not in (members := json.loads((folder / "runs.json").read_text())):
-            continue
-        acting = jax.eval_shape(lambda: domain.acting(train.init(domain, hparams)))
-        like = checkpoint.stacked(acting, len(members))
-        stored = checkpoint.read_arrays(folder / checkpoint.ARRAYS, like)
-        mine = jax.tree.map(operator.itemgetter(members.index(run)), stored)
-        return _agent(domain, hparams, mine)
-    raise results.ResultsError(f"run {run} of {directory} has not finished")
+    for folder in sorted((directory / results.PARAMS).glob("*")):
+        if folder.name.isdecimal():
+            members = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
+            if run in members:
+                break
+    else:
+        raise results.ResultsError(f"run {run} of {directory} has not finished")
+    acting = jax.eval_shape(lambda: domain.acting(train.init(domain, hparams)))
+    count = len(members)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), acting)
+    stored = checkpoint.read_arrays(folder / checkpoint.ARRAYS, like)
+    mine = jax.tree.map(operator.itemgetter(members.index(run)), stored)
+    return _agent(domain, hparams, mine)
 
 
 def _agent(domain: domains.Domain, hparams: HParams, acting: Any) -> Agent:

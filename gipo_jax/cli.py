@@ -6,6 +6,8 @@ signatures of the objectives, so that a new setting is an option without a line 
 
 import argparse
 import dataclasses
+import functools
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -44,32 +46,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     runtime.set_cpu_defaults()
     try:
-        options = _parser().parse_args(_renamed(sys.argv[1:] if arguments is None else arguments))
+        options = vars(
+            _parser().parse_args(_renamed(sys.argv[1:] if arguments is None else arguments))
+        )
     except _UsageError as error:
         return _fail(str(error), BAD_INPUT)
-    code = _act(options)
-    # Importing it earlier would slow down --help.
-    from gipo_jax.sweep import cluster
-
-    return cluster.leave(code)
-
-
-def _act(options: argparse.Namespace) -> int:
+    # Importing these earlier would slow down --help.
     from gipo_jax.config import ConfigError
+    from gipo_jax.sweep import cluster
     from gipo_jax.sweep.interrupts import Interrupted
     from gipo_jax.sweep.results import ResultsError
 
     try:
-        given = dict(vars(options))
-        return given.pop("act")(given)
+        code = options.pop("act")(options)
+        sys.stdout.flush()
     except (_UsageError, ConfigError) as error:
-        return _fail(str(error), BAD_INPUT)
+        code = _fail(str(error), BAD_INPUT)
     except ResultsError as error:
-        return _fail(str(error), FAILED)
+        code = _fail(str(error), FAILED)
     except Interrupted as stop:
-        return _fail(str(stop), stop.exit_code)
+        code = _fail(str(stop), stop.exit_code)
+    except BrokenPipeError:
+        # Who reads has seen enough, as head does; Python would write the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = FAILED
     except KeyboardInterrupt:
-        return _fail("stopped at once; continue from the last checkpoint with --resume", 130)
+        code = _fail("stopped at once; continue from the last checkpoint with --resume", 130)
+    return cluster.leave(code)
 
 
 class _UsageError(Exception):
@@ -115,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_sweep(commands: Any) -> None:
     from gipo_jax.config import Config, HParams
+    from gipo_jax.protocols import PROTOCOLS
     from gipo_jax.sweep.options import Options
 
     parser = commands.add_parser(
@@ -133,19 +137,12 @@ def _add_sweep(commands: Any) -> None:
         action="store_true",
         help="go on with the sweep in DIR; its settings need not be given again",
     )
-    parser.add_argument(
-        "--no-figures", action="store_true", help="draw no figures into DIR/figures at the end"
-    )
-    from gipo_jax.protocols import PROTOCOLS
-
+    parser.add_argument("--no-figures", action="store_true", help="draw no figures at the end")
     named = "; ".join(f"{name}: {protocol.summary}" for name, protocol in PROTOCOLS.items())
-    parser.add_argument(
-        "--protocol",
-        metavar="NAME",
-        help=f"settings of a published experiment; options given beside it win. {named}",
-    )
-    parser.add_argument("--seeds", type=_integer, metavar="N", help="number of seeds (default: 1)")
-    parser.add_argument("--seed-offset", type=_integer, metavar="N", help="first seed (default: 0)")
+    text = f"settings of a published experiment; options given beside it win. {named}"
+    parser.add_argument("--protocol", metavar="NAME", help=text)
+    parser.add_argument("--seeds", type=_number, metavar="N", help="number of seeds (default: 1)")
+    parser.add_argument("--seed-offset", type=_number, metavar="N", help="first seed (default: 0)")
     static = parser.add_argument_group("static settings: each combination is a program of its own")
     _add_fields(static, Config, listed=_LISTED)
     traced = parser.add_argument_group("traced settings: any number of values in one program")
@@ -157,64 +154,51 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
+    """An option for each field, with what the field says of itself; those ``listed`` sweep."""
     from gipo_jax.config import DOMAINS
 
     for field in dataclasses.fields(settings):
         if field.name in _SWEEP_ONLY:
             continue
-        flag = "--" + field.name.replace("_", "-")
-        meaning = f"{field.metadata['help']}".replace("%", "%%")
-        domains = field.metadata["domains"]
-        if domains != tuple(DOMAINS):
-            meaning = f"{' and '.join(DOMAINS[domain] for domain in domains)}: {meaning}"
-        if field.metadata["valid"].startswith("true or false"):
-            known = isinstance(field.default, bool)
-            said = f" (default: {'yes' if field.default else 'no'})" if known else ""
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=f"{meaning}{said}")
-            continue
-        several = field.name in listed or isinstance(field.default, tuple)
-        default = field.default
-        if isinstance(default, tuple):
-            default = " ".join(map(str, default))
+        option = "--" + field.name.replace("_", "-")
+        meaning, valid = field.metadata["help"], field.metadata["valid"]
+        if field.metadata["domains"] != tuple(DOMAINS):
+            domains = " and ".join(DOMAINS[domain] for domain in field.metadata["domains"])
+            meaning = f"{domains}: {meaning}"
         if field.name in ("objective", "selection"):
             meaning += ", by name or as FILE.py:FUNCTION"
-        group.add_argument(
-            flag,
-            nargs="+" if several else None,
-            type=_reader(field.default),
-            metavar="VALUE",
-            help=f"{meaning}; {field.metadata['valid']}"
-            + (f" (default: {default})" if default is not None else ""),
-        )
+        default: Any = field.default
+        kind = str if isinstance(default, str) else _number
+        several = field.name in listed or isinstance(default, tuple)
+        form: dict[str, Any] = {"type": kind, "metavar": "VALUE", "nargs": "+" if several else None}
+        if valid.startswith("true or false"):
+            form = {"action": argparse.BooleanOptionalAction}
+            default = {True: "yes", False: "no"}.get(default)
+        else:
+            meaning += f"; {valid}"
+        if default is not None:
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            meaning += f" (default: {shown})"
+        group.add_argument(option, help=meaning.replace("%", "%%"), **form)
 
 
 def _add_objective_parameters(parser: argparse.ArgumentParser, taken: set[str]) -> None:
     """An option for each parameter of the built-in objectives whose name is still free."""
     from gipo_jax import objectives
 
-    group = parser.add_argument_group(
-        "parameters of objectives: each goes to the objectives that have it"
-    )
+    title = "parameters of objectives: each goes to the objectives that have it"
+    group = parser.add_argument_group(title)
+    several = functools.partial(group.add_argument, nargs="+")
     owners: dict[str, list[str]] = {}
     for name in objectives.KNOWN:
         for parameter, default in objectives.spec(name).params.items():
             if parameter not in taken:
                 owners.setdefault(parameter, []).append(f"{name} {default:g}")
     for parameter, defaults in owners.items():
-        group.add_argument(
-            "--" + parameter.replace("_", "-"),
-            nargs="+",
-            type=_number,
-            metavar="VALUE",
-            help=f"(default: {', '.join(defaults)})",
-        )
-    group.add_argument(
-        "--objective-arg",
-        nargs="+",
-        action="append",
-        metavar=("NAME=VALUE", "VALUE"),
-        help="values of any parameter of an objective, such as one of your own",
-    )
+        option, text = "--" + parameter.replace("_", "-"), f"(default: {', '.join(defaults)})"
+        several(option, type=_number, metavar="VALUE", help=text)
+    text = "values of any parameter of an objective, such as one of your own"
+    several("--objective-arg", action="append", metavar=("NAME=VALUE", "VALUE"), help=text)
 
 
 def _add_distributed(group: Any) -> None:
@@ -225,31 +209,18 @@ def _add_distributed(group: Any) -> None:
         " TPU pods the three options below are found out",
     )
     group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0")
-    group.add_argument("--num-processes", type=_integer, metavar="N", help="processes in all")
-    group.add_argument("--process-id", type=_integer, metavar="N", help="index of this process")
-
-
-def _integer(text: str) -> Any:
-    """An integer, or the text itself, which the field's own check then refuses by name."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    group.add_argument("--num-processes", type=_number, metavar="N", help="processes in all")
+    group.add_argument("--process-id", type=_number, metavar="N", help="index of this process")
 
 
 def _number(text: str) -> Any:
-    """An integer or a float, or the text itself."""
-    value = _integer(text)
-    if isinstance(value, str):
+    """An integer or a float, or the text itself, which the field's own check refuses by name."""
+    for kind in (int, float):
         try:
-            return float(text)
+            return kind(text)
         except ValueError:
-            return text
-    return value
-
-
-def _reader(default: Any) -> Any:
-    return str if isinstance(default, str) else _number
+            continue
+    return text
 
 
 def _sweep(given: dict[str, Any]) -> int:
@@ -258,7 +229,12 @@ def _sweep(given: dict[str, Any]) -> int:
     from gipo_jax import sweep
     from gipo_jax.sweep import cluster, grid, results
 
-    out, resume = given.pop("out"), given.pop("resume", False)
+    out, resume = str(Path(given.pop("out")).expanduser()), given.pop("resume", False)
+    if resume and (Path(out) / results.CONFIG).exists():
+        # A sweep goes on as quietly as it began.
+        begun = shlex.split(results.read_config(out)["command"])
+        kept = [name for name in ("quiet", "no_figures") if f"--{name.replace('_', '-')}" in begun]
+        given = dict.fromkeys(kept, True) | given
     draw = not given.pop("no_figures", False)
     fields = [field.name for field in dataclasses.fields(sweep.Options)]
     options = sweep.Options(**{name: given.pop(name) for name in fields if name in given})
@@ -269,22 +245,20 @@ def _sweep(given: dict[str, Any]) -> int:
             return grid.decode(results.read_config(out)["groups"])
         return sweep.expand(**_settings(given))
 
-    runs = cluster.in_all(expand)
+    runs = cluster.run_on_all_processes(expand)
     summary = sweep.run(runs, out, options, resume=resume)
-    if cluster.is_first():
+    if cluster.is_main_process():
         diverged = f", {len(summary.diverged)} of them diverged" if summary.diverged else ""
         print(f"{len(runs)} runs{diverged}; results in {out}")
         if draw:
             _draw(Path(out))
-        print(_what_next(out, draw))
+        look = (
+            f"look at {out}/figures" if draw else f"gipo-jax plot {shlex.quote(out)} draws figures"
+        )
+        print(f"next: {look}; gipo_jax.load({out!r}, run=0) is a trained policy to act with")
     # Nobody leaves before the figures are drawn: the others would wait for process 0 in vain.
     cluster.gather()
     return 0
-
-
-def _what_next(out: str, drawn: bool) -> str:
-    look = f"look at {out}/figures" if drawn else f"gipo-jax plot {shlex.quote(out)} draws figures"
-    return f"next: {look}; gipo_jax.load({out!r}, run=0) is a trained policy to act with"
 
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -326,7 +300,7 @@ def _join_cluster(given: dict[str, Any]) -> None:
 def _plot(given: dict[str, Any]) -> int:
     from gipo_jax.sweep import results
 
-    directory = Path(given["directory"])
+    directory = Path(given["directory"]).expanduser()
     results.check_holds_sweep(directory, "directory")
     _draw(directory)
     return 0

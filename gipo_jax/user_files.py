@@ -1,11 +1,12 @@
-"""Objectives and tasks of the user's own, named as FILE.py:NAME."""
+"""Objectives, tasks and selections of the user's own, named as FILE.py:NAME or given as objects."""
 
 import hashlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gipo_jax.config import ConfigError
 
@@ -66,3 +67,63 @@ def located(error: BaseException, file: Path) -> str | None:
 def digest(file: Path) -> str:
     """SHA-256 of a file, to see whether it has changed."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def source_file(function: Any) -> Path | None:
+    """The file a function was written in, if it has one."""
+    try:
+        name = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:
+        return None
+    return Path(name).resolve() if name and Path(name).is_file() else None
+
+
+class Reference(NamedTuple):
+    """What stands in JSON for a setting of the user's own."""
+
+    kind: str  # reference: a text FILE.py:NAME; function and object: what it is called
+    name: str
+    file: str | None = None  # where it is written, if known, and
+    sha256: str | None = None  # what was in there when the sweep began
+
+    @classmethod
+    def of(cls, value: Any, kind: str, name: str) -> "Reference":
+        """The reference to a text, function or object that is called ``name``."""
+        file = source_file(value) if kind == "function" else None
+        if kind == "reference":
+            file = Path(name.rpartition(":")[0]).expanduser().resolve()
+        return cls(kind, name, str(file), digest(file)) if file else cls(kind, name)
+
+    def to_json(self) -> dict[str, Any]:
+        """The form in config.json."""
+        where = {"file": self.file, "sha256": self.sha256} if self.file else {}
+        return {self.kind: self.name, **where}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> "Reference":
+        """What ``to_json`` wrote."""
+        kind = next(name for name in ("reference", "function", "object") if name in stored)
+        return cls(kind, stored[kind], stored.get("file"), stored.get("sha256"))
+
+    def find(self, field: str, given: Any, called: str | None) -> Any:
+        """What it stands for: ``given``, called so, or FILE.py:NAME in a file as it was.
+
+        Raises:
+            ConfigError: the file has changed, or nothing of the name is given.
+        """
+        if given is not None and called == self.name:
+            return given
+        texts = [self.name] if self.kind == "reference" else []
+        if self.file:
+            texts.append(f"{self.file}:{self.name.rpartition(':')[2]}")
+        files = [Path(text.rpartition(":")[0]).expanduser() for text in texts]
+        for text, file in zip(texts, files, strict=True):
+            if file.is_file() and digest(file) == self.sha256:
+                return text
+        if given is not None and self.kind == "reference":
+            return given
+        if any(file.is_file() for file in files):
+            valid = "the file as it was when the sweep began; it has changed since"
+            raise ConfigError(field, texts[0], valid)
+        where = f", whose file {self.file} is gone" if self.file else ""
+        raise ConfigError(field, given, f"the {self.kind} {self.name} of this sweep{where}")

@@ -1,6 +1,8 @@
 """The command: options, and one line for every mistake, before anything is compiled or written."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,21 @@ def test_a_folder_with_nothing_to_resume_is_refused(
     assert "holds a sweep" in fails(capsys, "sweep", "--resume", "--out", str(tmp_path))
 
 
+def test_a_home_folder_is_expanded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"'{tmp_path}/mine'" in fails(capsys, "sweep", "--resume", "--out=~/mine")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m gipo_jax objectives | true"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stderr == ""
+
+
 def test_plotting_a_folder_without_a_sweep_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -138,11 +155,16 @@ def test_a_file_that_does_not_run_is_shown_with_its_line(
 
 
 def test_a_users_objective_is_swept_and_resumed(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, mine: str
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    mine: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = str(tmp_path / "out")
     settings = [*SMALL, "--objective", f"{mine}:mine", "--objective-arg", "bound=1.5", "3"]
-    assert cli.main(["sweep", *settings, "--seeds", "2", "--out", out]) == 0
+    begun = ["sweep", *settings, "--seeds", "2", "--out", out]
+    monkeypatch.setattr(sys, "argv", ["gipo-jax", *begun])
+    assert cli.main() == 0
     assert f"4 runs; results in {out}" in capsys.readouterr().out
     table = results.read_runs(out)
     assert table.objective.tolist() == ["mine"] * 4
@@ -150,13 +172,17 @@ def test_a_users_objective_is_swept_and_resumed(
 
     # Everything is there: going on finds nothing to do, with or without the settings.
     assert cli.main(["sweep", "--resume", "--out", out]) == 0
+    # It stays quiet and without figures, as it was begun.
+    assert capsys.readouterr().err == "" and not Path(out, "figures").exists()
     assert cli.main(["sweep", "--resume", *settings, "--seeds", "2", "--out", out]) == 0
     # The same code in another place is the same objective.
     elsewhere = shutil.copy(mine, tmp_path / "elsewhere.py")
     settings[settings.index(f"{mine}:mine")] = f"{elsewhere}:mine"
     assert cli.main(["sweep", "--resume", *settings, "--seeds", "2", "--out", out]) == 0
     capsys.readouterr()
-    assert "number of runs: 2" in fails(capsys, "sweep", "--resume", *settings, "--out", out)
+    assert "seed: [0] is not valid; expected [0, 1]" in fails(
+        capsys, "sweep", "--resume", *settings, "--out", out
+    )
     assert "resume" in fails(capsys, "sweep", *settings, "--out", out)
     Path(mine).write_text(MINE.replace("2.0", "4.0"))
     assert "has changed since" in fails(capsys, "sweep", "--resume", "--out", out)

@@ -1,6 +1,7 @@
 """Trained runs as objects, the documented example, and log callbacks."""
 
 import re
+import struct
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import gipo_jax
 from gipo_jax import sweep
 from gipo_jax.config import ConfigError
-from gipo_jax.sweep import logs, results
+from gipo_jax.sweep import report, results
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -87,6 +88,49 @@ def test_tensorboard_files_are_written(trained: Path) -> None:
     assert len(list(trained.glob("tensorboard/*/events*"))) == 2
 
 
+def events(directory: Path) -> list[Any]:
+    """The events of all files of TensorBoard under a folder, the oldest file first."""
+    from tensorboardX.proto import event_pb2
+
+    found = []
+    for file in sorted(directory.rglob("events*"), key=lambda path: path.stat().st_mtime_ns):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack("<Q", data[at : at + 8])
+            found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 16 + length
+    return found
+
+
+def row(run: int, env_steps: int) -> dict[str, Any]:
+    return {"run": run, "iteration": env_steps // 8, "env_steps": env_steps, "entropy": 0.5}
+
+
+def test_tensorboard_drops_the_points_that_a_resumed_sweep_makes_again(tmp_path: Path) -> None:
+    for steps in ((8, 16, 24), (16, 24)):
+        board = report.TensorBoard(tmp_path, ["run"], pytest.fail)
+        for number in steps:
+            board([row(0, number)])
+        board.close()
+    starts = [e.step for e in events(tmp_path) if e.WhichOneof("what") == "session_log"]
+    # TensorBoard forgets what an earlier session wrote from the start of the next one on.
+    assert starts[-1] == 16
+
+
+def test_tensorboard_takes_names_of_any_length_and_a_fault_of_one_run_leaves_the_others(
+    tmp_path: Path,
+) -> None:
+    warned: list[str] = []
+    board = report.TensorBoard(tmp_path, ["long" * 100, "b", "c"], warned.append)
+    (tmp_path / "00001 b").write_text("in the way")
+    for steps in (8, 16):
+        board([row(run, steps) for run in range(3)])
+    board.close()
+    shown = [event.step for event in events(tmp_path) if event.summary.value]
+    assert sorted(shown) == [8, 8, 16, 16]
+    assert len(warned) == 1 and "00001 b" in warned[0]
+
+
 def hang(event: threading.Event) -> None:
     event.wait()
 
@@ -94,8 +138,8 @@ def hang(event: threading.Event) -> None:
 def test_a_log_callback_that_hangs_holds_up_nothing() -> None:
     never = threading.Event()
     warned: list[str] = []
-    dispatcher = logs.Dispatcher([lambda rows: hang(never)], warned.append)
-    for _ in range(logs.WAITING + 5):
+    dispatcher = report.Dispatcher([lambda rows: hang(never)], warned.append)
+    for _ in range(report.WAITING + 5):
         dispatcher.send([])
     dispatcher.close(seconds=0.2)
     never.set()

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +17,8 @@ import pytest
 
 from gipo_jax import agents, sweep, train
 from gipo_jax.config import Config, ConfigError
-from gipo_jax.sweep import checkpoint, folder, grid, plan, program, progress, results
+from gipo_jax.domains.tokens import tasks
+from gipo_jax.sweep import checkpoint, folder, grid, plan, program, report, results
 
 QUIET = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
 SMALL: dict[str, Any] = {
@@ -110,7 +115,66 @@ def test_the_first_difference_between_two_sweeps_is_named() -> None:
     more = grid.encode(sweep.expand(**SMALL, gamma=0.9, seeds=2))
     assert grid.difference(one, one) is None
     assert grid.difference(one, other) == ("gamma", 0.9, 0.95)
-    assert grid.difference(one, more) == ("number of runs", 1, 2)
+    assert grid.difference(one, more) == ("seed", [0], [0, 1])
+    assert grid.difference(more, more[:1]) is None
+    both = grid.encode(sweep.expand(**SMALL | {"buffer_size": [16, 32]}, gamma=[0.9, 0.95]))
+    fewer = [both[0] | {"runs": both[0]["runs"][:3]}]
+    assert grid.difference(both, fewer) == ("number of runs", 4, 3)
+
+
+def scaled(power: float) -> Any:
+    def mine(log_ratio: jax.Array, advantage: jax.Array) -> jax.Array:
+        return power * log_ratio * advantage
+
+    return mine
+
+
+def test_two_objects_of_one_name_are_refused_in_a_sweep() -> None:
+    with pytest.raises(ConfigError, match=r"^objective: 'mine' .* two of this sweep"):
+        grid.encode(sweep.expand(**SMALL, objective=[scaled(1.0), scaled(-1.0)]))
+    one = scaled(1.0)
+    runs = [*sweep.expand(**SMALL, objective=one), *sweep.expand(**SMALL, objective=one, gamma=0.5)]
+    assert len(grid.encode(runs)) == 1
+
+
+TASK = """
+import jax
+import jax.numpy as jnp
+from gipo_jax.domains.tokens import tasks
+SORT = tasks.Task(
+    lambda key: jax.random.randint(key, (2,), 0, 2),
+    lambda prompt, answer: jnp.mean(answer == jnp.sort(prompt)),
+    vocab=2, prompt_length=2, answer_length=2,
+)
+"""
+
+
+def test_a_task_whose_folder_moved_is_found_beside_the_sweep_or_as_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "sorting.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path / "old")
+    small = {k: v for k, v in SMALL.items() if k != "hidden_sizes"}
+    runs = sweep.expand(**small, env="sorting.py:SORT", decoder_layers=1, decoder_width=8)
+    stored = grid.encode(runs)
+    # From elsewhere, by its whole path: the same sweep.
+    monkeypatch.chdir(tmp_path)
+    found = grid.decode(stored)
+    assert found[0].config.env == f"{tmp_path}/old/sorting.py:SORT"
+    assert grid.difference(stored, grid.encode(found)) is None
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(
+        ConfigError, match=r"^env: None .* sorting.py:SORT of this sweep, whose file"
+    ):
+        grid.decode(stored)
+    task = tasks.TASKS["tokens/reverse"]
+    assert grid.decode(stored, env=task)[0].config.env is task
+    monkeypatch.chdir(tmp_path / "new")
+    assert grid.decode(stored)[0].config.env == "sorting.py:SORT"
+    (tmp_path / "new" / "sorting.py").write_text(TASK + "# another")
+    with pytest.raises(ConfigError, match="changed since"):
+        grid.decode(stored)
 
 
 def test_groups_share_what_is_static_and_allocate_for_the_largest() -> None:
@@ -173,8 +237,8 @@ def test_median_returns_do_not_mix_environments() -> None:
         {"env": "Acrobot-v1", "objective": "gipo"},
     ]
     latest = {0: 10.0, 1: 20.0, 2: np.nan, 3: -500.0}
-    assert progress.median_returns(latest, settings, "CartPole-v1") == {"gipo": 15.0}
-    assert progress.median_returns(latest, settings, "Acrobot-v1") == {"gipo": -500.0}
+    assert report.median_returns(latest, settings, "CartPole-v1") == {"gipo": 15.0}
+    assert report.median_returns(latest, settings, "Acrobot-v1") == {"gipo": -500.0}
 
 
 def test_settings_have_one_type_whatever_was_given() -> None:
@@ -310,6 +374,92 @@ def test_another_sweep_is_not_overwritten(grid_of_six: list[sweep.Run], swept: P
     with pytest.raises(ConfigError, match="resume"):
         sweep.run(grid_of_six, swept, QUIET)
     assert before == {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", "runs.csv", "params/000000/mine", "checkpoints/1/mine", "figures/mine"]
+)
+def test_a_folder_with_a_file_that_a_sweep_would_write_is_refused(
+    grid_of_six: list[sweep.Run], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"^out: .*{name.partition('/')[0]}"):
+        sweep.run(grid_of_six, tmp_path, QUIET)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(
+    grid_of_six: list[sweep.Run], tmp_path: Path
+) -> None:
+    with folder.Folder(tmp_path, grid_of_six, resume=False).owned():
+        with pytest.raises(ConfigError, match=rf"^out: .* process {os.getpid()} on "):
+            sweep.run(grid_of_six, tmp_path, QUIET)
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_process_that_died_counts_no_more(
+    grid_of_six: list[sweep.Run], tmp_path: Path
+) -> None:
+    program = "import fcntl, os, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); os._exit(9)"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "lock")], check=False)
+    assert (tmp_path / "lock").exists()
+    with folder.Folder(tmp_path, grid_of_six, resume=False).owned():
+        pass
+
+
+def test_a_sweep_that_another_process_has_moved_on_is_not_resumed_from_behind(
+    grid_of_six: list[sweep.Run], swept: Path
+) -> None:
+    late = folder.Folder(swept, grid_of_six, resume=True)
+    path = swept / "checkpoints" / "00009999"
+    path.mkdir()
+    with pytest.raises(ConfigError, match="changed"), late.owned():
+        pass
+    path.rmdir()
+    with late.owned():
+        pass
+
+
+def test_a_finished_run_without_its_last_point_ends_in_an_error(
+    grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(swept, tmp_path / "copy")
+    path = tmp_path / "copy" / "metrics.csv"
+    path.write_text(path.read_text().replace("\n4,12,", "\n4,11,"))
+    with pytest.raises(results.ResultsError, match=r"last point of runs 4\b"):
+        sweep.run(grid_of_six, tmp_path / "copy", QUIET, resume=True)
+
+
+def test_an_objective_called_null_keeps_its_name_in_tables(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"format": {results.FORMAT}}}')
+    (tmp_path / "runs.csv").write_text("run,objective,sigma\n0,null,0.5\n1,NA,\n2,gipo,1.0\n")
+    table = results.read_runs(tmp_path)
+    assert table.objective.tolist() == ["null", "NA", "gipo"]
+    assert np.isnan(table.sigma[1]) and table.sigma[2] == 1.0
+
+
+def test_a_file_that_cannot_be_read_is_not_reported_as_written(
+    grid_of_six: list[sweep.Run], swept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*arguments: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "newest", unreadable)
+    with pytest.raises(results.ResultsError, match=r"^cannot read .*: Permission denied"):
+        sweep.run(grid_of_six, swept, QUIET, resume=True)
+
+
+def test_a_copy_of_a_checkpoint_beside_it_is_no_checkpoint(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, {"n": 1}, None)
+    for name in ("00000001.bak", "00000002 (copy)"):
+        shutil.copytree(path, tmp_path / name)
+    assert checkpoint.newest(tmp_path, pytest.fail) == 1
+    for number in (2, 3, 4):
+        checkpoint.save(tmp_path, number, {}, None)
+    assert checkpoint.newest(tmp_path, pytest.fail) == 4
+    assert (tmp_path / "00000001.bak").exists()
 
 
 @pytest.mark.slow

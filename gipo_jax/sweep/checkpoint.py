@@ -40,28 +40,22 @@ class CheckpointError(ResultsError):
 
 
 def save(directory: Path, number: int, progress: dict[str, Any], state: Any | None) -> Path:
-    """Writes a checkpoint next to the newest one; all processes call it with the same arguments.
+    """Writes the checkpoint of a number higher than the newest one's; all processes call it.
 
-    Args:
-        directory: folder of checkpoints.
-        number: of this one, higher than that of the newest.
-        progress: JSON-serialisable; that of process 0 counts.
-        state: pytree of arrays, or None.
-
-    Raises:
-        CheckpointError: it could not be written; earlier checkpoints are as they were.
+    ``progress``, that of process 0, goes to JSON, and ``state`` is a pytree of arrays or None.
+    Raises CheckpointError where it cannot be written; earlier checkpoints are as they were.
     """
     path = directory / f"{number:08d}"
     temporary = directory / f"{_TEMPORARY}{path.name}"
     try:
-        if cluster.is_first():
+        if cluster.is_main_process():
             directory.mkdir(parents=True, exist_ok=True)
             for leftover in directory.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover)
             temporary.mkdir()
         if state is not None:
             write_arrays(temporary / ARRAYS, state)
-        if cluster.is_first():
+        if cluster.is_main_process():
             stored = {"format": FORMAT, "progress": progress}
             write_atomic(temporary / _PROGRESS, json.dumps(stored))
             write_atomic(temporary / _MANIFEST, json.dumps(_checksums(temporary)))
@@ -69,7 +63,7 @@ def save(directory: Path, number: int, progress: dict[str, Any], state: Any | No
             shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
             _sync_folder(directory)
-            for old in _numbers(directory)[:-KEEP]:
+            for old in numbers(directory)[:-KEEP]:
                 shutil.rmtree(directory / f"{old:08d}")
     except Exception as error:
         raise CheckpointError(
@@ -78,20 +72,24 @@ def save(directory: Path, number: int, progress: dict[str, Any], state: Any | No
     return path
 
 
+def numbers(directory: Path) -> list[int]:
+    """Numbers of the checkpoints in a folder, the newest last; what has another name is none."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+
+
 def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
     """Number of the newest whole checkpoint, if any; ``warn`` gets a line for each damaged one.
 
-    Raises:
-        CheckpointError: all are damaged.
+    Raises CheckpointError where all are damaged.
     """
-    numbers = _numbers(directory)
-    for number in reversed(numbers):
+    present = numbers(directory)
+    for number in reversed(present):
         path = directory / f"{number:08d}"
         problem = _damage(path)
         if problem is None:
             return number
         warn(f"checkpoint {path.name} is damaged ({problem}); going back to an earlier one")
-    if numbers:
+    if present:
         raise CheckpointError(
             f"no checkpoint in {directory} is whole; delete that folder to start the sweep over"
         )
@@ -99,8 +97,8 @@ def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """The progress in a whole checkpoint. Raises CheckpointError where it is of another version."""
-    stored = json.loads((path / _PROGRESS).read_text())
+    """The progress in a whole checkpoint; raises CheckpointError where it is of another version."""
+    stored = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
     if stored["format"] != FORMAT:
         raise CheckpointError(
             f"checkpoint {path} has format {stored['format']};"
@@ -110,11 +108,7 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def write_arrays(path: Path, tree: Any) -> None:
-    """Writes a pytree of arrays, keys included, to a new folder; all processes call it together.
-
-    Raises:
-        OSError: it could not be written.
-    """
+    """Writes a pytree of arrays, keys included, to a new folder; all processes call it together."""
     try:
         with _orbax():
             ocp.save(path.absolute(), {n: _to_save(leaf) for n, leaf in _named(tree).items()})
@@ -129,17 +123,10 @@ def write_arrays(path: Path, tree: Any) -> None:
 def read_arrays(path: Path, like: Any) -> Any:
     """Reads what ``write_arrays`` wrote, however the arrays were spread over devices then.
 
-    The first axis of an array may differ from the stored one: a layout fills up with runs that are
-    not there. What is too much is left out. What is missing is zero, on devices only.
-
-    Args:
-        path: its folder.
-        like: pytree of arrays or ``jax.ShapeDtypeStruct``: the structure, shapes and types to get.
-            Those with a sharding come to the devices, each of which reads only its own part; the
-            others become NumPy arrays.
-
-    Returns:
-        pytree like ``like``; keys are JAX key arrays.
+    ``like`` gives the structure, shapes and types. Arrays with a sharding come to the devices, each
+    of which reads only its own part; the others become NumPy arrays. The first axis may differ from
+    the stored one, since a layout fills up with runs that are not there: what is too much is left
+    out, and what is missing is zero, on devices only.
 
     Raises:
         CheckpointError: other shapes or names are stored, so another version wrote it.
@@ -173,15 +160,11 @@ def read_arrays(path: Path, like: Any) -> Any:
 
 
 def _fits(there: Any, expected: jax.ShapeDtypeStruct) -> bool:
+    """Whether a stored array can be read as the expected one."""
     if there is None or there.dtype != expected.dtype or len(there.shape) != len(expected.shape):
         return False
     enough = expected.sharding is not None or there.shape[:1] >= expected.shape[:1]
     return enough and there.shape[1:] == expected.shape[1:]
-
-
-def stacked(tree: Any, count: int) -> Any:
-    """Shapes and types of ``count`` such trees stacked along a new first axis."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
 
 
 @contextlib.contextmanager
@@ -227,20 +210,16 @@ def _to_save(leaf: Any) -> Any:
 
 
 def _plain_shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What to read for an array; a sharding is kept where the caller asked for one."""
+    """What to read for an array, with its sharding where the caller asked for one."""
     shape = jax.eval_shape(_plain, leaf)
     wanted = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=wanted)
 
 
-def _numbers(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("[0-9]*"))
-
-
 def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        expected = json.loads((path / _MANIFEST).read_text())
+        expected = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"{_MANIFEST} cannot be read"
     try:

@@ -36,11 +36,8 @@ def start(
 ) -> None:
     """Joins the cluster; call before any computation. ``jax.devices()`` are those of all after.
 
-    Args:
-        coordinator_address: ``host:port`` of process 0. This and the others are found out where
-            JAX knows the cluster: Slurm, Open MPI, TPU pods, Kubernetes.
-        num_processes: processes in all.
-        process_id: index of this one.
+    Where JAX knows the cluster (Slurm, Open MPI, TPU pods, Kubernetes) it finds out the arguments:
+    ``host:port`` of process 0, the number of processes and the index of this one.
 
     Raises:
         ConfigError: the processes could not find each other.
@@ -66,7 +63,7 @@ def start(
         raise ConfigError("distributed", coordinator_address, valid) from error
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is process 0, which writes tables and speaks for all."""
     return jax.process_index() == 0
 
@@ -78,7 +75,7 @@ def gather(*values: float) -> np.ndarray:
     return multihost_utils.process_allgather(words).view(np.float64)
 
 
-def in_all(function: Callable[[], T]) -> T:
+def run_on_all_processes(function: Callable[[], T]) -> T:
     """Calls a function in every process; where it raises in one, ConfigError in all others."""
     error, result = None, None
     try:
@@ -118,7 +115,7 @@ def leave(code: int) -> int:
         return code
     sys.stdout.flush()
     sys.stderr.flush()
-    if is_first():
+    if is_main_process():
         # The others hang on it, and may still have something to say.
         time.sleep(2)
     os._exit(code)

@@ -4,17 +4,19 @@ All processes hold the same ``Folder`` and call it alike. Arrays are written by 
 rest by process 0.
 """
 
+import contextlib
 import csv
-import dataclasses
+import fcntl
 import io
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,56 +27,29 @@ from gipo_jax import provenance
 from gipo_jax.config import ConfigError
 from gipo_jax.sweep import checkpoint, cluster, grid, results
 from gipo_jax.sweep.grid import Run
-from gipo_jax.sweep.plan import Group, Part
+from gipo_jax.sweep.plan import Group, Part, Progress
 from gipo_jax.sweep.results import ResultsError, write_atomic
 
 
-@dataclasses.dataclass
-class Progress:
-    """What a checkpoint says of a sweep, beside the arrays.
-
-    Attributes:
-        number: of the newest checkpoint, 0 where there is none.
-        finished: indices of the runs that are through.
-        diverged: iteration in which runs diverged, by index.
-        started: parts in the middle of training.
-        metrics_bytes: size of metrics.csv; None for a new file.
-    """
-
-    number: int = 0
-    finished: list[int] = dataclasses.field(default_factory=list)
-    diverged: dict[int, int] = dataclasses.field(default_factory=dict)
-    started: list[Part] = dataclasses.field(default_factory=list)
-    metrics_bytes: int | None = None
-
-
 class Folder:
-    """The folder of a sweep.
+    """The folder of a sweep: how far the sweep is (``progress``), and its files.
 
-    Attributes:
-        progress: how far the sweep is.
-        checkpoints: folder of its checkpoints.
-        encoded: the runs as JSON.
-        settings: every setting of each run by name.
-        latest: newest training return of each run since ``open``, where there is one.
+    ``encoded`` are the runs as JSON, ``settings`` all settings of each by name, and ``latest`` the
+    newest training return of each run since ``open``, where there is one.
     """
 
     def __init__(self, directory: Path, runs: Sequence[Run], resume: bool) -> None:
-        """Checks that the folder can take the sweep, or holds it already; touches nothing.
-
-        Raises:
-            ConfigError: it holds another sweep, holds none to resume, or cannot be written to.
-            ResultsError: it is of another version.
-        """
+        """Checks that the folder can take the sweep, or holds it already; touches nothing."""
         results.check_directory(directory, resume)
         self.directory, self.progress = directory, Progress()
         self.latest: dict[int, float] = {}
         self.encoded = json.loads(json.dumps(grid.encode(runs)))
         self._runs, self._resume = runs, resume
-        self.settings = [grid.described(run) for run in runs]
+        self.settings = [grid.flat_settings(run) for run in runs]
         self.checkpoints = directory / results.CHECKPOINTS
         self._file: IO[bytes] | None = None
         self._changed = False
+        self._present = checkpoint.numbers(self.checkpoints)
         if resume:
             found = grid.difference(results.read_config(directory)["groups"], self.encoded)
             if found is not None:
@@ -82,17 +57,12 @@ class Folder:
                 raise ConfigError(name, now, f"{before!r}, as in the sweep that {directory} holds")
 
     def load(self, number: int) -> None:
-        """Takes over the progress of a checkpoint, 0 for none, but not yet states of its parts."""
+        """Takes over the progress of a checkpoint, 0 for none, without the states of its parts."""
         if number:
             stored = checkpoint.read_progress(self.checkpoints / f"{number:08d}")
-            started = stored["started"]
-            self.progress = Progress(
-                number,
-                stored["finished"],
-                {int(run): iteration for run, iteration in stored["diverged"].items()},
-                [Part(tuple(part["runs"]), part["point"], None) for part in started],
-                stored["metrics_bytes"],
-            )
+            stored["diverged"] = {int(run): at for run, at in stored["diverged"].items()}
+            started = [Part(tuple(p["runs"]), p["point"], None) for p in stored["started"]]
+            self.progress = Progress(number, **stored | {"started": started})
 
     def load_states(self, like: list[Any]) -> None:
         """Reads the states of the started parts, for ``like`` see ``checkpoint.read_arrays``."""
@@ -101,12 +71,46 @@ class Folder:
             pairs = zip(self.progress.started, checkpoint.read_arrays(path, like), strict=True)
             self.progress.started = [part._replace(state=state) for part, state in pairs]
 
-    def open(self, metrics: Sequence[str], options: Mapping[str, Any]) -> None:
-        """Begins to write tables with these metrics; options are for the record."""
-        self._saved_at = time.monotonic()
-        if not cluster.is_first():
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keeps the folder to this sweep, with a lock that the system drops if the process dies.
+
+        Raises:
+            ConfigError: another process writes to it, or has since ``self`` was made.
+        """
+        if not cluster.is_main_process():
+            yield
             return
         self.directory.mkdir(parents=True, exist_ok=True)
+        out, path = str(self.directory), self.directory / "lock"
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                valid = f"a folder that no other process writes to; {file.read()} does"
+                raise ConfigError("out", out, valid) from error
+            except OSError as error:
+                print(f"warning: {path} cannot be locked: {error.strerror}", file=sys.stderr)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise ConfigError("out", out, "a folder that another process has just left; again")
+            try:
+                results.check_directory(self.directory, self._resume)
+                if checkpoint.numbers(self.checkpoints) != self._present:
+                    valid = "a folder that no other process has changed since this one began"
+                    raise ConfigError("out", out, valid)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def open(self, metrics: Sequence[str], options: Mapping[str, Any]) -> None:
+        """Begins to write tables of these metrics; options are for the record."""
+        self._saved_at = time.monotonic()
+        if not cluster.is_main_process():
+            return
         self._columns = list(dict.fromkeys(["run", "iteration", "env_steps", *metrics]))
         here: dict[str, Any] = {
             "command": shlex.join(sys.argv),
@@ -123,11 +127,7 @@ class Folder:
             if here["provenance"] != [config, *config["resumed"]][-1]["provenance"]:
                 config["resumed"].append(here)
         write_atomic(self.directory / results.CONFIG, json.dumps(config, indent=1) + "\n")
-        self._open_metrics(self.directory / results.METRICS, self.progress.metrics_bytes)
-        self._write_runs()
-
-    def _open_metrics(self, path: Path, size: int | None) -> None:
-        """Opens metrics.csv to append to its first ``size`` bytes; None begins it anew."""
+        path, size = self.directory / results.METRICS, self.progress.metrics_bytes
         if size is None:
             write_atomic(path, ",".join(self._columns) + "\n")
         elif path.stat().st_size < size:
@@ -135,11 +135,12 @@ class Folder:
         else:
             os.truncate(path, size)
         self._file = path.open("ab")
+        self._write_runs()
 
     def add(
         self, group: Group, runs: Sequence[int], iteration: int, metrics: Mapping[str, np.ndarray]
     ) -> list[dict[str, Any]]:
-        """Writes a logged point of some runs, metrics ``[width]`` by name; returns the rows."""
+        """Writes a logged point of runs, metrics ``[width]`` by name, and returns its rows."""
         at = {"iteration": iteration, "env_steps": iteration * group.domain.config.block_size}
         rows = [
             {"run": run} | at | {name: values[lane] for name, values in metrics.items()}
@@ -153,14 +154,14 @@ class Folder:
         return rows
 
     def add_diverged(self, runs: Sequence[int], diverged_at: np.ndarray) -> list[int]:
-        """Takes note of runs that diverged, iteration ``[width]`` or -1; returns the new ones."""
+        """Notes runs that diverged, iteration ``[width]`` or -1, and returns the new ones."""
         found = dict(zip(runs, diverged_at.tolist(), strict=False))
         new = [run for run in runs if found[run] >= 0 and run not in self.progress.diverged]
         self.progress.diverged |= {run: found[run] for run in new}
         return new
 
     def take_up(self, part: Part) -> Part:
-        """A part goes into training: checkpoints no longer hold it as one that waits."""
+        """Moves a part into training: checkpoints no longer hold it as one that waits."""
         self.progress.started = [p for p in self.progress.started if p is not part]
         return part
 
@@ -168,13 +169,13 @@ class Folder:
         """Writes what runs that have finished act with; see ``Domain.acting``."""
         folder = self.directory / results.PARAMS
         temporary = folder / f"{runs[0]:06d}.tmp"
-        if cluster.is_first():
+        if cluster.is_main_process():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         checkpoint.write_arrays(temporary / checkpoint.ARRAYS, acting)
-        if cluster.is_first():
-            (temporary / "runs.json").write_text(json.dumps(list(runs)))
+        if cluster.is_main_process():
+            (temporary / "runs.json").write_text(json.dumps(list(runs)), encoding="utf-8")
             shutil.rmtree(temporary.with_suffix(""), ignore_errors=True)
             temporary.replace(temporary.with_suffix(""))
         self.progress.finished += runs
@@ -209,11 +210,18 @@ class Folder:
         if self._file is not None:
             self._file.close()
             path = self.directory / results.METRICS
-            header, *rows = path.read_text().splitlines(keepends=True)
-            rows.sort(key=lambda row: [int(cell) for cell in row.split(",", 2)[:2]])
-            write_atomic(path, header + "".join(rows))
+            header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            places = [[int(cell) for cell in row.split(",", 2)[:2]] for row in rows]
+            order = sorted(range(len(rows)), key=places.__getitem__)
+            write_atomic(path, header + "".join(rows[index] for index in order))
+            last = {run: iteration for run, iteration in sorted(places)}
+            ends = {run: self._runs[run].config.num_iterations for run in self.progress.finished}
+            if lost := [str(run) for run in ends if last.get(run) != ends[run]]:
+                text = f"{path} was changed: it lacks the last point of runs {', '.join(lost)}"
+                raise ResultsError(text)
 
     def _write_runs(self) -> None:
+        """Writes runs.csv from the settings, the progress and metrics.csv."""
         finished, diverged = set(self.progress.finished), self.progress.diverged
         iterations = [run.config.num_iterations for run in self._runs]
         rows = []
@@ -226,8 +234,8 @@ class Folder:
                 row |= {"status": "diverged", "diverged_step": step}
             rows.append(row)
         columns = _run_columns(self.settings)
-        text = ",".join(columns) + "\n" + _csv(columns, rows)
-        write_atomic(self.directory / results.RUNS, text)
+        header = ",".join(columns) + "\n"
+        write_atomic(self.directory / results.RUNS, header + _csv(columns, rows))
 
 
 def _cell(value: Any) -> str:
@@ -261,7 +269,7 @@ def summaries(metrics: Path, iterations: Sequence[int]) -> list[dict[Any, Any]]:
 
     ``final_return`` is the mean training return of the episodes that ended in the last logged
     points, as many as cover at least a tenth of training; NaN when none ended there.
-    ``eval_return`` is that of the last point. ``iterations`` are those of each run in all.
+    ``iterations`` are those of each run in all.
     """
     floats = ["episode_return", "episodes", "eval_return"]
     wanted = ["run", "iteration", "env_steps", *floats]

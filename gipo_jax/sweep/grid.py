@@ -2,11 +2,9 @@
 
 import dataclasses
 import difflib
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
 from gipo_jax.domains.tokens import selection
+from gipo_jax.user_files import Reference
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
 HPARAM_FIELDS = tuple(f.name for f in dataclasses.fields(HParams) if f.name != "objective_params")
@@ -95,24 +94,11 @@ def expand(
                     hparams = train.make_hparams(
                         config, seed=seed, objective_params=parameters, **numbers
                     )
-                    run = Run(_name(config, parameters, numbers, seed), config, hparams)
+                    named = numbers | parameters | {"seed": seed}
+                    values = [f"{key}={value}" for key, value in named.items()]
+                    run = Run(" ".join([program_name(config), *values]), config, hparams)
                     runs.setdefault(_identity(run), run)
     return list(runs.values())
-
-
-def described(run: Run) -> dict[str, Any]:
-    """Every setting of a run by name, with environment and objective as they are called."""
-    settings = dataclasses.asdict(
-        dataclasses.replace(run.config, env=None, objective=None, selection=None)
-    ) | dataclasses.asdict(run.hparams)
-    settings.pop("max_buffer_size")
-    parameters = settings.pop("objective_params")
-    named = {
-        "env": env_name(run.config.env),
-        "selection": selection.name_of(run.config.selection),
-        "objective": objectives.spec(run.config.objective).name,
-    }
-    return settings | parameters | named
 
 
 def env_name(env: Any) -> str:
@@ -120,15 +106,39 @@ def env_name(env: Any) -> str:
     return env if isinstance(env, str) else str(env.name)
 
 
+_CALLED: dict[str, Callable[[Any], str]] = {
+    "env": env_name,
+    "objective": lambda objective: objectives.spec(objective).name,
+    "selection": selection.name_of,
+}
+"""How settings that may be objects are called, in tables and for people."""
+
+
+def program_name(config: Config) -> str:
+    """What tells a static configuration from the others of a sweep, for people."""
+    parts = [env_name(config.env), _CALLED["objective"](config.objective)]
+    for field in ("kernel", "ratio_level", "selection"):
+        value = getattr(config, field)
+        if value != getattr(_CONFIG_DEFAULTS, field):
+            parts.append(_CALLED.get(field, str)(value))
+    return " ".join(parts)
+
+
+def flat_settings(run: Run) -> dict[str, Any]:
+    """Every setting of a run by name; objects by what they are called."""
+    called = {field: name(getattr(run.config, field)) for field, name in _CALLED.items()}
+    settings = vars(run.config) | vars(run.hparams) | run.hparams.objective_params | called
+    return {k: v for k, v in settings.items() if k not in ("max_buffer_size", "objective_params")}
+
+
 def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Runs as JSON: one entry for each static configuration, with the settings of its runs."""
     groups: dict[Config, dict[str, Any]] = {}
+    objects: dict[tuple[str, str], Any] = {}
     for index, run in enumerate(runs):
         if run.config not in groups:
-            config = {name: getattr(run.config, name) for name in CONFIG_FIELDS}
-            config["env"] = _encode_reference(run.config.env, env_name)
-            config["selection"] = _encode_reference(run.config.selection, selection.name_of)
-            config["objective"] = _encode_objective(run.config.objective)
+            _check_names(run.config, objects)
+            config = {name: _to_json(name, getattr(run.config, name)) for name in CONFIG_FIELDS}
             groups[run.config] = {"config": config, "runs": []}
         hparams = {n: _plain(v) for n, v in dataclasses.asdict(run.hparams).items()}
         groups[run.config]["runs"].append({"run": index, "name": run.name} | hparams)
@@ -148,42 +158,111 @@ def decode(
     Raises:
         ConfigError: an environment or objective is needed and not given, or its file has changed.
     """
+    given = {"env": env, "objective": objective}
     runs: dict[int, Run] = {}
     for group in groups:
-        # JSON has no tuples.
-        stored: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in group["config"].items()
-        }
-        stored["env"] = _decode_reference("env", stored["env"], env, env_name)
-        stored["selection"] = _decode_reference(
-            "selection", stored["selection"], None, selection.name_of
-        )
-        stored["objective"] = _decode_objective(stored["objective"], objective)
-        config = Config(**stored)
+        config = Config(**{k: _from_json(k, v, given.get(k)) for k, v in group["config"].items()})
         for entry in group["runs"]:
             hparams = {k: _numbers(v) for k, v in entry.items() if k not in ("run", "name")}
             runs[entry["run"]] = Run(entry["name"], config, HParams(**hparams))
     return [runs[index] for index in sorted(runs)]
 
 
+def _check_names(config: Config, objects: dict[tuple[str, str], Any]) -> None:
+    """Refuses another object of a name that ``objects`` of the sweep has already."""
+    for field, called in _CALLED.items():
+        value = getattr(config, field)
+        name = called(value)
+        if field == "objective" and objectives.KNOWN.get(name) is value:
+            value = name
+        if len({value, objects.setdefault((field, name), value)}) > 1:
+            valid = "objects that tables can tell apart by name; two of this sweep are called so"
+            raise ConfigError(field, name, valid)
+
+
+def _to_json(field: str, value: Any) -> Any:
+    """A static setting as JSON: what is the user's own as a ``Reference``."""
+    if isinstance(value, str):
+        own = user_files.is_reference(value)
+        return Reference.of(value, "reference", value).to_json() if own else value
+    if field not in _CALLED:
+        return value
+    name = _CALLED[field](value)
+    if field == "objective" and objectives.KNOWN.get(name) is value:
+        return name
+    kind = "function" if field == "objective" else "object"
+    return Reference.of(value, kind, name).to_json()
+
+
+def _from_json(field: str, stored: Any, given: Any) -> Any:
+    """The static setting that ``_to_json`` wrote."""
+    if not isinstance(stored, dict):
+        # JSON has no tuples.
+        return tuple(stored) if isinstance(stored, list) else stored
+    called = None if given is None else _CALLED[field](given)
+    found = Reference.from_json(stored).find(field, given, called)
+    own_file = field == "objective" and isinstance(found, str)
+    return load_objective(found) if own_file else found
+
+
+def _plain(value: Any) -> Any:
+    """A traced setting as JSON, which has no infinity."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    value = value.item() if hasattr(value, "item") else value
+    return str(value) if value in (math.inf, -math.inf) else value
+
+
+def _numbers(stored: Any) -> Any:
+    """The traced setting that ``_plain`` wrote."""
+    if isinstance(stored, dict):
+        return {key: _numbers(item) for key, item in stored.items()}
+    return float(stored) if isinstance(stored, str) else stored
+
+
 def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, Any] | None:
-    """The first setting in which two results of ``encode`` differ: its name and both values."""
-    before, now = (sum(len(group["runs"]) for group in groups) for groups in (stored, given))
-    if before != now:
-        return "number of runs", before, now
-    for old, new in zip(stored, given, strict=False):
-        pairs = [(old["config"], new["config"]), *zip(old["runs"], new["runs"], strict=False)]
-        for left, right in pairs:
-            for name in left | right:
-                values = left.get(name), right.get(name)
-                if name != "name" and _placeless(values[0]) != _placeless(values[1]):
-                    return name, *values
-    return None
+    """The first setting in which two results of ``encode`` differ: its name and both values.
+
+    Where there are more runs in one of them, the values are all that the setting takes.
+    """
+    before, now = _settings_of_runs(stored), _settings_of_runs(given)
+    names = dict.fromkeys(name for run in before + now for name in run)
+    if len(before) == len(now):
+        for old, new in zip(before, now, strict=True):
+            for name in names:
+                values = old.get(name), new.get(name)
+                if _placeless(values[0]) != _placeless(values[1]):
+                    return name, values[0], values[1]
+        return None
+    for name in names:
+        taken: list[list[Any]] = [[], []]
+        for runs, values_taken in zip((before, now), taken, strict=True):
+            for run in runs:
+                value = _placeless(run.get(name))
+                if value not in values_taken:
+                    values_taken.append(value)
+        if any(value not in taken[1] for value in taken[0]) or len(taken[0]) != len(taken[1]):
+            return name, taken[0], taken[1]
+    return "number of runs", len(before), len(now)
+
+
+def _settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """The settings of each run in a result of ``encode``, by name."""
+    runs = {}
+    for group in groups:
+        for entry in group["runs"]:
+            settings = group["config"] | entry | entry["objective_params"]
+            dropped = ("run", "name", "objective_params")
+            runs[entry["run"]] = {k: v for k, v in settings.items() if k not in dropped}
+    return [runs[index] for index in sorted(runs)]
 
 
 def _placeless(value: Any) -> Any:
     """A stored setting without the place of its file: the same code elsewhere is the same."""
-    return {k: v for k, v in value.items() if k != "file"} if isinstance(value, dict) else value
+    if not isinstance(value, dict) or "file" not in value:
+        return value
+    kind, name, _, sha256 = Reference.from_json(value)
+    return kind, name.rpartition(":")[2], sha256
 
 
 def load_objective(reference: str) -> Callable[..., Any]:
@@ -197,15 +276,6 @@ def load_objective(reference: str) -> Callable[..., Any]:
         name = reference.rpartition(":")[2]
         raise ConfigError("objective", reference, f"FILE.py:FUNCTION, but {name} is no function")
     return function
-
-
-def source_file(function: Any) -> Path | None:
-    """The file a function was written in, if it has one."""
-    try:
-        name = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:
-        return None
-    return Path(name).resolve() if name and Path(name).is_file() else None
 
 
 def _values(name: str, value: Any) -> list[Any]:
@@ -241,90 +311,7 @@ def _product(settings: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:
         yield dict(zip(settings, values, strict=True))
 
 
-def _name(
-    config: Config, parameters: Mapping[str, Any], numbers: Mapping[str, Any], seed: int
-) -> str:
-    parts = [env_name(config.env), objectives.spec(config.objective).name]
-    if config.kernel != _CONFIG_DEFAULTS.kernel:
-        parts.append(config.kernel)
-    if config.ratio_level is not None:
-        parts.append(config.ratio_level)
-    if config.selection != _CONFIG_DEFAULTS.selection:
-        parts.append(selection.name_of(config.selection))
-    parts += [f"{key}={value}" for key, value in ({**numbers, **parameters}).items()]
-    return " ".join([*parts, f"seed={seed}"])
-
-
 def _identity(run: Run) -> Any:
     numbers = dataclasses.asdict(run.hparams)
     parameters = numbers.pop("objective_params")
     return run.config, tuple(numbers.values()), tuple(sorted(parameters.items()))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    value = value.item() if hasattr(value, "item") else value
-    # JSON has no infinity.
-    return str(value) if value in (math.inf, -math.inf) else value
-
-
-def _numbers(stored: Any) -> Any:
-    if isinstance(stored, dict):
-        return {key: _numbers(item) for key, item in stored.items()}
-    return float(stored) if isinstance(stored, str) else stored
-
-
-def _encode_reference(value: Any, name: Callable[[Any], str]) -> Any:
-    """A setting that is a name, FILE.py:NAME or an object, as JSON."""
-    if not isinstance(value, str):
-        return {"object": name(value)}
-    if not user_files.is_reference(value):
-        return value
-    file = Path(value.rpartition(":")[0]).expanduser().resolve()
-    return {"reference": value, "file": str(file), "sha256": user_files.digest(file)}
-
-
-def _decode_reference(field: str, stored: Any, given: Any, name: Callable[[Any], str]) -> Any:
-    if isinstance(stored, str):
-        return stored
-    if "reference" in stored:
-        reference, file = stored["reference"], Path(stored["file"])
-        if file.is_file() and user_files.digest(file) != stored["sha256"]:
-            valid = "the file as it was when the sweep began; it has changed since"
-            raise ConfigError(field, reference, valid)
-        # By the path that the sweep was given, if it still leads there.
-        here = Path(reference.rpartition(":")[0]).expanduser().resolve() == file
-        return reference if here else f"{file}:{reference.rpartition(':')[2]}"
-    if given is None or name(given) != stored["object"]:
-        raise ConfigError(field, given, f"the object {stored['object']} of this sweep")
-    return given
-
-
-def _encode_objective(objective: Any) -> Any:
-    if isinstance(objective, str):
-        return objective
-    name = objectives.spec(objective).name
-    if objectives.KNOWN.get(name) is objective:
-        return name
-    file = source_file(objective)
-    if file is None:
-        return {"function": name}
-    return {"function": name, "file": str(file), "sha256": user_files.digest(file)}
-
-
-def _decode_objective(stored: Any, given: Any) -> Any:
-    if isinstance(stored, str):
-        return stored
-    name = stored["function"]
-    if given is not None and objectives.spec(given).name == name:
-        return given
-    if "file" not in stored:
-        raise ConfigError("objective", given, f"the function {name} of this sweep")
-    if (
-        Path(stored["file"]).is_file()
-        and user_files.digest(Path(stored["file"])) != stored["sha256"]
-    ):
-        valid = "the file as it was when the sweep began; it has changed since"
-        raise ConfigError("objective", f"{stored['file']}:{name}", valid)
-    return load_objective(f"{stored['file']}:{name}")

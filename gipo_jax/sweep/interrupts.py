@@ -23,20 +23,20 @@ class Interrupted(RuntimeError):  # noqa: N818 - the name says what happened, no
         self.exit_code = exit_code
 
 
-class Interrupts:
-    """Attributes: ``received``, the number of the signal that came, or 0."""
+class StopSignals:
+    """The number of the signal that came, or 0."""
 
     received = 0
 
 
 @contextlib.contextmanager
-def noticed() -> Iterator[Interrupts]:
-    """While entered, SIGTERM and the first SIGINT are noted; a second Ctrl-C means now."""
-    interrupts = Interrupts()
+def catch_stop_signals() -> Iterator[StopSignals]:
+    """Notes SIGTERM and the first Ctrl-C while entered; a second one acts as usual."""
+    signals = StopSignals()
     previous: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
-        interrupts.received = number
+        signals.received = number
         signal.signal(number, previous[number])
 
     # Only the main thread may set handlers; elsewhere the host program keeps its own.
@@ -44,7 +44,7 @@ def noticed() -> Iterator[Interrupts]:
         for number in (signal.SIGTERM, signal.SIGINT):
             previous[number] = signal.signal(number, note)
     try:
-        yield interrupts
+        yield signals
     finally:
         for taken, handler in previous.items():
             signal.signal(taken, handler)

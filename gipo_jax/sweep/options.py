@@ -1,12 +1,20 @@
 """How a sweep is executed: settings that do not change what is computed."""
 
 import dataclasses
+import re
+from typing import Any
 
 from gipo_jax.config import Validator, at_least, flag, one_of, optional, setting
 
 MODES = ("auto", "vmap", "map", "loop")
 
-_SIZE = Validator("a size such as 512MB or 8GB", lambda v: isinstance(v, str))
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def bytes_of(size: Any) -> int | None:
+    """Bytes that a text such as ``512MB``, ``8GB`` or ``1000000`` means; None for no such text."""
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*(?:([KMGT])B)?\s*", str(size), re.IGNORECASE)
+    return int(float(found[1]) * 2 ** _UNITS[(found[2] or "").upper()]) if found else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,8 +35,8 @@ class Options:
     )
     memory_limit: str | None = setting(
         None,
-        "memory to plan for, such as 8GB; by default what the device, or host, has",
-        optional(_SIZE),
+        "memory to plan for; by default what the device, or host, has",
+        optional(Validator("a size such as 512MB or 8GB", lambda v: bool(bytes_of(v)))),
     )
     checkpoint_seconds: float = setting(
         60.0,

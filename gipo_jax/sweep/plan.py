@@ -1,5 +1,6 @@
 """What a sweep will compile and hold: groups of runs, their memory, and slices that fit."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -12,8 +13,7 @@ import jax
 from gipo_jax import train
 from gipo_jax.config import ConfigError, HParams
 from gipo_jax.domains import Domain
-from gipo_jax.domains.tokens import selection
-from gipo_jax.sweep import program
+from gipo_jax.sweep import grid, program
 from gipo_jax.sweep.grid import Run, env_name
 from gipo_jax.sweep.options import Options
 from gipo_jax.sweep.program import Layout
@@ -30,42 +30,19 @@ MOST_SIMULATORS = 64
 
 
 class Memory(NamedTuple):
-    """Bytes that one run takes.
+    """Bytes that one run takes."""
 
-    Attributes:
-        params: policy and value parameters.
-        optimizer: optimizer state.
-        replay: all allocated rows.
-        other: environments, normaliser, counters.
-        work: what a step makes and drops: a rollout, a batch and its activations, gradients.
-    """
-
-    params: int
-    optimizer: int
-    replay: int
-    other: int
-    work: int
-
-    @property
-    def state(self) -> int:
-        """Bytes carried from one iteration to the next."""
-        return self.params + self.optimizer + self.replay + self.other
+    state: int  # carried from one iteration to the next
+    replay: int  # part of ``state``: all allocated rows
+    work: int  # made and dropped in a step: a rollout, a batch and its activations, gradients
 
 
 class Group(NamedTuple):
-    """Runs that share a compiled program.
-
-    Attributes:
-        name: for people.
-        domain: what they train on; its configuration allocates the largest buffer among them.
-        runs: their indices in the sweep.
-        hparams: their settings.
-        memory: bytes of each.
-    """
+    """Runs that share a compiled program."""
 
     name: str
-    domain: Domain
-    runs: tuple[int, ...]
+    domain: Domain  # its configuration allocates the largest buffer among the runs
+    runs: tuple[int, ...]  # indices in the sweep
     hparams: tuple[HParams, ...]
     memory: Memory
 
@@ -75,82 +52,66 @@ class Group(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Runs that go through the program together.
+    """Runs that go through the program together."""
 
-    Attributes:
-        runs: their indices in the sweep.
-        point: logged points already made.
-        state: their stored states; None at the start.
-    """
+    runs: tuple[int, ...]  # indices in the sweep
+    point: int  # logged points already made
+    state: Any | None  # their stored states, None at the start
 
-    runs: tuple[int, ...]
-    point: int
-    state: Any | None
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint says of a sweep, beside the arrays."""
+
+    number: int = 0  # of the newest checkpoint, 0 where there is none
+    finished: list[int] = dataclasses.field(default_factory=list)  # indices of runs
+    diverged: dict[int, int] = dataclasses.field(default_factory=dict)  # run: iteration
+    started: list[Part] = dataclasses.field(default_factory=list)
+    metrics_bytes: int | None = None  # size of metrics.csv; None for a new file
 
 
 class Slices(NamedTuple):
-    """How a group goes through the devices: parts of it, one after the other.
+    """How a group goes through the devices: parts of it, one after the other."""
 
-    Attributes:
-        parts: indices in the sweep of the runs of each part.
-        layout: of the largest part; all parts use it.
-        bytes: memory needed on all devices together.
-        limit: memory there is, None if unknown.
-    """
-
-    parts: tuple[tuple[int, ...], ...]
-    layout: Layout
-    bytes: int
-    limit: int | None
+    parts: tuple[tuple[int, ...], ...]  # indices in the sweep
+    layout: Layout  # of the largest part; all parts use it
+    bytes: int  # needed on all devices together
+    limit: int | None  # bytes there are, if known
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups runs by static configuration and checks each of them.
-
-    Raises:
-        ConfigError: a run's settings are not usable.
-    """
+    """Groups runs by static configuration and checks each; raises ConfigError."""
     members: dict[Any, list[int]] = {}
     for index, run in enumerate(runs):
         members.setdefault(dataclasses.replace(run.config, max_buffer_size=None), []).append(index)
     groups = []
     for config, indices in members.items():
-        hparams = [_checked(runs[index]) for index in indices]
+        hparams = [train.make_hparams(runs[i].config, **vars(runs[i].hparams)) for i in indices]
         # An allocation that the user asked for stands.
         sizes = [int(h.buffer_size) for h in hparams]
         sizes += [runs[index].config.max_buffer_size or 0 for index in indices]
         domain = train.make(dataclasses.replace(config, max_buffer_size=max(sizes)))
-        name = f"{env_name(config.env)} {domain.objective.name}"
-        if config.kernel != "gaussian":
-            name += f" {config.kernel}"
-        if config.ratio_level is not None:
-            name += f" {config.ratio_level}"
-        if config.selection != "keep_all":
-            name += f" {selection.name_of(config.selection)}"
         memory = measure(domain, hparams[0])
+        name = grid.program_name(config)
         groups.append(Group(name, domain, tuple(indices), tuple(hparams), memory))
     return groups
 
 
-def _checked(run: Run) -> HParams:
-    values = {f.name: getattr(run.hparams, f.name) for f in dataclasses.fields(run.hparams)}
-    return train.make_hparams(run.config, **values)
+# Memory.
 
 
 def measure(domain: Domain, hparams: HParams) -> Memory:
     """Bytes of one run, from shapes alone."""
-    state = jax.eval_shape(lambda: train.init(domain, hparams))
+    carried = jax.eval_shape(lambda: train.init(domain, hparams))
     config = domain.config
-    params, optimizer = size(state.learner.params), size(state.learner.opt_state)
-    replay = size(state.replay)
+    params, replay, state = size(carried.learner.params), size(carried.replay), size(carried)
     row = replay / max(config.max_buffer_size or 1, 1)
     activations = 4 * domain.activations * config.batch_size
     work = row * (2 * config.block_size + 4 * config.batch_size) + activations + 2 * params
-    other = size(state) - params - optimizer - replay
     if domain.host:
-        other += config.num_envs * SIMULATOR_BYTES
+        state += config.num_envs * SIMULATOR_BYTES
         work += 2 * domain.eval_episodes * SIMULATOR_BYTES
-    return Memory(params, optimizer, replay, other, int(work))
+    return Memory(state, replay, int(work))
 
 
 def size(tree: Any) -> int:
@@ -168,7 +129,43 @@ def needed(memory: Memory, layout: Layout) -> int:
     """Bytes on all devices: all states, and a copy of one block where there are several."""
     at_work = len(layout.devices) * layout.lanes
     copies = at_work if layout.blocks > 1 else 0
-    return layout.width * memory.state + copies * memory.state + at_work * memory.work
+    return (layout.width + copies) * memory.state + at_work * memory.work
+
+
+def memory_limit(devices: Sequence[jax.Device]) -> int | None:
+    """Bytes that devices of this process have together; None where they do not say."""
+    if devices[0].platform == "cpu":
+        return _host_memory()
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    return sum(limits) if all(limits) else None  # type: ignore[arg-type]
+
+
+def _host_memory() -> int | None:
+    """Free memory of the host, or of the control group if that is less; None where unknown."""
+    free = []
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    # A group without a limit says "max", which is no number.
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{n}").read_text() for n in ("max", "current"))
+        free.append(max(int(limit) - int(used), 0))
+    if not free:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(free) if free else None
+
+
+def show(size: float) -> str:
+    """A size with its unit."""
+    for unit in ("bytes", "KB", "MB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GB"
+
+
+# Slices.
 
 
 def slices(
@@ -178,12 +175,9 @@ def slices(
     devices: Sequence[jax.Device],
     limit: int | None,
 ) -> Slices:
-    """Cuts a group into the fewest parts that fit in memory, ``limit`` bytes on all devices.
+    """Cuts a group into the fewest parts that fit in ``limit`` bytes on all devices.
 
-    For ``mode`` and ``lanes`` see ``program.layout``.
-
-    Raises:
-        ConfigError: not even one run fits; the message says what would.
+    For ``mode`` and ``lanes`` see ``program.layout``. Raises ConfigError where not one run fits.
     """
     runs = group.runs
     parts = -(-len(runs) // len(devices)) if mode == "loop" else 1
@@ -195,8 +189,33 @@ def slices(
             cut = tuple(tuple(runs[i : i + width]) for i in range(0, len(runs), width))
             return Slices(cut, layout, total, limit)
         if width == 1:
-            raise ConfigError("memory_limit", show(limit), _options(group, total, layout, limit))
+            raise ConfigError("memory_limit", show(limit), _would_fit(group, total, layout, limit))
         parts = -(-len(runs) // (width - 1))
+
+
+def _would_fit(group: Group, total: int, layout: Layout, limit: int) -> str:
+    """The memory that one run of a group needs, and the buffer that would fit."""
+    config, (state, replay, work) = group.domain.config, group.memory
+    text = f"at least {show(total / USABLE)} for {group.name}, replay being {show(replay)} a run"
+    spare = USABLE * limit / layout.width - (state - replay + work)
+    rows = spare * (config.max_buffer_size or config.block_size) / max(replay, 1)
+    fitting = int(rows) // config.block_size * config.block_size
+    return f"{text}; a buffer_size up to {fitting} would fit" if fitting > 0 else text
+
+
+def plan_line(group: Group, slices: Slices) -> str:
+    """The memory plan of a group, in one line."""
+    memory, runs = group.memory, len(group.runs)
+    text = f"{group.name}: {runs} runs, each {show(memory.state + memory.work)}"
+    text += f" ({show(memory.replay)} of it replay); {show(slices.bytes)}"
+    if slices.limit is not None:
+        text += f" of {show(slices.limit)}"
+    if len(slices.parts) > 1 and slices.layout.width > len(slices.layout.devices):
+        text += f", in {len(slices.parts)} slices of up to {len(slices.parts[0])} runs"
+    gap = group.domain.resume_gap
+    if gap is not None:
+        text += f"; --resume will go on with new episodes: {gap}"
+    return text
 
 
 def parts_at_once(group: Group, slices: Slices) -> int:
@@ -215,14 +234,13 @@ def parts_at_once(group: Group, slices: Slices) -> int:
     return 1 + max(more, 0)
 
 
-def remaining(
-    group: Group, slices: Slices, finished: Sequence[int], started: Sequence[Part]
-) -> list[Part]:
+def remaining(group: Group, slices: Slices, progress: Progress) -> list[Part]:
     """What is left to train of a group: the started parts, cut where they must be, then others."""
-    width = slices.layout.width
-    mine = [part for part in started if part.runs[0] in group.runs]
-    parts = []
-    for part in mine:
+    width, parts, taken = slices.layout.width, [], set(progress.finished)
+    for part in progress.started:
+        if part.runs[0] not in group.runs:
+            continue
+        taken |= set(part.runs)
         if len(part.runs) <= width:
             parts.append(part)
             continue
@@ -231,18 +249,18 @@ def remaining(
             cut = slice(i, i + width)
             state = jax.tree.map(lambda x, cut=cut: x[cut], part.state)
             parts.append(Part(part.runs[cut], part.point, state))
-    taken = {*finished, *(run for part in mine for run in part.runs)}
     fresh = [tuple(run for run in runs if run not in taken) for runs in slices.parts]
     return parts + [Part(runs, 0, None) for runs in fresh if runs]
+
+
+# Options.
 
 
 def batch_mode(options: Options, domain: Domain, platform: str) -> str:
     """The batch mode of a group: ``vmap``, ``map`` or ``loop``.
 
-    Simulators outside JAX (``domain.host``) step one run after the other.
-
-    Raises:
-        ConfigError: the options do not go with each other or with the domain.
+    Simulators outside JAX (``domain.host``) step one run after the other. Raises ConfigError where
+    the options do not go with each other or with the domain.
     """
     mode, on_host = options.batch_mode, domain.host
     if mode == "auto":
@@ -261,7 +279,7 @@ def batch_mode(options: Options, domain: Domain, platform: str) -> str:
 
 
 def choose_devices(options: Options) -> list[jax.Device]:
-    """As many devices of each process. Raises ConfigError where it has fewer than asked for."""
+    """As many devices of each process; raises ConfigError where it has fewer."""
     count = options.devices
     if count is None:
         return jax.devices()
@@ -270,98 +288,3 @@ def choose_devices(options: Options) -> list[jax.Device]:
         raise ConfigError("devices", count, valid)
     processes = range(jax.process_count())
     return [d for process in processes for d in jax.local_devices(process)[:count]]
-
-
-def _options(group: Group, total: int, layout: Layout, limit: int) -> str:
-    memory, config = group.memory, group.domain.config
-    text = (
-        f"at least {show(int(total / USABLE))} for {group.name}: {show(memory.state)} a run, of"
-        f" which replay {show(memory.replay)}"
-    )
-    if layout.lanes > 1:
-        text += f", {layout.lanes} runs at a time (batch mode loop takes one)"
-    rows = config.max_buffer_size or config.block_size
-    spare = USABLE * limit / layout.width - (memory.state - memory.replay + memory.work)
-    fitting = int(spare / max(memory.replay / rows, 1)) // config.block_size * config.block_size
-    if fitting >= config.block_size:
-        text += f"; a buffer_size up to {fitting} would fit"
-    return text
-
-
-def memory_limit(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes that devices of this process have together; None where they do not say."""
-    if devices[0].platform == "cpu":
-        return _host_memory()
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    return sum(limits) if all(limits) else None  # type: ignore[arg-type]
-
-
-def _host_memory() -> int | None:
-    """Free memory of the host, or of the control group if that is less."""
-    found = []
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        found.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        try:
-            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        except (OSError, ValueError, AttributeError):
-            return None
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            found.append(int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):
-        pass
-    return max(min(found), 0)
-
-
-def parse_size(text: str) -> int:
-    """Bytes from text such as ``512MB``, ``8GB`` or ``1000000``; powers of 1024.
-
-    Raises:
-        ConfigError: not a size.
-    """
-    units = {"": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
-    digits = text.strip().upper().rstrip("KMGTB")
-    try:
-        value = int(float(digits) * units[text.strip().upper()[len(digits) :].strip()])
-    except (KeyError, ValueError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise ConfigError("memory_limit", text, "a size such as 512MB or 8GB")
-    return value
-
-
-def show(size: float) -> str:
-    """A size with its unit."""
-    for unit in ("bytes", "KB", "MB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GB"
-
-
-def lines(group: Group, slices: Slices) -> list[str]:
-    """The memory plan of a group, to print."""
-    memory = group.memory
-    parts = ", ".join(
-        f"{name} {show(value)}"
-        for name, value in (
-            ("parameters", memory.params),
-            ("optimizer", memory.optimizer),
-            ("replay", memory.replay),
-            ("environments", memory.other),
-            ("rollout and batch", memory.work),
-        )
-    )
-    runs = sum(len(part) for part in slices.parts)
-    limit = f" of {show(slices.limit)}" if slices.limit is not None else ""
-    text = [f"{group.name}: {runs} runs, each {parts}; {show(slices.bytes)}{limit} in all"]
-    if len(slices.parts) > 1 and slices.layout.width > len(slices.layout.devices):
-        width = len(slices.parts[0])
-        text.append(f"  more than fits at once: {len(slices.parts)} slices of up to {width} runs")
-    if group.domain.resume_gap is not None:
-        text.append(f"  --resume will go on with new episodes: {group.domain.resume_gap}")
-    return text

@@ -27,17 +27,11 @@ same bits in a sweep of any size, and wider ones were measured to be no faster.
 
 
 class Layout(NamedTuple):
-    """How ``width`` runs are laid out: over devices, on each in blocks, each of ``lanes``.
+    """How ``width`` runs are laid out: over devices, on each in blocks, each of ``lanes``."""
 
-    Attributes:
-        devices: devices that share the runs evenly.
-        blocks: blocks that each device works through one after the other.
-        lanes: runs vectorised together in a block.
-    """
-
-    devices: tuple[jax.Device, ...]
-    blocks: int
-    lanes: int
+    devices: tuple[jax.Device, ...]  # which share the runs evenly
+    blocks: int  # that each device works through one after the other
+    lanes: int  # runs vectorised together in a block
 
     @property
     def width(self) -> int:
@@ -46,15 +40,15 @@ class Layout(NamedTuple):
 
 
 def layout(mode: str, lanes: int | None, devices: Sequence[jax.Device], runs: int) -> Layout:
-    """The layout of a number of runs.
+    """The layout of a number of runs; where they do not fill it, it has room for more.
 
     Args:
         mode: ``vmap``, runs side by side in vector operations; ``map``, one block of ``lanes`` runs
-            after the other inside the program; ``loop``, one run a device at a time.
-        lanes: runs a block in mode ``map``, 1 by default.
-        devices: those to use; of one process's no more than there are blocks, of several processes'
+            after the other inside the program; ``loop``, one run per device at a time.
+        lanes: runs per block in mode ``map``, 1 by default.
+        devices: those to use: of one process's no more than there are blocks, of several processes'
             all, as each must take part.
-        runs: number of runs, >= 1. Where they do not fill the layout, it has room for more.
+        runs: number of runs, >= 1.
     """
     least = len(devices) if len({device.process_index for device in devices}) > 1 else 1
     if mode == "loop":
@@ -77,23 +71,17 @@ def stack(hparams: Sequence[HParams], width: int) -> HParams:
 class Program:
     """``train.init`` and ``train.train_and_log`` for a batch of runs, compiled on request.
 
-    It runs on a mesh of the devices of all processes. Each trains runs of its own, without
-    communication.
-
-    Attributes:
-        domain: what is trained on.
-        layout: how the runs are laid out.
-        init_function: ``hparams -> state``, arrays ``[width, ...]``, and shapes of its argument.
-        train_and_log_function: ``state, hparams, start, stop -> state, metrics``, likewise.
-        state: shapes, types and places of the state.
-        metrics: names of the metrics of a logged point.
-        new_episodes: simulators outside JAX that could not go on where they were.
+    It runs on a mesh of the devices of all processes, each of which trains runs of its own without
+    communication. ``init_function`` and ``train_and_log_function`` are pairs of a jitted function
+    and the shapes of its arguments; ``state`` has shapes, types and places of the state,
+    ``metrics`` the names of a logged point's, and ``new_episodes`` counts simulators outside JAX
+    that could not go on where they were.
     """
 
     new_episodes = 0
 
     def __init__(self, domain: Domain, layout: Layout, example: HParams) -> None:
-        """Traces the program for settings such as ``example``; errors in an objective come here."""
+        """Traces the program, so that errors in an objective come here."""
         self.layout = layout
         self.domain = domain
         mesh = Mesh(np.asarray(layout.devices), ("runs",), axis_types=(AxisType.Auto,))
@@ -127,13 +115,9 @@ class Program:
         self.init_function = jax.jit(init_shared), (hparams,)
         self._init_traced = self.init_function[0].trace(hparams)
         self.state = self._abstract(self._init_traced.out_info)
-        self.train_and_log_function = (
-            jax.jit(train_and_log_shared, donate_argnums=0),
-            (self.state, hparams, step, step),
-        )
-        self._train_and_log_traced = self.train_and_log_function[0].trace(
-            *self.train_and_log_function[1]
-        )
+        arguments = self.state, hparams, step, step
+        self.train_and_log_function = jax.jit(train_and_log_shared, donate_argnums=0), arguments
+        self._train_and_log_traced = self.train_and_log_function[0].trace(*arguments)
         self.metrics = list(self._train_and_log_traced.out_info[1])
         # What came from a file may lie in memory that is not JAX's to reuse: copies do not.
         fill_shared = share(fill, in_specs=(runs, runs, runs), out_specs=runs)
@@ -167,7 +151,7 @@ class Program:
         )
 
     def start(self, hparams: HParams, stored: Any, runs: int) -> TrainState:
-        """The states to go on from, for settings from ``place``: stored ones, or first ones.
+        """First states, or stored ones to go on from.
 
         ``stored`` are arrays ``[width, ...]`` on the devices, of which ``runs`` count, or NumPy
         arrays ``[runs, ...]``, or None.

@@ -23,13 +23,16 @@ PARAMS = "params"
 CHECKPOINTS = "checkpoints"
 FIGURES = "figures"
 
+_TEXT = ("env", "objective", "kernel", "ratio_level", "selection", "status")
+"""Columns that are text, whatever they look like."""
+
 
 class ResultsError(RuntimeError):
     """A results folder cannot be read or written. The message is one line."""
 
 
 def read_runs(directory: str | Path) -> pd.DataFrame:
-    """One row a run: settings, status and returns.
+    """One row per run: settings, status and returns.
 
     Raises:
         ResultsError: the folder holds no sweep, or its table cannot be read.
@@ -38,7 +41,7 @@ def read_runs(directory: str | Path) -> pd.DataFrame:
 
 
 def read_metrics(directory: str | Path) -> pd.DataFrame:
-    """One row a run and logged point. ``run`` refers to ``read_runs``.
+    """One row per run and logged point. ``run`` refers to ``read_runs``.
 
     Raises:
         ResultsError: the folder holds no sweep, or its table cannot be read.
@@ -54,7 +57,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         version = stored["format"]
     except FileNotFoundError as error:
         raise ResultsError(f"{directory} holds no sweep: there is no {CONFIG} in it") from error
@@ -71,7 +74,9 @@ def _read_table(directory: Path, name: str) -> pd.DataFrame:
     read_config(directory)
     path = directory / name
     try:
-        return pd.read_csv(path)
+        # An objective may be called null.
+        types = dict.fromkeys(_TEXT, str)
+        return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=types)
     except FileNotFoundError as error:
         raise ResultsError(f"{path} does not exist: the sweep has logged nothing yet") from error
     except (OSError, ValueError) as error:
@@ -85,17 +90,19 @@ def check_holds_sweep(directory: Path, field: str) -> None:
 
 
 def check_directory(directory: Path, resume: bool) -> None:
-    """Checks that a sweep may write to a folder, without touching anything.
-
-    Raises:
-        ConfigError: it holds another sweep, holds none to resume, or cannot be written to.
-    """
+    """Raises ConfigError where a sweep may not write to a folder; touches nothing."""
     if resume:
         check_holds_sweep(directory, "out")
     elif (directory / CONFIG).exists():
         raise ConfigError(
             "out", str(directory), "a folder without a sweep in it; --resume continues this one"
         )
+    else:
+        for name in (RUNS, METRICS, PARAMS, CHECKPOINTS, FIGURES):
+            if (directory / name).exists():
+                raise ConfigError(
+                    "out", str(directory), f"a folder without {name}: a sweep writes it"
+                )
     nearest = directory
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
@@ -108,7 +115,7 @@ def check_directory(directory: Path, resume: bool) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Replaces a file as a whole: a reader, or a kill, sees the old text or the new one."""
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
+    with temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

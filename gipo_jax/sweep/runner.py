@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shlex
@@ -17,14 +18,14 @@ import numpy as np
 
 from gipo_jax import train, user_files
 from gipo_jax.config import ConfigError, check_fields
-from gipo_jax.sweep import checkpoint, cluster, grid, logs, plan, results
+from gipo_jax.sweep import checkpoint, cluster, grid, plan, results
 from gipo_jax.sweep.folder import Folder
 from gipo_jax.sweep.grid import Run
-from gipo_jax.sweep.interrupts import EXIT_CODES, Interrupted, Interrupts, noticed
-from gipo_jax.sweep.options import Options
+from gipo_jax.sweep.interrupts import EXIT_CODES, Interrupted, StopSignals, catch_stop_signals
+from gipo_jax.sweep.options import Options, bytes_of
 from gipo_jax.sweep.plan import Group, Part, Slices
 from gipo_jax.sweep.program import Program
-from gipo_jax.sweep.progress import Reporter, median_returns
+from gipo_jax.sweep.report import Callback, Dispatcher, Reporter, TensorBoard, median_returns
 
 
 class Summary(NamedTuple):
@@ -32,7 +33,7 @@ class Summary(NamedTuple):
 
     Attributes:
         directory: its folder.
-        compilations: programs compiled, one a group of runs that still had something to do.
+        compilations: programs compiled, one per group of runs that still had something to do.
         diverged: indices of the runs that diverged.
     """
 
@@ -47,7 +48,7 @@ def run(
     options: Options | None = None,
     *,
     resume: bool = False,
-    on_log: logs.Callback | None = None,
+    on_log: Callback | None = None,
 ) -> Summary:
     """Trains runs and writes their results.
 
@@ -68,13 +69,15 @@ def run(
             failed; the last checkpoint stands.
         Interrupted: SIGTERM or Ctrl-C came, and everything is saved; or another process is gone.
     """
-    directory, options = Path(directory).absolute(), options or Options()
+    directory, options = Path(directory).expanduser().absolute(), options or Options()
+    doing = "read"
     try:
-        folder, tasks = _prepare(runs, directory, options, resume)
-        _train(runs, folder, tasks, options, on_log)
+        folder, jobs = _prepare(runs, directory, options, resume)
+        doing = "write to"
+        _train(runs, folder, jobs, options, on_log)
     except OSError as error:
         raise results.ResultsError(
-            f"cannot write to {directory}: {error.strerror or error};"
+            f"cannot {doing} {directory}: {error.strerror or error};"
             f" what the last checkpoint holds is safe; {_how_to_resume(directory)}"
         ) from error
     except Exception as error:
@@ -82,10 +85,10 @@ def run(
             text = f"another process is gone; {_how_to_resume(directory)}"
             raise Interrupted(text, cluster.LOST_CODE) from error
         raise
-    return Summary(directory, len(tasks), tuple(sorted(folder.progress.diverged)))
+    return Summary(directory, len(jobs), tuple(sorted(folder.progress.diverged)))
 
 
-class _Task(NamedTuple):
+class GroupJob(NamedTuple):
     """A group with what is left to do of it."""
 
     group: Group
@@ -94,72 +97,76 @@ class _Task(NamedTuple):
     parts: list[Part]
 
 
-def _train(
-    runs: Sequence[Run],
-    folder: Folder,
-    tasks: Sequence[_Task],
-    options: Options,
-    on_log: logs.Callback | None,
-) -> None:
-    """Trains what is left: group by group, part by part, logged point by logged point."""
-    first = cluster.is_first()
-    reporter = Reporter(*_steps(runs, folder), show=first and not options.quiet)
-    callbacks: list[logs.Callback] = [on_log] if on_log and first else []
-    if options.tensorboard and first:
-        names = [run.name for run in runs]
-        callbacks.append(logs.TensorBoard(folder.directory / "tensorboard", names))
-    with (
-        noticed() as interrupts,
-        contextlib.closing(reporter),
-        contextlib.closing(logs.Dispatcher(callbacks, reporter.warn)) as dispatcher,
-    ):
-        metrics_names = [name for task in tasks for name in task.program.metrics]
-        folder.open(metrics_names, dataclasses.asdict(options))
-        for task in tasks:
-            for line in plan.lines(task.group, task.slices):
-                reporter.say(line)
-        work = _Work(runs, folder, options, interrupts, reporter, dispatcher)
-        for task in tasks:
-            at_once = plan.parts_at_once(task.group, task.slices)
-            while task.parts:
-                served = task.parts[:at_once]
-                with _compiled(task, [part.runs for part in served], reporter) as program:
-                    for _ in served:
-                        _train_part(work, task.group, program, folder.take_up(task.parts.pop(0)))
-        folder.close()
-
-
-class _Work(NamedTuple):
+class SweepContext(NamedTuple):
     """What the training of any part needs."""
 
     runs: Sequence[Run]
     folder: Folder
     options: Options
-    interrupts: Interrupts
+    signals: StopSignals
     reporter: Reporter
-    dispatcher: logs.Dispatcher
+    dispatcher: Dispatcher
 
 
-def _train_part(work: _Work, group: Group, program: Program, part: Part) -> None:
+def _train(
+    runs: Sequence[Run],
+    folder: Folder,
+    jobs: Sequence[GroupJob],
+    options: Options,
+    on_log: Callback | None,
+) -> None:
+    """Trains what is left: group by group, part by part, logged point by logged point."""
+    main = cluster.is_main_process()
+    reporter = Reporter(*_steps(runs, folder), show=main and not options.quiet)
+    callbacks, held = [on_log] if on_log and main else [], contextlib.ExitStack()
+    if options.tensorboard and main:
+        names = [run.name for run in runs]
+        board = TensorBoard(folder.directory / "tensorboard", names, reporter.warn)
+        callbacks.append(board)
+        held.callback(board.close)
+    with (
+        catch_stop_signals() as signals,
+        contextlib.closing(reporter),
+        held,
+        contextlib.closing(Dispatcher(callbacks, reporter.warn)) as dispatcher,
+    ):
+        names = [name for job in jobs for name in job.program.metrics]
+        cluster.run_on_all_processes(lambda: held.enter_context(folder.owned()))
+        folder.open(names, dataclasses.asdict(options))
+        for job in jobs:
+            reporter.say(plan.plan_line(job.group, job.slices))
+        context = SweepContext(runs, folder, options, signals, reporter, dispatcher)
+        for job in jobs:
+            at_once = plan.parts_at_once(job.group, job.slices)
+            while job.parts:
+                served = job.parts[:at_once]
+                with _compiled(job, [part.runs for part in served], reporter) as program:
+                    for _ in served:
+                        part = folder.take_up(job.parts.pop(0))
+                        _train_part(context, job.group, program, part)
+        folder.close()
+
+
+def _train_part(context: SweepContext, group: Group, program: Program, part: Part) -> None:
     """Trains a part from its last logged point to its end."""
-    folder, reporter = work.folder, work.reporter
-    stops = [0, *train.log_boundaries(group.domain.config)]
+    runs, folder, options, signals, reporter, dispatcher = context
+    config = group.domain.config
+    stops, env = [0, *train.log_boundaries(config)], grid.env_name(config.env)
     hparams = program.place([group.settings(run) for run in part.runs])
     state = program.start(hparams, part.state, len(part.runs))
     part = part._replace(state=None)
     if program.new_episodes:
         reporter.say(f"{program.new_episodes} environments began a new episode")
-    _save_or_stop(folder, work.interrupts, work.options, part._replace(state=state))
+    _save_or_stop(folder, signals, options, part._replace(state=state))
     for point in range(part.point, len(stops) - 1):
         start, stop = stops[point], stops[point + 1]
         began = time.monotonic()
         state, metrics, diverged_at = program.train_and_log(state, hparams, start, stop)
         seconds = time.monotonic() - began
-        work.dispatcher.send(folder.add(group, part.runs, stop, metrics))
+        dispatcher.send(folder.add(group, part.runs, stop, metrics))
         for run in folder.add_diverged(part.runs, diverged_at):
-            reporter.say(f"{work.runs[run].name}: diverged")
-        steps = (stop - start) * group.domain.config.block_size * len(part.runs)
-        env = grid.env_name(group.domain.config.env)
+            reporter.say(f"{runs[run].name}: diverged")
+        steps = (stop - start) * config.block_size * len(part.runs)
         medians = median_returns(folder.latest, folder.settings, env)
         reporter.advance(steps, seconds, group.name, env, medians)
         training = None
@@ -167,13 +174,15 @@ def _train_part(work: _Work, group: Group, program: Program, part: Part) -> None
             training = Part(part.runs, point + 1, state)
         else:
             folder.finish(part.runs, group.domain.acting(state))
-        _save_or_stop(folder, work.interrupts, work.options, training)
+        _save_or_stop(folder, signals, options, training)
 
 
 @contextlib.contextmanager
-def _compiled(task: _Task, parts: Sequence[Sequence[int]], reporter: Reporter) -> Iterator[Program]:
-    """The program of a task, compiled once; with simulators outside JAX, one for these parts."""
-    group, layout, program = task.group, task.slices.layout, task.program
+def _compiled(
+    job: GroupJob, parts: Sequence[Sequence[int]], reporter: Reporter
+) -> Iterator[Program]:
+    """The program of a job, compiled once; with simulators outside JAX, one for these parts."""
+    group, layout, program = job.group, job.slices.layout, job.program
     domain = group.domain
     if domain.host:
         seeds = []
@@ -198,85 +207,72 @@ def _compiled(task: _Task, parts: Sequence[Sequence[int]], reporter: Reporter) -
 
 def _prepare(
     runs: Sequence[Run], directory: Path, options: Options, resume: bool
-) -> tuple[Folder, list[_Task]]:
+) -> tuple[Folder, list[GroupJob]]:
     """Checks everything and traces the programs; nothing is compiled or written."""
-
-    def warn(text: str) -> None:
-        print(text, file=sys.stderr)
 
     def check() -> tuple[Folder, list[Group], int, int]:
         if not runs:
             raise ConfigError("runs", [], "at least one run")
         check_fields(options)
         if options.tensorboard:
-            logs.check_tensorboard()
+            TensorBoard.check()
         folder = Folder(directory, runs, resume)
         groups = plan.group_runs(runs)
         memory = plan.memory_limit(jax.local_devices()[: options.devices])
         number = None
         # Whole checkpoints are read for this: once is enough.
-        if resume and cluster.is_first():
+        if resume and cluster.is_main_process():
+            warn = functools.partial(print, file=sys.stderr)
             number = checkpoint.newest(folder.checkpoints, warn)
         return folder, groups, memory or 0, number or 0
 
-    folder, groups, memory, number = cluster.in_all(check)
+    folder, groups, memory, number = cluster.run_on_all_processes(check)
     cluster.check_same("settings", json.dumps([folder.encoded, dataclasses.asdict(options)]))
     memories, numbers = cluster.gather(memory, number).T
     # Groups are cut alike everywhere: for the process with the least memory.
-    limit = int(memories.min()) * jax.process_count() or None
+    free = int(memories.min()) * jax.process_count() or None
+    limit = bytes_of(options.memory_limit) or free
 
-    def arrange() -> list[_Task]:
+    def arrange() -> list[GroupJob]:
         folder.load(int(numbers[0]))
-        return _plan(groups, folder, options, limit)
+        devices, jobs = plan.choose_devices(options), []
+        for group in groups:
+            mode = plan.batch_mode(options, group.domain, devices[0].platform)
+            # Slices of all runs: those of an interrupted sweep come out the same again.
+            slices = plan.slices(group, mode, options.map_lanes, devices, limit)
+            if not set(group.runs) <= set(folder.progress.finished):
+                jobs.append(GroupJob(group, slices, _trace(group, slices), []))
+        return jobs
 
-    tasks = cluster.in_all(arrange)
-    _load_states(folder, tasks)
+    jobs = cluster.run_on_all_processes(arrange)
+    _load_states(folder, jobs)
     progress = folder.progress
-    for task in tasks:
-        task.parts.extend(
-            plan.remaining(task.group, task.slices, progress.finished, progress.started)
-        )
-    progress.started = [p for task in tasks for p in task.parts if p.state is not None]
-    return folder, tasks
-
-
-def _plan(
-    groups: Sequence[Group], folder: Folder, options: Options, limit: int | None
-) -> list[_Task]:
-    """The groups that have something left, with their programs and without their parts."""
-    devices = plan.choose_devices(options)
-    if options.memory_limit is not None:
-        limit = plan.parse_size(options.memory_limit)
-    tasks = []
-    for group in groups:
-        mode = plan.batch_mode(options, group.domain, devices[0].platform)
-        # Slices of all runs: those of an interrupted sweep come out the same again.
-        slices = plan.slices(group, mode, options.map_lanes, devices, limit)
-        if not set(group.runs) <= set(folder.progress.finished):
-            tasks.append(_Task(group, slices, _trace(group, slices), []))
-    return tasks
+    for job in jobs:
+        job.parts.extend(plan.remaining(job.group, job.slices, progress))
+    progress.started = [p for job in jobs for p in job.parts if p.state is not None]
+    return folder, jobs
 
 
 def _trace(group: Group, slices: Slices) -> Program:
+    """The traced program of a group; what a user's objective raises is shown as theirs."""
     objective = group.domain.objective
     try:
         return Program(group.domain, slices.layout, group.hparams[0])
     except ConfigError:
         raise
     except Exception as error:
-        # Tracing runs the user's function; an error that passed through it is theirs.
-        file = grid.source_file(objective.function)
+        file = user_files.source_file(objective.function)
         if file is None or (place := user_files.located(error, file)) is None:
             raise
         raise ConfigError("objective", objective.name, place) from error
 
 
-def _load_states(folder: Folder, tasks: Sequence[_Task]) -> None:
+def _load_states(folder: Folder, jobs: Sequence[GroupJob]) -> None:
     """Reads the states of started parts: that of the first, which goes on at once, to the devices.
 
     Those that wait are kept on the host, as is one that has to be cut for the layout of now.
     """
-    programs = {run: task.program for task in tasks for run in task.group.runs}
+    programs = {run: job.program for job in jobs for run in job.group.runs}
     like = []
     for index, part in enumerate(folder.progress.started):
         program = programs[part.runs[0]]
@@ -287,14 +283,14 @@ def _load_states(folder: Folder, tasks: Sequence[_Task]) -> None:
 
 
 def _save_or_stop(
-    folder: Folder, interrupts: Interrupts, options: Options, training: Part | None
+    folder: Folder, signals: StopSignals, options: Options, training: Part | None
 ) -> None:
     """Makes a checkpoint where it is time to; stops if any process was asked to.
 
     All processes agree: on the clock of process 0, and on a signal that any of them got.
     """
-    signals, unsaved = cluster.gather(interrupts.received, folder.seconds_unsaved()).T
-    received = int(signals.max())
+    numbers, unsaved = cluster.gather(signals.received, folder.seconds_unsaved()).T
+    received = int(numbers.max())
     if received or unsaved[0] >= options.checkpoint_seconds:
         folder.save(training)
     if received:
