@@ -84,6 +84,16 @@ class Store:
             NotRunError: it was never stored.
             DataError: it is lost, damaged or lacks one of ``columns``.
         """
+        frame = self._load(table)
+        path = self.out / "data" / f"{table}.csv"
+        absent = [column for column in columns if column not in frame]
+        if absent:
+            raise DataError(path, f"lacks the column {absent[0]!r}; rerun {self.experiment!r}")
+        if frame.empty:
+            raise DataError(path, f"holds no rows; rerun {self.experiment!r}")
+        return frame
+
+    def _load(self, table: str) -> pd.DataFrame:
         path = self.out / "data" / f"{table}.csv"
         name, known = self._name(path), self.manifest()["data"]
         if not path.is_file():
@@ -97,11 +107,6 @@ class Store:
             frame = pd.read_csv(path)
         except (ValueError, UnicodeDecodeError) as error:
             raise DataError(path, f"not a readable table ({error})".replace("\n", " ")) from error
-        absent = [column for column in columns if column not in frame]
-        if absent:
-            raise DataError(path, f"lacks the column {absent[0]!r}; rerun {self.experiment!r}")
-        if frame.empty:
-            raise DataError(path, f"holds no rows; rerun {self.experiment!r}")
         self._read[name] = entry
         return frame
 
@@ -114,8 +119,10 @@ class Store:
         entry = self.manifest()["data"].get(f"data/{table}.csv")
         if entry is None or _without_folder(entry["command"]) != _without_folder(self.command):
             return None
-        # A store of its own: what is read here is no source of a figure.
-        return self.of(self.experiment).read(table, [])
+        # A store of its own: what is read here is no source of a figure. A table may have no rows,
+        # as where nothing is tuned.
+        frame = self.of(self.experiment)._load(table)
+        return None if frame.empty else frame
 
     def save(self, figure: Figure, name: str, numbers: pd.DataFrame) -> None:
         """Stores a figure drawn from the tables read so far, and the numbers it shows."""
