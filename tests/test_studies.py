@@ -26,9 +26,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import experiments  # noqa: E402
-from experiments import flow, selection, sequence_learning  # noqa: E402
+from experiments import engine, flow, selection, sequences  # noqa: E402
 from experiments.store import Store  # noqa: E402
+from experiments.studies import PRESETS, STUDIES  # noqa: E402
 from gipo_jax import sweep  # noqa: E402
 from gipo_jax.analysis import plots  # noqa: E402
 from gipo_jax.config import Config, HParams  # noqa: E402
@@ -153,7 +153,7 @@ def pretending(fields: Sequence[str]) -> Iterator[dict[str, dict[str, Any]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "run", run, raising=False)
-        patch.setattr(sequence_learning, "_starts", no_starts)
+        patch.setattr(sequences, "_starts", no_starts)
         warm = pd.DataFrame({"seed": [0], "eval_return": [0.5]})
         patch.setattr(selection, "_warm_up", lambda of_dpo: warm)
         yield asked
@@ -162,7 +162,7 @@ def pretending(fields: Sequence[str]) -> Iterator[dict[str, dict[str, Any]]]:
 def asked_for(name: str, preset: str, out: Path, fields: Sequence[str]) -> dict[str, Any]:
     """Sweeps of a study and the tables it makes of them."""
     with pretending(fields) as sweeps, contextlib.redirect_stdout(io.StringIO()):
-        experiments.REGISTRY[name].run(Store(out, name, f"--preset {preset}"), preset)
+        engine.run(STUDIES[name], Store(out, name, f"--preset {preset}"), preset)
     tables = {}
     for path in sorted((out / "data").glob("*.csv")):
         frame = pd.read_csv(path, dtype=str).drop(columns="run", errors="ignore")
@@ -171,7 +171,7 @@ def asked_for(name: str, preset: str, out: Path, fields: Sequence[str]) -> dict[
     return {"sweeps": dict(sorted(sweeps.items())), "tables": tables}
 
 
-@pytest.mark.parametrize("preset", experiments.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_study_declares_the_frozen_runs_and_makes_the_same_tables_of_them(
     name: str, preset: str, tmp_path: Path
@@ -229,7 +229,7 @@ def test_committed_data_give_the_committed_scores_to_six_digits(again: Path, tab
 def freeze() -> None:
     fields = [f.name for kind in (Config, HParams) for f in dataclasses.fields(kind)]
     studies: dict[str, Any] = {}
-    for preset in experiments.PRESETS:
+    for preset in PRESETS:
         studies[preset] = {}
         for name in TRAINED:
             with tempfile.TemporaryDirectory() as folder:
