@@ -2,7 +2,6 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.markdown import markdown
 from experiments.store import Store
 from gipo_jax import learner, train
 from gipo_jax.analysis import plots, stats
@@ -18,8 +16,6 @@ from gipo_jax.analysis.plots import Look
 from gipo_jax.config import Config, HParams, stack
 from gipo_jax.domains.flow import domain as flow_domain
 from gipo_jax.domains.flow import sampler, tasks
-
-QUESTION = "What do clip, GRPO-Guard and GIPO do to a flow's reward and diversity?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +91,8 @@ def settings(method: Method, config: Config, regime: str, seed: int) -> HParams:
     )
 
 
-def run(store: Store, preset: str, part: tuple[int, int] = (1, 1)) -> None:
+def measure(store: Store, preset: str) -> None:
     """Trains all methods; methods of one objective and level share a program, as do regimes."""
-    if part[0] > 1:
-        return
     seeds, iterations = SEEDS[preset], ITERATIONS[preset]
     programs: dict[Config, list[tuple[str, str, int]]] = {}
     for name, method in METHODS.items():
@@ -236,16 +230,31 @@ def _ratios(iterations: int, seeds: range, flows: Any) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(store: Store) -> None:
-    """Learning curves with diversity, samples before and after, ratios by step."""
+def scores(store: Store) -> dict[str, pd.DataFrame]:
+    """Learning curves with diversity, scores, ends of samples, and ratios by step."""
     runs = store.read("flow_runs", ["regime", "method", "seed", *CURVES[:3], "area"])
-    _draw_learning(store, store.read("flow_curves", ["regime", "method", "samples", *CURVES[:3]]))
-    store.numbers("flow_scores", _scores(runs))
-    _draw_points(store, store.read("flow_points", ["regime", "method", "x", "y"]))
-    _draw_ratios(store, store.read("flow_ratios", ["level", "seed", "step", "mean", "error"]))
+    curves = store.read("flow_curves", ["regime", "method", "samples", *CURVES[:3]])
+    points = store.read("flow_points", ["regime", "method", "x", "y"])
+    ratios = store.read("flow_ratios", ["level", "seed", "step", "mean", "error"])
+    learning = [
+        plots.summarize(curves[curves.regime == regime], ["method", "samples"], column).assign(
+            regime=regime, score=column
+        )
+        for regime in REGIMES
+        for column in CURVES[:3]
+    ]
+    by_step = ratios.groupby(["level", "step"])
+    pooled = by_step.mean().reset_index().drop(columns="seed")
+    pooled["error"] = by_step["error"].agg(lambda e: np.sqrt((e**2).sum()) / len(e)).to_numpy()
+    return {
+        "flow_learning": pd.concat(learning, ignore_index=True),
+        "flow_scores": summarize(runs),
+        "flow_samples": points.groupby(["regime", "method"]).mean().reset_index(),
+        "flow_ratios": pooled,
+    }
 
 
-def _scores(runs: pd.DataFrame) -> pd.DataFrame:
+def summarize(runs: pd.DataFrame) -> pd.DataFrame:
     """Scores by regime and method, the rise of the reward, and differences to PPO-Clip."""
     runs = runs.assign(rise=runs.eval_return_sampled - runs.eval_return_sampled_before)
     rows = []
@@ -261,115 +270,3 @@ def _scores(runs: pd.DataFrame) -> pd.DataFrame:
                 | {f"minus_ppo_{key}": x for key, x in difference._asdict().items()}
             )
     return pd.DataFrame(rows)
-
-
-def findings(read: Callable[[str], pd.DataFrame]) -> str:
-    """The plan's rules and the scores behind them, from the stored tables."""
-    scores: dict[Any, Any] = {
-        (row.regime, row.method, row.score): row for row in read("flow_scores").itertuples()
-    }
-    header = ["regime", "method", "reward rose by", "reward minus PPO-Clip's", "modes of 4"]
-    rows = []
-    for regime, method in dict.fromkeys((regime, method) for regime, method, _ in scores):
-        rise = scores[regime, method, "rise"]
-        modes = scores[regime, method, "modes_covered"]
-        end = scores[regime, method, "eval_return_sampled"]
-        cells = [
-            regime,
-            METHODS[method].look.label,
-            f"{rise.estimate:.3f} [{rise.low:.3f}, {rise.high:.3f}]",
-            f"{end.minus_ppo_estimate:+.3f} [{end.minus_ppo_low:.3f}, {end.minus_ppo_high:.3f}]",
-            f"{modes.estimate:.1f} [{modes.low:.1f}, {modes.high:.1f}]",
-            "no" if modes.estimate >= 3 else "**yes**",
-        ]
-        rows.append(cells)
-    return markdown([*header, "collapse"], rows)
-
-
-def _draw_learning(store: Store, curves: pd.DataFrame) -> None:
-    figure, axes = plots.panels(len(REGIMES), 3, sharex=True, sharey="col")
-    labels = ("reward", "modes covered, of 4", "pairwise distance")
-    numbers = []
-    for row, regime in zip(axes, REGIMES, strict=True):
-        for axis, column, label in zip(row, CURVES[:3], labels, strict=True):
-            table = plots.summarize(curves[curves.regime == regime], ["method", "samples"], column)
-            for name, method in METHODS.items():
-                line = table[table.method == name]
-                plots.band(axis, line.samples, line, method.look)
-            axis.set(title=f"{label}, {regime}", ylim=(0, None))
-            numbers.append(table.assign(regime=regime, score=column))
-    for axis in axes[-1]:
-        axis.set_xlabel("samples drawn")
-    looks = plots.legend([method.look for method in METHODS.values()])
-    count = curves.seed.nunique()
-    caption = f"Shading: 95 % bootstrap interval of the mean over {count} seeds."
-    plots.finish(figure, caption, looks, columns=3)
-    store.save(figure, "flow_learning", pd.concat(numbers, ignore_index=True))
-
-
-def _draw_points(store: Store, points: pd.DataFrame) -> None:
-    names = ["before", *METHODS]
-    figure, axes = plots.panels(
-        len(REGIMES), len(names), width=11, height=1.5, sharex=True, sharey=True
-    )
-    rewarded = tasks.ring().centers[tasks.ring().rewarded]
-    for row, regime in zip(axes, REGIMES, strict=True):
-        for axis, name in zip(row, names, strict=True):
-            own = points[(points.regime == regime) & (points.method == name)]
-            axis.scatter(*rewarded.T, s=260, color="#F0E442", alpha=0.6, linewidths=0)
-            color = METHODS[name].look.color if name in METHODS else "0.3"
-            axis.scatter(own.x, own.y, s=1.5, color=color, linewidths=0)
-            title = METHODS[name].look.label if name in METHODS else "before"
-            axis.set(title=title if regime == "fresh" else "", aspect="equal")
-            axis.set(xlim=(-3, 3), ylim=(-3, 3))
-        row[0].set_ylabel(regime)
-    caption = (
-        f"{SAMPLES} samples of the SDE, first seed, after pre-training and after training."
-        " Yellow: rewarded modes."
-    )
-    plots.finish(figure, caption)
-    store.save(figure, "flow_samples", points.groupby(["regime", "method"]).mean().reset_index())
-
-
-_LEVELS = {
-    "token": ("log-ratio x of a step", "#D55E00"),
-    "ratio_norm": ("GRPO-Guard: (x + b) s", "#009E73"),
-}
-
-
-def _draw_ratios(store: Store, ratios: pd.DataFrame) -> None:
-    figure, axes = plots.panels(1, 4, width=10, height=2.3)
-    pooled = ratios.groupby(["level", "step"]).mean().reset_index().drop(columns="seed")
-    spread = ratios.groupby(["level", "step"])["error"].agg(
-        lambda e: np.sqrt((e**2).sum()) / len(e)
-    )
-    pooled["error"] = spread.to_numpy()
-    for axis, (level, (label, color)) in zip(axes[0], _LEVELS.items(), strict=False):
-        table = pooled[pooled.level == level]
-        axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.vlines(table.step, table.q05, table.q95, color=color, linewidth=1)
-        axis.vlines(table.step, table.q25, table.q75, color=color, linewidth=5, alpha=0.6)
-        axis.plot(table.step, table.q50, "o", color="white", markeredgecolor=color, markersize=4)
-        axis.set(title=label, xlabel="step, noise to sample")
-    for level, (_, color) in _LEVELS.items():
-        table = pooled[pooled.level == level]
-        name = "x" if level == "token" else "(x + b) s"
-        # In units of its own spread, since the two differ by a factor of ten.
-        relative, error = table["mean"] / table["std"], table["error"] / table["std"]
-        axes[0][2].errorbar(
-            table.step, relative, 2 * error, color=color, marker="o", markersize=3, label=name
-        )
-    axes[0][2].axhline(0, color="0.6", linewidth=0.8)
-    axes[0][2].set(title="mean / standard deviation", xlabel="step, noise to sample")
-    axes[0][2].legend()
-    table = pooled[pooled.level == "token"]
-    axes[0][3].plot(table.step, table.above, "^-", color="#0072B2", label="r > 1.2")
-    axes[0][3].plot(table.step, table.below, "v--", color="#D55E00", label="r < 0.8")
-    axes[0][3].set(title="share outside PPO's clip", xlabel="step, noise to sample")
-    axes[0][3].legend()
-    caption = (
-        f"Chains of an old flow under a newer one. Bars: 5-95 % and 25-75 %, mean over"
-        f" {ratios.seed.nunique()} seeds. Third panel: bars of 2 standard errors."
-    )
-    plots.finish(figure, caption)
-    store.save(figure, "flow_ratios", pooled)

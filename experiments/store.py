@@ -1,8 +1,8 @@
 """Where an experiment's tables and figures live, and the manifest that ties them together.
 
-OUT/data/TABLE.csv          what a run measured; all that drawing reads
-OUT/figures/FIGURE.png|pdf  what drawing made of it
-OUT/tables/FIGURE.csv       the numbers that a figure shows
+OUT/data/TABLE.csv          what a run measured
+OUT/tables/TABLE.csv        scores with their intervals, computed from it
+OUT/figures/FIGURE.png|pdf  what drawing made of them
 OUT/sweeps/SWEEP/           folders of `gipo-jax sweep`, from which tables were taken
 OUT/manifest.json           figure -> command, data files and checksums
 """
@@ -52,7 +52,13 @@ class Store:
         self.experiment = experiment
         self.options = options
         self._read: dict[str, dict[str, str]] = {}
+        self.sources: dict[str, dict[str, dict[str, str]]] = {}
         self.figures: list[Path] = []
+
+    @property
+    def has_read(self) -> dict[str, dict[str, str]]:
+        """The stored tables that were read, each with where it comes from."""
+        return dict(self._read)
 
     @property
     def command(self) -> str:
@@ -84,6 +90,16 @@ class Store:
             NotRunError: it was never stored.
             DataError: it is lost, damaged or lacks one of ``columns``.
         """
+        frame = self._load(table)
+        path = self.out / "data" / f"{table}.csv"
+        absent = [column for column in columns if column not in frame]
+        if absent:
+            raise DataError(path, f"lacks the column {absent[0]!r}; rerun {self.experiment!r}")
+        if frame.empty:
+            raise DataError(path, f"holds no rows; rerun {self.experiment!r}")
+        return frame
+
+    def _load(self, table: str) -> pd.DataFrame:
         path = self.out / "data" / f"{table}.csv"
         name, known = self._name(path), self.manifest()["data"]
         if not path.is_file():
@@ -97,11 +113,6 @@ class Store:
             frame = pd.read_csv(path)
         except (ValueError, UnicodeDecodeError) as error:
             raise DataError(path, f"not a readable table ({error})".replace("\n", " ")) from error
-        absent = [column for column in columns if column not in frame]
-        if absent:
-            raise DataError(path, f"lacks the column {absent[0]!r}; rerun {self.experiment!r}")
-        if frame.empty:
-            raise DataError(path, f"holds no rows; rerun {self.experiment!r}")
         self._read[name] = entry
         return frame
 
@@ -114,29 +125,42 @@ class Store:
         entry = self.manifest()["data"].get(f"data/{table}.csv")
         if entry is None or _without_folder(entry["command"]) != _without_folder(self.command):
             return None
-        # A store of its own: what is read here is no source of a figure.
-        return self.of(self.experiment).read(table, [])
+        # A store of its own: what is read here is no source of a figure. A table may have no rows,
+        # as where nothing is tuned.
+        frame = self.of(self.experiment)._load(table)
+        return None if frame.empty else frame
 
-    def save(self, figure: Figure, name: str, numbers: pd.DataFrame) -> None:
-        """Stores a figure drawn from the tables read so far, and the numbers it shows."""
+    def numbers(self, name: str, table: pd.DataFrame) -> None:
+        """Stores a table of scores, which comes from the data read so far."""
+        _write_csv(self.out / "tables" / f"{name}.csv", table, 6)
+        self.sources.setdefault(name, dict(self._read))
+
+    def scores(self, name: str) -> pd.DataFrame:
+        """Reads a table of scores.
+
+        Raises:
+            NotRunError: it was never stored.
+        """
+        path = self.out / "tables" / f"{name}.csv"
+        if not path.is_file():
+            raise NotRunError(path, f"missing; run experiment {self.experiment!r} first")
+        return pd.read_csv(path)
+
+    def save(self, figure: Figure, name: str, numbers: str) -> None:
+        """Stores a figure and where its numbers come from: a table of scores, or ``data/NAME``."""
         paths = plots.save(figure, self.out / "figures" / name)
-        table = self.out / "tables" / f"{name}.csv"
-        _write_csv(table, numbers, 6)
+        folder, _, table = numbers.rpartition("/")
         entries = {
             self._name(path): {
                 "experiment": self.experiment,
                 "sha256": sha256(path),
-                "numbers": self._name(table),
-                "data": dict(self._read),
+                "numbers": f"{folder or 'tables'}/{table}.csv",
+                "data": self.sources.get(numbers, self._read),
             }
             for path in paths
         }
         self._record("figures", entries)
         self.figures.extend(paths)
-
-    def numbers(self, name: str, table: pd.DataFrame) -> None:
-        """Stores numbers that belong to a figure but not in its one table."""
-        _write_csv(self.out / "tables" / f"{name}.csv", table, 6)
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.out).as_posix()

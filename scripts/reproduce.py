@@ -16,9 +16,9 @@ from pathlib import Path
 # The experiments are part of the checkout, not of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import experiments
-from experiments import report
+from experiments import engine, figures, report
 from experiments.store import DataError, NotRunError, Store
+from experiments.studies import PRESETS, STUDIES
 from gipo_jax import runtime
 from gipo_jax.analysis import plots
 from gipo_jax.config import ConfigError
@@ -31,11 +31,11 @@ BAD_INPUT, FAILED = 2, 1
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line of this script; exits with code 2 where it makes no sense."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    known = ", ".join(experiments.REGISTRY)
+    known = ", ".join(STUDIES)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all by default; of: {known}")
     parser.add_argument(
         "--preset",
-        choices=experiments.PRESETS,
+        choices=PRESETS,
         default="quick",
         help="scale: a check in minutes (quick, default), that of results/ (committed), or one for"
         " a GPU (full; metaworld stays on CPU)",
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot-only", action="store_true", help="redraw from stored data")
     options = parser.parse_args(arguments)
     for name in options.names:
-        if name not in experiments.REGISTRY:
+        if name not in STUDIES:
             parser.error(f"experiment: {name!r} is not valid; expected one of {known}")
     return options
 
@@ -94,28 +94,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     runtime.set_cpu_defaults()
     if options.list:
-        for name, module in experiments.REGISTRY.items():
-            print(f"{name:18} {module.QUESTION}")
+        for name, study in STUDIES.items():
+            print(f"{name:18} {study.question}")
         return 0
-    names = options.names or list(experiments.REGISTRY)
+    names = options.names or list(STUDIES)
     given = shlex.join(["--preset", options.preset, "--out", options.out.as_posix()])
     try:
         for name in names:
             started = time.monotonic()
-            module = experiments.REGISTRY[name]
+            study = STUDIES[name]
             store = Store(options.out, name, given)
-            print(f"{name}: {module.QUESTION}", flush=True)
-            if not options.names and not options.plot_only and hasattr(module, "check"):
+            print(f"{name}: {study.question}", flush=True)
+            if not options.names and not options.plot_only and study.check is not None:
                 try:
-                    module.check()
+                    study.check()
                 except ConfigError as missing:
                     print(f"  left out: {missing}")
                     continue
             if not options.plot_only:
-                module.run(store, options.preset, options.part)
+                engine.run(study, store, options.preset, options.part)
             try:
+                for table, scores in study.scores(store).items():
+                    store.numbers(table, scores)
                 with plots.style():
-                    module.draw(store)
+                    figures.draw(store)
             except NotRunError as absent:
                 # Without names, what is there is redrawn.
                 if options.names or not options.plot_only:

@@ -15,30 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import experiments  # noqa: E402
-from experiments import (  # noqa: E402
-    ablations,
-    age_and_size,
-    bounds,
-    contenders,
-    gridworld,
-    kernel,
-    metaworld,
-    proposal,
-    proposal_development,
-    replay_sizes,
-    report,
-    stability,
-    staleness,
-    token_vs_joint,
-    training,
-    tuned_sizes,
-    tuning,
-    verdicts,
-)
-from experiments.store import Store, sha256  # noqa: E402
+from experiments import claims, engine, figures, metaworld, report, scores, studies  # noqa: E402
+from experiments.exact import bounds, gridworld  # noqa: E402
+from experiments.store import DataError, Store, sha256  # noqa: E402
+from experiments.studies import STUDIES  # noqa: E402
+from experiments.switch import any_of_them, compared, contenders, sequence_methods  # noqa: E402
+from experiments.tasks import CATCH, GIPO, PPO, REACHER, Method, replay, windows  # noqa: E402
 from gipo_jax import objectives  # noqa: E402
-from gipo_jax.analysis import plots  # noqa: E402
 from gipo_jax.environments import envpool_env  # noqa: E402
 from scripts import reproduce  # noqa: E402
 
@@ -72,7 +55,7 @@ def numbers(out: Path, name: str) -> pd.DataFrame:
 def test_list_names_every_experiment(capsys: Any) -> None:
     assert reproduce.main(["--list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert listed == list(experiments.REGISTRY)
+    assert listed == list(STUDIES)
 
 
 def test_unknown_experiment(capsys: Any) -> None:
@@ -86,8 +69,8 @@ def test_an_experiment_that_cannot_run_here_is_left_out_of_all_and_refused_by_na
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(envpool_env, "names", lambda: None)
-    two = {name: experiments.REGISTRY[name] for name in ("metaworld", "trust_weights")}
-    monkeypatch.setattr(experiments, "REGISTRY", two)
+    two = {name: STUDIES[name] for name in ("metaworld", "trust_weights")}
+    monkeypatch.setattr(reproduce, "STUDIES", two)
     assert run(tmp_path) == 0
     assert "left out: env: 'MetaWorld/ButtonPress-v3'" in capsys.readouterr().out
     assert (tmp_path / "figures" / "trust_weights.png").exists()
@@ -196,10 +179,16 @@ def test_damaged_data_without_a_manifest(tmp_path: Path, capsys: Any) -> None:
 
 
 TINY = dataclasses.replace(
-    training.CATCH,
-    settings=training.CATCH.settings | {"num_envs": 4, "total_steps": 4096},
+    CATCH,
+    settings=CATCH.settings | {"num_envs": 4, "total_steps": 4096},
     updates={"gentle": 1, "reuse-heavy": 8},
 )
+
+
+def resize(patch: pytest.MonkeyPatch, name: str, **changed: Any) -> None:
+    """Gives the quick preset of a study other sizes."""
+    presets = STUDIES[name].presets
+    patch.setitem(presets, "quick", dataclasses.replace(presets["quick"], **changed))
 
 
 @pytest.fixture(scope="module")
@@ -216,34 +205,28 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
-    """Makes every training experiment tiny."""
-    scale = dataclasses.replace(
-        replay_sizes.SCALES["quick"],
+    """Makes every training study tiny."""
+    patch.setattr(engine, "COMMON", engine.COMMON | {"num_logs": 4})
+    resize(
+        patch,
+        "replay_sizes",
         tasks=(TINY,),
-        ages=(1, 16),
+        cells=replay(1, 16),
         seeds=range(2),
-        learning_rates=(3e-3, 1e-2),
+        rates=(3e-3, 1e-2),
+        steps=1.0,
     )
-    patch.setattr(replay_sizes, "SCALES", replay_sizes.SCALES | {"quick": scale})
-    patch.setattr(training, "COMMON", training.COMMON | {"num_logs": 4})
-    small = ablations.Scale((TINY,), range(2), 0.5)
-    patch.setattr(ablations, "SCALES", {"quick": small})
-    reacher = dataclasses.replace(
-        training.REACHER, settings=training.REACHER.settings | {"total_steps": 4096}
-    )
-    patch.setattr(training, "REACHER", reacher)
-    patch.setattr(token_vs_joint, "SIGMAS", (0.5,))
-    patch.setattr(token_vs_joint, "LOOKS", {"joint": token_vs_joint.LOOKS["joint"]})
-    patch.setattr(kernel, "SIGMAS", (0.5,))
-    patch.setattr(kernel, "KERNELS", ("gaussian", "cauchy"))
-    patch.setattr(staleness, "TASKS", (TINY,))
-    patch.setattr(staleness, "METHODS", staleness.METHODS[1:2])
-    patch.setattr(staleness, "SEEDS", {"quick": range(2)})
+    few = {"tasks": (TINY,), "seeds": range(2), "steps": 0.5}
+    resize(patch, "sigma", **few)  # the kernels share its presets
+    resize(patch, "staleness", **few, methods=(PPO,))
+    reacher = REACHER.lasting(4096)
+    methods = (Method("gipo", {"sigma": 0.5}),)
+    resize(patch, "token_vs_joint", tasks=(reacher,), seeds=range(2), steps=0.5, methods=methods)
 
 
 def test_replay_sizes(trained: Path) -> None:
     runs = pd.read_csv(trained / "data" / "replay_sizes_runs.csv")
-    methods = len(replay_sizes.SCALES["quick"].methods)
+    methods = len(STUDIES["replay_sizes"].presets["quick"].methods)
     assert len(runs) == 2 * methods * 2 * 2  # regimes, methods, ages, seeds
     assert set(runs.objective) == {"gipo", "ppo_clip", "sapo", "no_clip"}
     assert (runs.status == "done").all() and runs.final_return.notna().all()
@@ -283,9 +266,11 @@ def test_another_scale_in_the_same_folder(
     trained: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shrink(monkeypatch)
-    few = dataclasses.replace(replay_sizes.SCALES["quick"], seeds=range(1))
-    monkeypatch.setattr(replay_sizes, "SCALES", {"quick": few})
-    assert run(trained, "replay_sizes") == 2
+    resize(monkeypatch, "replay_sizes", seeds=range(1))
+    monkeypatch.setitem(
+        STUDIES["replay_sizes"].presets, "full", STUDIES["replay_sizes"].presets["quick"]
+    )
+    assert run(trained, "replay_sizes", "--preset", "full") == 2
     assert "another sweep" in capsys.readouterr().err
 
 
@@ -302,12 +287,8 @@ def test_training_experiments(
         assert (out / path).stat().st_size > 5000
 
 
-MINI = tuning.with_steps(TINY, 1024)
-MINI_SCALES = tuned_sizes.SCALES | {
-    "quick": dataclasses.replace(
-        tuned_sizes.SCALES["quick"], tasks=(MINI,), ages=(1, 8), learning_rates=(1e-3, 1e-2)
-    )
-}
+MINI = TINY.lasting(1024)
+MINI_SIZES: dict[str, Any] = {"tasks": (MINI,), "cells": replay(1, 8), "rates": (1e-3, 1e-2)}
 
 
 @pytest.fixture(scope="module")
@@ -315,14 +296,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with protocol 2 at a tiny size, one regime of one task."""
     out = tmp_path_factory.mktemp("tuned")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuned_sizes, "SCALES", MINI_SCALES)
+        resize(patch, "tuned_sizes", **MINI_SIZES)
         assert run(out, "tuned_sizes", "--part", "1/2") == 0
     return out
 
 
 def test_protocol_2_reports_the_settings_that_won_on_the_tuning_seeds(tuned: Path) -> None:
     tuning_runs = pd.read_csv(tuned / "data" / "tuned_sizes_tuning.csv")
-    settings = sum(len(widths) for widths in tuned_sizes.WIDTHS.values())
+    settings = sum(len(widths) for widths in scores.WIDTHS.values())
     assert len(tuning_runs) == settings * 2 * 2  # replay sizes, learning rates
     runs = pd.read_csv(tuned / "data" / "tuned_sizes_runs.csv")
     assert not set(tuning_runs.seed) & set(runs.seed)
@@ -344,7 +325,7 @@ def test_protocol_2_reports_the_settings_that_won_on_the_tuning_seeds(tuned: Pat
 def test_a_unit_whose_tables_are_stored_is_not_trained_again(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuned_sizes, "SCALES", MINI_SCALES)
+    resize(monkeypatch, "tuned_sizes", **MINI_SIZES)
     for name in ("data", "manifest.json"):
         copy = shutil.copytree if (tuned / name).is_dir() else shutil.copy
         copy(tuned / name, tmp_path / name)
@@ -359,9 +340,11 @@ def test_tables_of_new_units_join_those_of_stored_ones(tmp_path: Path) -> None:
         runs = pd.DataFrame({"run": [0, 1], "env": env, "score": score})
         return runs, pd.DataFrame({"run": [0, 0, 1, 1], "score": score})
 
+    study = dataclasses.replace(STUDIES["tuned_sizes"], by=("env",), table="runs")
+
     def write(runs: pd.DataFrame, curves: pd.DataFrame) -> None:
         store = Store(tmp_path, "tuned_sizes", "--preset quick --out anywhere")
-        training.write_units(store, ["env"], {"runs": runs}, {"curves": curves})
+        engine.write(study, store, {"runs": runs, "curves": curves})
 
     write(*unit("a", 1.0))
     write(*unit("b", 2.0))
@@ -375,7 +358,7 @@ def test_tables_of_new_units_join_those_of_stored_ones(tmp_path: Path) -> None:
     assert sorted(set(runs["score"])) == [1.0, 3.0]
 
     other = Store(tmp_path, "tuned_sizes", "--preset full --out anywhere")
-    assert training.stored_units(other, "runs", ["env"]) == set()  # a study of its own
+    assert not engine.is_stored(study, other, [("a",)])  # a study of its own
 
 
 def test_protocol_2_says_which_units_are_missing(tuned: Path) -> None:
@@ -401,8 +384,8 @@ def test_one_rate_for_all_sizes_is_the_best_on_average() -> None:
             (0.4, 8, 1e-3, 6.0),
         ]
     ]
-    table = pd.DataFrame(rows, columns=tuned_sizes.TUNING_COLUMNS)
-    found = tuned_sizes.choose(table).set_index(["case", "age"])
+    table = pd.DataFrame(rows, columns=[*studies.WIDTH_KEYS, "auc"])
+    found = scores.choose(table).set_index(["case", "age"])
     pairs = {key: (row.width, row.learning_rate) for key, row in found.iterrows()}
     assert pairs == {
         ("papers", 1): (0.2, 1e-3),
@@ -417,10 +400,7 @@ def test_one_rate_for_all_sizes_is_the_best_on_average() -> None:
 def test_age_and_size_holds_back_what_its_cells_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scale = dataclasses.replace(
-        age_and_size.SCALES["quick"], tasks=(MINI,), min_ages=(0, 4), widths=(1, 4)
-    )
-    monkeypatch.setattr(age_and_size, "SCALES", {"quick": scale})
+    resize(monkeypatch, "age_and_size", tasks=(MINI,), cells=windows((1, 4), (0, 4)))
     assert run(tmp_path, "age_and_size") == 0
     runs = pd.read_csv(tmp_path / "data" / "age_and_size_runs.csv")
     assert len(runs) == 5 * 4 * 3  # methods, cells, seeds
@@ -437,7 +417,7 @@ def test_effects_of_age_and_size_by_hand() -> None:
         for seed in (0, 1)
     ]
     columns = ["method", "env", "min_age", "width", "seed", "score"]
-    effects = age_and_size.slopes(pd.DataFrame(rows, columns=columns)).set_index("effect")
+    effects = scores.slopes(pd.DataFrame(rows, columns=columns)).set_index("effect")
     assert effects.difference["older"] == pytest.approx(-0.5)
     assert effects.difference["wider"] == pytest.approx(0.2)
 
@@ -445,13 +425,10 @@ def test_effects_of_age_and_size_by_hand() -> None:
 def test_the_proposal_is_compared_with_every_method(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = dict(list(proposal_development.VARIANTS.items())[-2:])
-    monkeypatch.setattr(proposal_development, "VARIANTS", few)
-    for module, seeds in ((proposal_development, range(4000, 4002)), (proposal, range(3400, 3402))):
-        scale = dataclasses.replace(
-            module.SCALES["quick"], tasks=(MINI,), ages=(1, 8), seeds=seeds, learning_rates=(1e-2,)
-        )
-        monkeypatch.setattr(module, "SCALES", {"quick": scale})
+    few = studies.FOLLOWING[:2]
+    sizes = {"tasks": (MINI,), "cells": replay(1, 8), "rates": (1e-2,)}
+    resize(monkeypatch, "proposal_development", **sizes, seeds=range(4000, 4002), methods=few)
+    resize(monkeypatch, "proposal", **sizes)
     assert run(tmp_path, "proposal_development") == 0
     assert len(numbers(tmp_path, "proposal_development_rank")) == 2
     assert run(tmp_path, "proposal", "--part", "1/2") == 0
@@ -466,7 +443,7 @@ def test_the_proposal_is_compared_with_every_method(
 
 def test_the_best_other_method_is_found_in_each_unit_apart() -> None:
     """Every method gains the same by a seed, so that differences are exact."""
-    level = {proposal.PROPOSAL: 2.0, "GIPO σ=1": 1.0, "PPO-Clip": 0.0}
+    level = {scores.PROPOSAL: 2.0, "GIPO σ=1": 1.0, "PPO-Clip": 0.0}
     columns = ["regime", "env", "method", "age", "seed", "auc"]
     rows = [
         # On the second task the order is turned round.
@@ -475,7 +452,7 @@ def test_the_best_other_method_is_found_in_each_unit_apart() -> None:
         for method, value in level.items()
         for seed in range(2)
     ]
-    found = proposal.by_unit(pd.DataFrame(rows, columns=columns)).set_index("env")
+    found = scores.proposal_by_unit(pd.DataFrame(rows, columns=columns)).set_index("env")
     assert found.best.to_dict() == {"first": "GIPO σ=1", "second": "PPO-Clip"}
     np.testing.assert_allclose(found.difference[["first", "second"]], [0.5, -1.0])
 
@@ -489,13 +466,9 @@ def test_metaworld_trains_both_regimes_and_draws_them(
     fast = {"learning_rate": 0.03, "warmup_iterations": 0}
     monkeypatch.setattr(metaworld, "PROTOCOL", metaworld.PROTOCOL | small | fast)
     iterations = 14
-    scale = dataclasses.replace(
-        metaworld.SCALES["quick"],
-        methods=(training.GIPO, training.Method("gipo", {"sigma": 0.1})),
-        regimes=("stale", "fresh"),
-        iterations=iterations,
-    )
-    monkeypatch.setattr(metaworld, "SCALES", {"quick": scale})
+    methods = (GIPO, Method("gipo", {"sigma": 0.1}))
+    regimes = ("stale", "fresh")
+    resize(monkeypatch, "metaworld", methods=methods, regimes=regimes, iterations=iterations)
     assert run(tmp_path, "metaworld", "--part", "1/2") == 0
     one = pd.read_csv(tmp_path / "data" / "metaworld_runs.csv")
     assert set(one.regime) == {"stale"}
@@ -515,13 +488,12 @@ def test_metaworld_trains_both_regimes_and_draws_them(
     assert np.all(np.abs(ages["fresh"] - 0.5) < 0.3)
     assert np.all(np.abs(ages["stale"] - (iterations - 1) / 2) < 2)
 
-    scores = numbers(tmp_path, "metaworld_scores")
+    found = numbers(tmp_path, "metaworld_scores")
     # The best final mean is 1. It is no maximum where training has made the returns worse.
-    assert np.isclose(scores.iqm, 1).sum() == 1 and scores.iqm.nunique() == 4
+    assert np.isclose(found.iqm, 1).sum() == 1 and found.iqm.nunique() == 4
     used = numbers(tmp_path, "metaworld_utilization")
     assert used["mean"].notna().all() and len(used) == 2 * 4
-    for name in ("metaworld", "metaworld_scores", "metaworld_utilization"):
-        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 5000
+    assert (tmp_path / "figures" / "metaworld.png").stat().st_size > 5000
 
 
 def _metaworld_tables(gain_of_gipo: float) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -542,7 +514,7 @@ def _metaworld_tables(gain_of_gipo: float) -> tuple[pd.DataFrame, pd.DataFrame]:
 def test_metaworld_scores_are_parts_of_what_a_task_has_to_gain() -> None:
     runs, curves = _metaworld_tables(4.0)
     runs = pd.concat([runs, runs[(runs.task == "A") & (runs.seed == 0)].assign(seed=9)])
-    scored = metaworld.scores(runs, curves)
+    scored = metaworld.score_runs(runs, curves)
     # The best mean end is 34.1, so a task has 24.1 to gain; seed 9 lacks task B.
     assert set(scored.seed) == {0, 1, 2}
     ppo = scored[(scored.method == "PPO-Clip") & (scored.seed == 0)].iloc[0]
@@ -552,17 +524,17 @@ def test_metaworld_scores_are_parts_of_what_a_task_has_to_gain() -> None:
 
 @pytest.mark.parametrize(
     ("gain", "expected"),
-    [(4.0, [verdicts.REPRODUCED] * 3), (0.0, [verdicts.NOT] * 3), (-2.0, [verdicts.NOT] * 3)],
+    [(4.0, [claims.REPRODUCED] * 3), (0.0, [claims.NOT] * 3), (-2.0, [claims.NOT] * 3)],
 )
 def test_metaworld_verdicts_follow_the_sign_of_the_difference(
     gain: float, expected: list[str]
 ) -> None:
-    compared = metaworld.compare(metaworld.scores(*_metaworld_tables(gain)))
+    compared = metaworld.compare(metaworld.score_runs(*_metaworld_tables(gain)))
     assert len(compared) == 2 * 2 + 2 + 2 and compared.judged.all()
-    assert list(metaworld.verdicts(compared).values()) == expected
-    assert set(metaworld.verdicts(compared.assign(seeds=2)).values()) == {verdicts.OPEN}
+    assert list(claims.on_metaworld(compared).values()) == expected
+    assert set(claims.on_metaworld(compared.assign(seeds=2)).values()) == {claims.OPEN}
     alone = compared[compared.method == "SAPO"].assign(judged=False)
-    assert set(metaworld.verdicts(alone).values()) == {verdicts.OPEN}
+    assert set(claims.on_metaworld(alone).values()) == {claims.OPEN}
 
 
 def test_development_is_scored_on_seeds_that_did_not_choose_the_rate() -> None:
@@ -571,11 +543,11 @@ def test_development_is_scored_on_seeds_that_did_not_choose_the_rate() -> None:
         for rate, areas in ((1e-3, (1.0, 0.0)), (1e-2, (0.0, 3.0)))
         for seed, area in enumerate(areas)
     ] + [("reuse-heavy", "E", "B", 1, 0, 1e-3, seed, "done", 5.0) for seed in (0, 1)]
-    runs = pd.DataFrame(rows, columns=tuning.TUNING_COLUMNS)
-    scores = proposal_development.crossed_scores(runs).set_index(["method", "seed"]).score
+    runs = pd.DataFrame(rows, columns=[*engine.KEYS, "learning_rate", "seed", "status", "auc"])
+    found = scores.crossed_scores(runs).set_index(["method", "seed"]).score
     # Each seed of A is scored at the rate that the other seed liked, where it has 0.
-    assert scores["A", 0] == scores["A", 1] == 0
-    assert scores["B", 0] == 1
+    assert found["A", 0] == found["A", 1] == 0
+    assert found["B", 0] == 1
 
 
 def test_ranking_takes_the_best_worst_size_among_close_variants() -> None:
@@ -585,42 +557,47 @@ def test_ranking_takes_the_best_worst_size_among_close_variants() -> None:
         for age, score in zip((1, 8), scores, strict=True)
         for seed in (0, 1)
     ]
-    scores = pd.DataFrame(rows, columns=["method", "age", "seed", "score"])
-    ranked = proposal_development.rank(scores)
+    ranked = scores.rank(pd.DataFrame(rows, columns=["method", "age", "seed", "score"]))
     assert ranked.method.tolist() == ["even", "high", "low"]
     assert ranked.close.tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize("program", training.PROGRAMS.values(), ids=list(training.PROGRAMS))
-def test_every_branch_of_a_shared_program_is_the_objective_it_is_called(
-    program: training.Program,
-) -> None:
+@pytest.mark.parametrize("program", [compared, contenders, sequence_methods, any_of_them])
+def test_every_branch_of_a_shared_program_is_the_objective_it_is_called(program: Any) -> None:
     x = np.random.default_rng(0).normal(0, 0.5, (64, 1)).astype(np.float32)
     advantage = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
     start = (0.7 * x).astype(np.float32)
     given = {"sigma": 0.4, "clip_eps": 0.3, "tau_pos": 1.5, "tau_neg": 2.5, "sigma_prox": 0.7}
-    inputs = {"log_ratio_start": start} if program.objective is contenders.contenders else {}
+    whole = objectives.spec(program)
+    shared: dict[str, Any] = {key: value for key, value in given.items() if key in whole.params}
+    shared |= dict.fromkeys(whole.inputs, start)
+    if whole.initial_state is not None:
+        shared["state"] = whole.initial_state(whole.params)
     for index, name in enumerate(program.names):
         spec = objectives.spec(name)
-        own: dict[str, Any] = {k: value for k, value in given.items() if k in spec.params}
+        own: dict[str, Any] = {k: v for k, v in shared.items() if k in spec.params}
         own |= dict.fromkeys(spec.inputs, start)
-        shared = {key: value for key, value in given.items() if key != "sigma_prox" or inputs}
-        found = program.objective(x, advantage, **inputs, which=float(index), **shared)
-        np.testing.assert_allclose(found, spec.function(x, advantage, **own), rtol=1e-5, atol=1e-6)
+        if spec.initial_state is not None:
+            own["state"] = spec.initial_state(spec.params)
+        found, expected = program(x, advantage, which=float(index), **shared), None
+        expected = spec.function(x, advantage, **own)
+        found = found[0] if whole.initial_state is not None else found
+        expected = expected[0] if spec.initial_state is not None else expected
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_stability_by_hand() -> None:
-    scores = np.array([[0.0, 4.0], [2.0, 4.0]])  # two seeds, two tasks
-    assert stability.spread(scores) == 0.5
-    assert stability.worst(scores) == 2.0
+    found = np.array([[0.0, 4.0], [2.0, 4.0]])  # two seeds, two tasks
+    assert scores.spread(found) == 0.5
+    assert scores.worst(found) == 2.0
 
 
 def test_verdicts_by_hand() -> None:
-    assert verdicts.signs([(0.1, 0.2), (0.1, 0.3)], 1) == verdicts.REPRODUCED
-    assert verdicts.signs([(0.1, 0.2), (-0.1, 0.3)], 1) == verdicts.PARTLY
-    assert verdicts.signs([(0.1, 0.2), (-0.3, -0.1)], 1) == verdicts.NOT
-    assert verdicts.signs([(-0.1, 0.2), (-0.1, 0.3)], 1) == verdicts.NOT
-    assert verdicts.signs([(-0.2, -0.1)], -1) == verdicts.REPRODUCED
+    assert claims.verdict([(0.1, 0.2), (0.1, 0.3)], 1) == claims.REPRODUCED
+    assert claims.verdict([(0.1, 0.2), (-0.1, 0.3)], 1) == claims.PARTLY
+    assert claims.verdict([(0.1, 0.2), (-0.3, -0.1)], 1) == claims.NOT
+    assert claims.verdict([(-0.1, 0.2), (-0.1, 0.3)], 1) == claims.NOT
+    assert claims.verdict([(-0.2, -0.1)], -1) == claims.REPRODUCED
 
 
 def test_dominated_by_hand() -> None:
@@ -639,46 +616,60 @@ def test_dominated_by_hand() -> None:
     assert rows["ppo_clip"][0] == 0
 
 
-RESULTS = ROOT / "results"
+def test_scores_are_normalised_within_a_unit_and_lost_runs_are_its_worst() -> None:
+    frame = pd.DataFrame(
+        {
+            "env": ["a"] * 4,
+            "method": ["x", "x", "y", "y"],
+            "seed": [0, 1, 0, 1],
+            "final_return": [1.0, np.nan, 5.0, 9.0],
+        }
+    )
+    found = scores.normalized(frame, "final_return", ["env"], ["method"])
+    # Means 1 and 7 are the ends of the scale.
+    np.testing.assert_allclose(found.score, [0, 0, 4 / 6, 8 / 6])
+    assert (found.span == 6).all()
+    twice = pd.concat([frame, frame])
+    with pytest.raises(DataError, match="a run twice"):
+        scores.normalized(twice, "final_return", ["env"], ["method"])
+    with pytest.raises(DataError, match="not the same for all tasks"):
+        scores.normalized(frame[:3], "final_return", ["env"], ["method"])
 
 
-def test_committed_data_give_the_committed_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def save_nothing(figure: Any, stem: Path) -> list[Path]:
-        stem.parent.mkdir(exist_ok=True)
-        stem.with_suffix(".png").touch()
-        return [stem.with_suffix(".png")]
+def test_a_report_keeps_its_prose_and_fills_its_tables(drawn: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.md"
+    marks = "<!-- table: {} -->\nold\n<!-- end -->\n"
+    path.write_text(f"By hand.\n{marks.format('weights')}Between.\n{marks.format('flow')}")
+    report.write(drawn, path)
+    text = path.read_text()
+    assert "By hand.\n" in text and "Between.\n" in text and "old" not in text
+    assert "| 1 | 2.5e-08 | 0.00055 |" in text
+    assert "Not run:" in text.split("Between.")[1]
+    report.write(drawn, path)
+    assert path.read_text() == text
 
-    # Rendering takes most of the time, and other tests do it.
-    monkeypatch.setattr(plots, "save", save_nothing)
-    for part in ("data", "manifest.json"):
-        source = RESULTS / part
-        copy = shutil.copytree if source.is_dir() else shutil.copy
-        copy(source, tmp_path / part)
-    manifest = json.loads((RESULTS / "manifest.json").read_text())
-    drawn = {entry["experiment"] for entry in manifest["figures"].values()}
-    assert drawn
-    assert run(tmp_path, "--plot-only") == 0
-    tables = sorted((RESULTS / "tables").glob("*.csv"))
-    assert tables
-    for committed in tables:
-        again = pd.read_csv(tmp_path / "tables" / committed.name)
-        pd.testing.assert_frame_equal(again, pd.read_csv(committed), rtol=1e-4)
-
-    report.write(tmp_path, tmp_path / "RESULTS.md")
-    again_text = (tmp_path / "RESULTS.md").read_text()
-    assert verdict_rows(again_text) == verdict_rows((ROOT / "RESULTS.md").read_text())
-    assert len(verdict_rows(again_text)) == 7
-    tokens = pd.read_csv(RESULTS / "tables" / "token_vs_joint.csv")
-    mean = tokens[(tokens.age == 128) & (tokens.ratio_level == "joint") & (tokens.sigma == 2)][
-        "mean"
-    ].item()
-    row = next(line for line in again_text.splitlines() if line.startswith("| joint | 2.0 |"))
-    assert row.split("|")[4].strip().startswith(f"{mean:.3g} [")
+    report.write(drawn, tmp_path / "new.md")
+    assert (
+        "| 1. Non-zero gradients at extreme ratios | **reproduced** |"
+        in (tmp_path / "new.md").read_text()
+    )
 
 
-def verdict_rows(text: str) -> list[str]:
-    """The rows of the table of verdicts, one per claim."""
-    table = text.split("## Verdicts", 1)[1].split("\n## ", 1)[0]
-    return [line for line in table.splitlines() if line.startswith("| ") and "**" in line]
+def test_the_committed_report_has_the_tables_of_the_committed_scores(tmp_path: Path) -> None:
+    committed = (ROOT / "RESULTS.md").read_text()
+    (tmp_path / "RESULTS.md").write_text(committed)
+    report.write(ROOT / "results", tmp_path / "RESULTS.md")
+    assert (tmp_path / "RESULTS.md").read_text() == committed
+    marks = [match[2] for match in report.BLOCK.finditer(committed)]
+    assert marks == [*report.BLOCKS, "sources"]
+
+
+def test_every_committed_figure_is_declared_and_every_declared_one_committed() -> None:
+    drawn = {figure.name for figure in figures.FIGURES}
+    manifest = json.loads((ROOT / "results" / "manifest.json").read_text())["figures"]
+    assert {Path(path).stem for path in manifest} == drawn
+    files = (ROOT / "results" / "figures").iterdir()
+    assert {path.stem for path in files} == drawn
+    for path, entry in manifest.items():
+        assert sha256(ROOT / "results" / path) == entry["sha256"], path
+        assert (ROOT / "results" / entry["numbers"]).is_file() or "gridworld" in path

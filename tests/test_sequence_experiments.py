@@ -1,5 +1,6 @@
 """Studies of answers of several tokens: their scores by hand, and each at a tiny size."""
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from experiments import (  # noqa: E402
-    selection,
-    sequence_bias,
-    sequence_learning,
-    sequence_staleness,
-)
+from experiments import selection, sequences  # noqa: E402
+from experiments.exact import sequence_bias  # noqa: E402
 from gipo_jax import train  # noqa: E402
 from gipo_jax.analysis import plots, sequence_tree  # noqa: E402
 from scripts import reproduce  # noqa: E402
@@ -95,7 +92,7 @@ def test_a_method_survives_a_lag_where_it_keeps_nine_tenths_of_the_gain() -> Non
         for method, values in finals.items()
         for seed, value in enumerate(values)
     ]
-    table = sequence_staleness.scores(runs_of(rows)).set_index(["method", "lag"])
+    table = sequences.score_lags(runs_of(rows)).set_index(["method", "lag"])
     kept, verdict = table["kept"].to_dict(), table["verdict"].to_dict()
     assert kept["SAPO", 16] == pytest.approx(0.82)
     assert kept["GIPO σ=1", 0] == 1
@@ -106,17 +103,17 @@ def test_a_method_survives_a_lag_where_it_keeps_nine_tenths_of_the_gain() -> Non
 
 def test_token_minus_joint_of_the_lag_study_is_paired_on_seeds() -> None:
     values = {"token": 0.3, "joint": 0.1}
-    names = (*sequence_staleness.AT_ALL_LEVELS, sequence_staleness.WIDE_GIPO)
+    names = [m.label for m in (*sequences.AT_ALL_LEVELS, sequences.WIDE_GIPO)]
     rows = [
         (level, method, 16, seed, value + 0.5 * seed + 0.05 * ("3.2" in method))
         for level, value in values.items()
         for method in names
         for seed in (1, 0)
     ]
-    found = sequence_staleness.token_minus_joint(runs_of(rows)).set_index(["token", "joint"])
+    found = sequences.token_minus_joint(runs_of(rows)).set_index(["token", "joint"])
     low, high = found["low"].to_dict(), found["high"].to_dict()
     assert low["TIS", "TIS"] == pytest.approx(0.2) and high["TIS", "TIS"] == pytest.approx(0.2)
-    pair = sequence_staleness.GIPO, sequence_staleness.WIDE_GIPO
+    pair = sequences.GIPO.label, sequences.WIDE_GIPO.label
     assert found["estimate"].to_dict()[pair] == pytest.approx(0.15)
 
 
@@ -126,11 +123,12 @@ def test_the_lag_study_trains_every_method_at_its_level_and_lag(
 ) -> None:
     # Rendering takes long, and other tests do it.
     monkeypatch.setattr(plots, "save", lambda figure, stem: [])
-    scale = sequence_staleness.SCALES["quick"]._replace(iterations=16)
-    monkeypatch.setattr(sequence_staleness, "SCALES", {"quick": scale})
+    presets = sequences.STALENESS.presets
+    tiny = dataclasses.replace(presets["quick"], tasks=(sequences.TASK.lasting(16 * 64),))
+    monkeypatch.setitem(presets, "quick", tiny)
     assert run(tmp_path, "sequence_staleness") == 0
     runs = pd.read_csv(tmp_path / "data" / "sequence_staleness_runs.csv")
-    methods, levels = len(sequence_staleness.METHODS), len(sequence_staleness.AT_ALL_LEVELS) + 1
+    methods, levels = len(sequences.METHODS), len(sequences.AT_ALL_LEVELS) + 1
     counts = runs.groupby(["level", "lag"]).size().to_dict()
     assert counts == {("token", 0): 2, ("token", 4): 2 * methods, ("joint", 4): 2 * levels}
     assert (runs.status == "done").all()
@@ -150,8 +148,8 @@ def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
             for seed, end in enumerate(ends)
             for steps, value in ((0, start), (100, end))
         ]
-        curves = pd.DataFrame(rows, columns=sequence_learning.CURVES)
-        return bool(sequence_learning.thresholds(curves)[0]["reached"])
+        curves = pd.DataFrame(rows, columns=sequences.CURVES)
+        return bool(sequences.thresholds(curves)[0]["reached"])
 
     assert reached(0.005, (0.85, 1.0, 1.0, 1.0))
     assert not reached(0.005, (0.79, 1.0, 1.0, 1.0, 1.0))
@@ -161,8 +159,8 @@ def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
 
 @pytest.mark.slow
 def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens(quick_compilation: None) -> None:
-    case = sequence_learning.CASES["reverse, second attempt"]._replace(first_seed=5300)
-    gipo, ppo = sequence_learning.runs(case, 1, total_steps=15_000, num_logs=1)
+    case = sequences.CASES["reverse, second attempt"]._replace(first_seed=5300)
+    gipo, ppo = sequences.learning_runs(case, 1, total_steps=15_000, num_logs=1)
     train_all = jax.jit(train.make_train(gipo.config))
     for run in (gipo, ppo):
         _, metrics = train_all(jax.tree.map(jnp.asarray, run.hparams))
@@ -202,7 +200,7 @@ def test_a_rise_is_from_the_warm_up_of_the_same_seed() -> None:
 def test_the_selection_study_trains_and_goes_on_from_what_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None
 ) -> None:
-    monkeypatch.setattr(selection, "ITERATIONS", {"quick": (4, 3)})
+    monkeypatch.setitem(selection.STUDY.presets, "quick", selection.Scale(2, 4, 3))
     monkeypatch.setattr(selection, "SELECTIONS", {"keep_all": {}, "prune": {"packed_size": 64}})
     monkeypatch.setattr(selection, "PREFERENCES", {"dpo": {"pair_sigma": np.inf}})
     assert run(tmp_path, "selection", "--part", "1/3") == 0

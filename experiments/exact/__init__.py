@@ -1,0 +1,1 @@
+"""Studies whose quantities are computed exactly, from finite problems."""
