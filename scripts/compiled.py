@@ -214,19 +214,23 @@ class Environments:
 def rows(options: argparse.Namespace, stored: Sequence[Row], console: Console) -> Iterator[Row]:
     """Compiles and counts one program after the other, but for those that ``stored`` rows have."""
     known = [row for row in stored if row.get("counter") == counter() and "error" not in row]
+    wanted, missing = [], []
+    for device, name, by, work in jobs(options):
+        case = {"program": name, "device": device, "by": by, "runs": work["runs"]}
+        # A package with changes of its own has no revision.
+        same = [row for row in known if row["case"] == case and not by.endswith("+")]
+        wanted += same[:1]
+        missing += [] if same else [(case, work)]
+    yield from wanted
     with contextlib.ExitStack() as stack:
         folder = options.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         places = Environments(folder)
-        for device, name, by, work in jobs(options):
-            case = {"program": name, "device": device, "by": by, "runs": work["runs"]}
-            same = [row for row in known if row["case"] == case]
-            if same and not by.endswith("+"):
-                yield same[0]
-                continue
-            compiled = compile_one(places, device, by, work)
-            console.print(f"{name}, {by}, {device}: {compiled.get('error', 'compiled')}")
+        for case, work in missing:
+            compiled = compile_one(places, case["device"], work)
+            what = ", ".join(str(value) for value in case.values())
+            console.print(f"{what} runs: {compiled.get('error', 'compiled')}")
             row = {"benchmark": "compiled", "case": case, "counter": counter()}
-            yield row | modelled(compiled, device)
+            yield row | modelled(compiled, case["device"])
 
 
 def counter() -> str:
@@ -267,7 +271,7 @@ def number_of_devices(device: str) -> int:
     return count
 
 
-def compile_one(places: Environments, device: str, by: str, work: Work) -> Work:
+def compile_one(places: Environments, device: str, work: Work) -> Work:
     """What the worker says of a program, or ``error`` with its last words."""
     kind = "cuda" if device.partition(":")[0] in MODEL else "tpu"
     script = str(BENCHMARKS / "compiled_worker.py")
@@ -336,7 +340,7 @@ def table(title: str, found: Sequence[Row]) -> Table:
         "of plan", "comm.", "reads", "model ms",
         title=title,
     )  # fmt: skip
-    for row in found:
+    for row in sorted(found, key=lambda row: list(PROGRAMS).index(row["case"]["program"])):
         case = row["case"]
         if "error" in row:
             drawn.add_row(case["program"], case["by"], "not compiled")
