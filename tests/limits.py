@@ -10,7 +10,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,9 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         threading.Thread(target=_watch, args=(config, seconds), daemon=True).start()
 
 
-@pytest.fixture(autouse=True)
-def _no_program_outlives_its_test() -> Iterator[None]:
-    yield
+def pytest_runtest_teardown() -> None:
     programs.end_all()
 
 

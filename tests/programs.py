@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 500
+SECONDS = 800
 _started: list["subprocess.Popen[str]"] = []
 
 
