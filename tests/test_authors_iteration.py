@@ -344,7 +344,7 @@ def flat(tree: Any) -> Numbers:
 class Iteration(NamedTuple):
     """Ours before and after an iteration, and the reference's data for it."""
 
-    index: int
+    number: int
     before: train.TrainState
     after: train.TrainState
     rows: NDArray[np.int64]
@@ -373,7 +373,7 @@ def iterations() -> list[Iteration]:
                 of_params(state.learner.params),
                 written.obs.astype(np.float64),
                 written.action.astype(np.int64),
-                np.asarray(after.domain.envs.obs[0], np.float64),
+                np.asarray(after.domain_state.envs.obs[0], np.float64),
             )
         )
         data = Data(*(np.concatenate(x) for x in zip(*chunks[-BLOCKS:], strict=True)))
@@ -387,10 +387,10 @@ def iterations() -> list[Iteration]:
 def test_data_of_a_rollout_are_labelled_as_the_authors_do(iterations: list[Iteration]) -> None:
     for iteration in iterations:
         newest = jax.tree.map(
-            lambda x, i=iteration.index: np.asarray(x[i % BLOCKS, :, 0], np.float64),
+            lambda x, i=iteration.number: np.asarray(x[i % BLOCKS, :, 0], np.float64),
             iteration.after.replay,
         )
-        expected = Data(*(x[-STEPS:] for x in iteration.data))
+        expected: Any = Data._make(x[-STEPS:] for x in iteration.data)
         chosen = np.take_along_axis(expected.log_probs, expected.token[..., None], -1)[..., 0]
         for ours, theirs in (
             (log_softmax(newest.behavior_outputs), expected.log_probs),
@@ -412,7 +412,7 @@ def test_policy_and_value_gradients_of_a_batch_are_the_authors(
 
     @jax.jit
     def gradient(rows: Any) -> Any:
-        taken = buffer.take_rows(state.replay, rows, iteration.index)
+        taken = buffer.take_rows(state.replay, rows, iteration.number)
         batch = DOMAIN.batch(state, learner.params, *taken, HPARAMS)
 
         def loss(params: Any) -> Any:
