@@ -145,7 +145,8 @@ def gradient_step(
             step, opt_state[group] = optimizer.update(gradient, learner.opt_state[group])
             updates = unravel[group](-rates[group] * step)
             params[group] = optax.apply_updates(params[group], updates)
-    norms = {group: optax.tree.norm(tree) for group, tree in grads.items()}
+    single = jax.tree.map(networks.at_least_single, grads)
+    norms = {group: optax.tree.norm(tree) for group, tree in single.items()}
     return learner._replace(params=params, opt_state=opt_state), norms
 
 
