@@ -127,7 +127,8 @@ def gradient_step(
             step, opt_state[group] = adam.update(gradient, learner.opt_state[group])
             updates = flat[group][1](-rates[group] * step)
             params[group] = optax.apply_updates(params[group], updates)
-    norms = {group: optax.tree.norm(tree) for group, tree in grads.items()}
+    wide = jax.tree.map(networks.full, grads)
+    norms = {group: optax.tree.norm(tree) for group, tree in wide.items()}
     return learner._replace(params=params, opt_state=opt_state), norms
 
 
