@@ -130,6 +130,41 @@ def test_gaussian_is_scipy() -> None:
         )
 
 
+@pytest.mark.parametrize("bins", [5, 11])
+def test_kl_of_categories_is_scipys(bins: int) -> None:
+    head = networks.categorical(3, bins)
+    old, new = 2 * np.random.default_rng(bins).normal(size=(2, 4, 3, bins))
+    expected = stats.entropy(special.softmax(old, -1), special.softmax(new, -1), axis=-1)
+    found = head.kl(jnp.asarray(old, jnp.float32), jnp.asarray(new, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_kl_of_gaussians_is_the_closed_form() -> None:
+    head = head_of(env="Reacher-misc", action_head="gaussian")
+    old, new = np.random.default_rng(0).normal(size=(2, 20, 2, 2))
+    spread, new_spread = np.exp(old[..., 1]), np.exp(new[..., 1])
+    squares = spread**2 + (old[..., 0] - new[..., 0]) ** 2
+    expected = np.log(new_spread / spread) + squares / (2 * new_spread**2) - 0.5
+    found = head.kl(jnp.asarray(old, jnp.float32), jnp.asarray(new, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("action_head", ["tokens", "gaussian"])
+def test_kl_is_least_and_zero_at_equal_outputs(action_head: str) -> None:
+    head = head_of(env="Reacher-misc", action_head=action_head)
+    shape = (50, head.num_tokens, head.output_width)
+    old, way = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
+
+    def total(outputs: jax.Array) -> jax.Array:
+        return jnp.sum(head.kl(old, outputs))
+
+    gradient = quick(jax.grad(total))
+    np.testing.assert_allclose(head.kl(old, old), 0, atol=1e-6)
+    np.testing.assert_allclose(gradient(old), 0, atol=1e-6)
+    assert np.all(head.kl(old, old + 0.1 * way) > 0)
+    assert np.sum(way * gradient(old + 0.1 * way)) > 0
+
+
 @pytest.mark.parametrize("env", ["Acrobot-v1", "Pendulum-v1"])
 def test_log_prob_is_differentiable(env: str) -> None:
     """The gradient is one-hot minus probabilities, however the log-probability is computed."""
