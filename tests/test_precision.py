@@ -31,7 +31,12 @@ SMALL: dict[str, Any] = {
 def in_control(toy: Any) -> tuple[Config, Any]:
     """Every part of the network: shared torso, LayerNorm, tokens, and an exact KL."""
     env = toy(pay=1.0, clock=True, actions=spaces.Box(-1, 1, (2,)))
-    own = {"hidden_sizes": (16, 8), "shared_torso": True, "layer_norm": True, "kl": "exact"}
+    own: dict[str, Any] = {
+        "hidden_sizes": (16, 8),
+        "shared_torso": True,
+        "layer_norm": True,
+        "kl": "exact",
+    }
     return Config(env=env, num_bins=5, **own, **SMALL), None
 
 
