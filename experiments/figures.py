@@ -22,7 +22,7 @@ from experiments.tasks import FRESH, REUSE, STALE
 from gipo_jax import ratio_levels
 from gipo_jax.analysis import plots
 from gipo_jax.analysis.plots import Look as Style
-from gipo_jax.flow import tasks as flow_tasks
+from gipo_jax.domains.flow import tasks as flow_tasks
 
 CLAIMS = {
     4: "final return (> 0: GIPO better)",
