@@ -126,8 +126,8 @@ def test_tensorboard_takes_names_of_any_length_and_a_fault_of_one_run_leaves_the
     for steps in (8, 16):
         board([row(run, steps) for run in range(3)])
     board.close()
-    shown = [event.step for event in events(tmp_path) if event.summary.value]
-    assert sorted(shown) == [8, 8, 16, 16]
+    written = [event.step for event in events(tmp_path) if event.summary.value]
+    assert sorted(written) == [8, 8, 16, 16]
     assert len(warned) == 1 and "00001 b" in warned[0]
 
 

@@ -455,6 +455,8 @@ def test_a_copy_of_a_checkpoint_beside_it_is_no_checkpoint(tmp_path: Path) -> No
     path = checkpoint.save(tmp_path, 1, {"n": 1}, None)
     for name in ("00000001.bak", "00000002 (copy)"):
         shutil.copytree(path, tmp_path / name)
+    (tmp_path / "00000009").write_text("a file")
+    (tmp_path / "7").mkdir()
     assert checkpoint.newest(tmp_path, pytest.fail) == 1
     for number in (2, 3, 4):
         checkpoint.save(tmp_path, number, {}, None)

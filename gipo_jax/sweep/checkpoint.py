@@ -74,7 +74,8 @@ def save(directory: Path, number: int, progress: dict[str, Any], state: Any | No
 
 def numbers(directory: Path) -> list[int]:
     """Numbers of the checkpoints in a folder, the newest last; what has another name is none."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+    named = [path.name for path in directory.glob("*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(int(name) for name in named if name == f"{int(name):08d}")
 
 
 def newest(directory: Path, warn: Callable[[str], None]) -> int | None:

@@ -211,7 +211,7 @@ class Folder:
             self._file.close()
             path = self.directory / results.METRICS
             header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            cells = [row.split(",", 2) for row in rows]
+            cells = (row.split(",", 2) for row in rows)
             places = [(int(run), int(iteration)) for run, iteration, _ in cells]
             order = sorted(range(len(rows)), key=places.__getitem__)
             write_atomic(path, header + "".join(rows[index] for index in order))
