@@ -13,7 +13,12 @@ from gipo_jax import environments, protocols, sweep
 from gipo_jax.analysis import plots, stats
 from gipo_jax.config import Config
 
-PROTOCOL = protocols.settings("gipo-metaworld")
+PROTOCOL = protocols.settings("gipo-metaworld") | {
+    # As the stored runs had them, from before the protocol took the authors' values.
+    "kl": "sampled",
+    "joint_grad_norm": False,
+    "adam_epsilon": 1e-5,
+}
 EPISODE = int(PROTOCOL["rollout_length"])
 """Steps of an episode, and of an iteration."""
 
