@@ -284,7 +284,9 @@ def _is_finished(directory: Path, item: Sweep) -> bool:
         runs = results.read_runs(directory)
     except results.ResultsError:
         return False
-    if len(runs) != len(item.runs):
+    # Rows are told apart by their place, which an earlier version may have given to other runs.
+    places = [(run.hparams.seed, run.hparams.buffer_size) for run in item.runs]
+    if places != list(zip(runs["seed"], runs["buffer_size"], strict=True)):
         raise DataError(directory, "holds another sweep; give another --out")
     return bool(runs["status"].isin(["done", "diverged"]).all())
 
