@@ -230,11 +230,15 @@ def _sweep(given: dict[str, Any]) -> int:
     from gipo_jax.sweep import cluster, grid, results
 
     out, resume = str(Path(given.pop("out")).expanduser()), given.pop("resume", False)
-    if resume and (Path(out) / results.CONFIG).exists():
-        # A sweep goes on as quietly as it began.
-        begun = shlex.split(results.read_config(out)["command"])
-        kept = [name for name in ("quiet", "no_figures") if f"--{name.replace('_', '-')}" in begun]
-        given = dict.fromkeys(kept, True) | given
+
+    def begun_with() -> dict[str, Any]:
+        """A sweep goes on as quietly as it began."""
+        if not resume or not (Path(out) / results.CONFIG).exists():
+            return {}
+        words = shlex.split(results.read_config(out)["command"])
+        return {n: True for n in ("quiet", "no_figures") if "--" + n.replace("_", "-") in words}
+
+    given = cluster.run_on_all_processes(begun_with) | given
     draw = not given.pop("no_figures", False)
     fields = [field.name for field in dataclasses.fields(sweep.Options)]
     options = sweep.Options(**{name: given.pop(name) for name in fields if name in given})
