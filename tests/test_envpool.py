@@ -577,6 +577,7 @@ def test_a_run_in_a_simulator_trains_inside_one_program() -> None:
         np.testing.assert_array_equal(values, both[name][1], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_simulator_is_evaluated_on_fresh_episodes_that_do_not_disturb_it() -> None:
     evaluated = dataclasses.replace(SMALL, eval_episodes=2)
     runs, results = {}, {}

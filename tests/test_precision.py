@@ -64,6 +64,7 @@ def types(tree: Any) -> set[str]:
     return {str(x.dtype) for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("domain_of", DOMAINS)
 def test_parameters_and_optimizer_are_bfloat16_and_the_rest_is_float32(
     toy: Any, domain_of: Any

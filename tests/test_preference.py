@@ -76,6 +76,7 @@ def act(config: Config) -> Any:
     return domain, hparams, *jax.jit(first)()
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_batch_of_stale_pairs_is_that_of_dpo_in_closed_form() -> None:
     domain, hparams, state, rows = act(SMALL)
     batch, _ = buffer.take_rows(buffer.add(state.replay, rows, 0), jnp.arange(BLOCK), 0)

@@ -130,6 +130,7 @@ def test_gipo_metaworld_is_valid_and_its_network_is_the_authors() -> None:
     assert count == sum(a * b + b for a, b in layers) + 2 * (512 + 512 + 256)
 
 
+@pytest.mark.slow
 def test_the_value_loss_of_gipo_metaworld_leaves_the_encoder_alone() -> None:
     values = protocols.settings("gipo-metaworld") | {"hidden_sizes": (8, 8)}
     config = Config(**{k: v for k, v in values.items() if k in CONFIG_FIELDS})

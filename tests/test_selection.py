@@ -51,6 +51,7 @@ def everything(group: Any, state: Any, key: Any) -> Any:
     return jnp.ones_like(group.advantage)
 
 
+@pytest.mark.slow
 def test_weights_of_one_for_all_answers_equal_no_selection_bit_for_bit() -> None:
     results = []
     for config in (
@@ -167,6 +168,7 @@ def patterns(case: Case, rows: int) -> Any:
     return np.array(chances), np.array(weights), np.array(noises)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
 def test_pruning_has_the_full_gradient_in_expectation_over_all_patterns(mode: str) -> None:
     case = Case(mode, packed_size=4)
