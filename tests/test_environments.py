@@ -198,6 +198,15 @@ def test_a_single_environment_steps_as_one_of_a_batch() -> None:
         assert np.array_equal(single, batched[0])
 
 
+def test_old_names_of_opening_and_closing_warn_and_work(toy: Any) -> None:
+    env = environments.make(Config(env=toy()))
+    with pytest.warns(DeprecationWarning, match=r"open_pools\(env\) is now env.open\(\)"):
+        assert environments.open_pools(env, jax.random.key(0)[None]) is env
+    with pytest.warns(DeprecationWarning, match=r"close_pools\(env\) is now env.close\(\)"):
+        environments.close_pools(env)
+    assert env.resume_gap is None and env.for_evaluation() is env
+
+
 def test_a_missing_envpool_is_named_with_how_to_install_it_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

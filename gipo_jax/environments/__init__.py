@@ -14,18 +14,19 @@ A simulator outside JAX is made before a program with it is compiled::
 import contextlib
 import difflib
 import math
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import gymnax
 import jax
 
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.environments import envpool_env, gymnax_env
-from gipo_jax.environments.interface import Environment, Simulator, Single, Step, single
+from gipo_jax.environments.interface import Environment, Single, Step, single
 
 __all__ = [
     "Environment",
-    "Simulator",
     "Single",
     "Step",
     "make",
@@ -75,3 +76,16 @@ def uncached() -> Iterator[None]:
         yield
     finally:
         jax.config.update(name, before)
+
+
+_RENAMED = {"open_pools": Environment.open, "close_pools": Environment.close}
+
+
+def __getattr__(name: str) -> Any:
+    """Old names, which stay for a release."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    text = f"{name}(env) is now env.{new.__name__}(); the old name goes with the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    return new

@@ -488,16 +488,8 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
         )
 
     def closed_step(keys: Array, state: PoolState, action: Array) -> Step:
-        """Only the types of ``step``: a sweep plans before it opens pools."""
-        num = (num_envs,)
-        shapes = (
-            jax.ShapeDtypeStruct((num_envs, *task.obs_shape), task.obs_dtype),
-            jax.ShapeDtypeStruct(num, jnp.float32),
-            jax.ShapeDtypeStruct(num, jnp.bool_),
-        )
-        obs, reward, flag = io_callback(start, shapes, jnp.int32(0), state.seeds)
-        success = flag if task.reports_success else None
-        return Step(state, obs, reward, flag, flag, obs, success)
+        """Only the types of ``step``: a sweep plans before it makes simulators."""
+        return of_one_episode()[1](keys, state.ids[0], action)._replace(state=state)
 
     def open(keys: Array, devices: int, axis: str) -> Environment:
         if len(keys) % devices:
@@ -520,15 +512,26 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
                  for run in range(runs)]  # fmt: skip
         return jax.tree.map(lambda *x: np.stack(x), *parts)
 
-    return _spaces(
-        task,
+    def of_one_episode() -> tuple[Callable[..., Any], Callable[..., Any]]:
+        return _of_one_episode(task, runtime.available_cores() // max(len(pools), 1))
+
+    return Environment(
+        name=task.name,
         reset=reset,
         step=step if pools else closed_step,
+        obs_shape=task.obs_shape,
+        obs_dtype=task.obs_dtype,
+        action_shape=task.action_shape,
+        num_actions=task.num_actions,
+        action_low=task.action_low,
+        action_high=task.action_high,
+        max_episode_steps=task.max_episode_steps,
+        reports_success=task.reports_success,
         simulator=Simulator(
             open=open,
             close=close,
             restore=restore,
-            for_evaluation=lambda: _for_evaluation(task, max(len(pools), 1)),
+            of_one_episode=of_one_episode,
             resume_gap=task.resume_gap,
         ),
     )
@@ -540,7 +543,7 @@ class _Episodes:
     def __init__(self, task: Task, seeds: np.ndarray, threads: int) -> None:
         self._task, self._pool = task, _make_pool(task, seeds, threads)
         self.running, self._steps = np.ones(seeds.size, bool), 0
-        self.obs = task.encode(jax.tree.leaves(self._pool.reset()[0]), np)
+        self.obs = np.array(task.encode(jax.tree.leaves(self._pool.reset()[0]), np))
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, ...]:
         """Steps those in mid-episode: obs, reward, terminated, truncated and success ``[n, ...]``.
@@ -561,63 +564,49 @@ class _Episodes:
         return self.obs.copy(), *made
 
 
-def _for_evaluation(task: Task, devices: int) -> Environment:
-    """Simulators made at each ``reset``, for one episode; see ``Environment.for_evaluation``."""
+def _of_one_episode(
+    task: Task, threads: int
+) -> tuple[Callable[[Array, int], tuple[Array, Array]], Callable[[Array, Array, Array], Step]]:
+    """``reset`` and ``step`` of simulators made at each ``reset``, for one episode.
+
+    Their state is the number by which the host finds them.
+    """
     playing: dict[int, _Episodes] = {}
     numbers = itertools.count()
-    threads = runtime.available_cores() // devices
     unbatched = _unbatched(task)
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-
-    def like(*shape: int, dtype: Any = jnp.bool_) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
 
     def start(seeds: Any) -> tuple[np.int32, np.ndarray]:
-        this = next(numbers)
-        playing[this] = _Episodes(task, np.asarray(seeds), threads)
-        return np.int32(this), playing[this].obs
+        number = next(numbers)
+        playing[number] = _Episodes(task, np.asarray(seeds), threads)
+        return np.int32(number), playing[number].obs.copy()
 
-    def advance(this: Any, action: Any) -> tuple[Any, ...]:
-        episodes = playing[int(this)]
+    def advance(number: Any, action: Any) -> tuple[Any, ...]:
+        episodes = playing[int(number)]
         made = episodes.step(np.asarray(action))
         if not episodes.running.any():
-            del playing[int(this)]
-        return this, *made
+            del playing[int(number)]
+        return number, *made
+
+    def types(num: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Of a number, observations, rewards and flags."""
+        number, flag = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((num,), jnp.bool_)
+        obs = jax.ShapeDtypeStruct((num, *task.obs_shape), task.obs_dtype)
+        return number, obs, jax.ShapeDtypeStruct((num,), jnp.float32), flag, flag, flag
 
     def reset(key: Array, num: int) -> tuple[Array, Array]:
-        first = like(num, *task.obs_shape, dtype=task.obs_dtype)
-        this, obs = io_callback(start, (number, first), unbatched(_seeds(key, num)))
-        return obs, this
+        number, obs = io_callback(start, types(num)[:2], unbatched(_seeds(key, num)))
+        return obs, number
 
     def step(keys: Array, state: Array, action: Array) -> Step:
         del keys  # the simulators have random numbers of their own
-        num = len(action)
-        obs_like = like(num, *task.obs_shape, dtype=task.obs_dtype)
-        shapes = (number, obs_like, like(num, dtype=jnp.float32), *[like(num)] * 3)
-        # The number of the simulators goes from call to call, so that these stay in order.
-        state, obs, reward, terminated, truncated, success = io_callback(
-            advance, shapes, unbatched(state), action
+        # The number goes from call to call, so that these stay in order.
+        number, obs, reward, terminated, truncated, success = io_callback(
+            advance, types(len(action)), unbatched(state), action
         )
         success = success if task.reports_success else None
-        return Step(state, obs, reward, terminated, truncated, obs, success)
+        return Step(number, obs, reward, terminated, truncated, obs, success)
 
-    return _spaces(task, reset=reset, step=step)
-
-
-def _spaces(task: Task, **functions: Any) -> Environment:
-    """An environment with the spaces of a task."""
-    return Environment(
-        name=task.name,
-        obs_shape=task.obs_shape,
-        obs_dtype=task.obs_dtype,
-        action_shape=task.action_shape,
-        num_actions=task.num_actions,
-        action_low=task.action_low,
-        action_high=task.action_high,
-        max_episode_steps=task.max_episode_steps,
-        reports_success=task.reports_success,
-        **functions,
-    )
+    return reset, step
 
 
 def _unbatched(task: Task) -> Callable[[Array], Array]:

@@ -124,16 +124,22 @@ class Environment(NamedTuple):
         Outside JAX, each ``reset`` makes simulators whose random numbers follow from its key, and
         they end with the last of their episodes.
         """
-        return self if self.simulator is None else self.simulator.for_evaluation()
+        if self.simulator is None:
+            return self
+        reset, step = self.simulator.of_one_episode()
+        return self._replace(reset=reset, step=step, simulator=None)
 
 
 class Simulator(NamedTuple):
-    """What an environment outside JAX needs besides; see the methods of ``Environment``."""
+    """What an environment outside JAX needs besides; see the methods of ``Environment``.
+
+    ``of_one_episode`` makes the ``reset`` and ``step`` to evaluate with.
+    """
 
     open: Callable[[Array, int, str], Environment]
     close: Callable[[], None]
     restore: Callable[[Any, Any], tuple[Any, Any, np.ndarray]]
-    for_evaluation: Callable[[], Environment]
+    of_one_episode: Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]
     resume_gap: str | None
 
 

@@ -50,11 +50,6 @@ class Task(NamedTuple):
     pretrain_batch: int = 512
     pretrain_rate: float = 2e-2
 
-    @property
-    def host(self) -> bool:
-        """Whether it is simulated outside JAX: never."""
-        return False
-
 
 def is_task(env: Any) -> bool:
     """Whether the setting ``env`` means a task of this kind, and not an environment."""
