@@ -217,7 +217,6 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("table", sorted(p.stem for p in (RESULTS / "tables").glob("*.csv")))
 def test_committed_data_give_the_committed_scores_to_six_digits(again: Path, table: str) -> None:
     found = pd.read_csv(again / "tables" / f"{table}.csv")
