@@ -1,8 +1,8 @@
 """Fills the tables of a report: Markdown written by hand, with blocks that are generated.
 
 A block begins with a line ``<!-- table: NAME -->`` and ends with ``<!-- end -->``; what is between
-them comes from ``OUT/tables``. Prose is nobody's but the author's: ``tests/test_evidence.py``
-computes its numbers again from the stored data.
+them comes from ``OUT/tables``. Prose is nobody's but the author's:
+``tests/experiments/test_evidence.py`` computes its numbers again from the stored data.
 """
 
 import re

@@ -14,10 +14,11 @@ import gipo_jax
 from gipo_jax import sweep
 from gipo_jax.config import ConfigError
 from gipo_jax.sweep import report, results
+from tests.programs import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "sweeps.md"
+DOCUMENT = ROOT / "docs" / "sweeps.md"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import ast
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
 from gipo_jax import objectives
+from tests.programs import ROOT
 
 Floats = NDArray[np.float64]
 
@@ -781,7 +781,7 @@ def test_clipped_surrogate_keeps_the_whole_gradient_at_the_ends_of_its_interval(
 
 def readme_fork() -> Callable[..., jax.Array]:
     """The objective that the README writes as an example."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = next(b for b in text.split("```python\n")[1:] if "def student_t" in b).split("```")[0]
     wanted = (ast.Import, ast.ImportFrom, ast.FunctionDef)
     kept: list[ast.stmt] = [n for n in ast.parse(block).body if isinstance(n, wanted)]

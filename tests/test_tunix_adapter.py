@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from gipo_jax.losses import policy_loss
-from tests.test_guide import BLOCK, DOCS
+from tests.project.test_guide import BLOCK, DOCS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -134,7 +134,7 @@ class Task(NamedTuple):
 
 
 # Replaying an episode's actions after as many resets gives the same bits here; tested in
-# tests/test_envpool.py. Box2D's LunarLander does not, other families were not tried.
+# tests/environments/test_envpool.py. Box2D's LunarLander does not, other families were not tried.
 _REPLAYABLE = (
     "envpool.mujoco.metaworld",
     "envpool.mujoco.gym",

@@ -17,8 +17,8 @@ from packaging.utils import canonicalize_name
 
 from gipo_jax import cli
 from tests import programs
+from tests.programs import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared though nothing here imports them; pyproject.toml says why.
 NOT_IMPORTED = {"jaxlib", "six"}

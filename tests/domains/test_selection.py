@@ -19,6 +19,7 @@ from gipo_jax import buffer, cli, losses, sweep, train
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.domains.tokens import selection, tasks
 from gipo_jax.sweep import checkpoint
+from tests.programs import ROOT
 
 PROMPTS, ANSWERS = 2, 3
 BATCH = PROMPTS * ANSWERS
@@ -359,7 +360,7 @@ OPTIONS = (
 def test_the_code_and_the_commands_of_the_guide_are_usable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guide = (Path(__file__).parents[1] / "docs" / "selection.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "selection.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"^```python file=my_selection.py\n(.*?)^```$", guide, re.M | re.S)
     Path("my_selection.py").write_text(code)

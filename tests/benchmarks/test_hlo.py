@@ -1,16 +1,11 @@
 """The counter of compiled programs, on texts and programs whose counts are known."""
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-
-# The counter is no part of the installed package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import hlo
 

@@ -1,8 +1,6 @@
 """Studies of answers of several tokens: their scores by hand, and each at a tiny size."""
 
 import dataclasses
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from experiments import selection, sequences  # noqa: E402
-from experiments.exact import sequence_bias  # noqa: E402
-from gipo_jax import train  # noqa: E402
-from gipo_jax.analysis import plots, sequence_tree  # noqa: E402
-from scripts import reproduce  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def quick_compilation() -> Iterator[None]:
-    """Compiling takes most of the time here, and what is compiled runs for moments."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+from experiments import selection, sequences
+from experiments.exact import sequence_bias
+from gipo_jax import train
+from gipo_jax.analysis import plots, sequence_tree
+from scripts import reproduce
 
 
 def run(out: Path, *arguments: str) -> int:

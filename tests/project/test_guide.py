@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from gipo_jax import cli, objectives
+from tests.programs import ROOT
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

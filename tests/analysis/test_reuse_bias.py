@@ -2,10 +2,10 @@
 
 import functools
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
+import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,16 +13,11 @@ import optax
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import gymnax  # noqa: E402
-
-from experiments import figures  # noqa: E402
-from experiments.exact import reuse_bias as experiment  # noqa: E402
-from experiments.store import Store  # noqa: E402
-from gipo_jax import objectives, ratio_levels  # noqa: E402
-from gipo_jax.analysis import plots, reuse_bias  # noqa: E402
+from experiments import figures
+from experiments.exact import reuse_bias as experiment
+from experiments.store import Store
+from gipo_jax import objectives, ratio_levels
+from gipo_jax.analysis import plots, reuse_bias
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

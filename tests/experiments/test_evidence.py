@@ -5,13 +5,13 @@ written here a second time.
 """
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.programs import ROOT
+
 DATA = ROOT / "results" / "data"
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,25 +1,21 @@
 """The family experiment end to end at a tiny size, and its objective of many objectives."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from experiments import engine, figures  # noqa: E402
-from experiments.exact import weights  # noqa: E402
-from experiments.store import Store  # noqa: E402
-from experiments.studies import STUDIES  # noqa: E402
-from experiments.switch import any_of_them  # noqa: E402
-from experiments.tasks import CATCH, COMMON, replay  # noqa: E402
-from gipo_jax import objectives, sweep  # noqa: E402
-from gipo_jax.analysis import plots  # noqa: E402
-from gipo_jax.sweep import results  # noqa: E402
+from experiments import engine, figures
+from experiments.exact import weights
+from experiments.store import Store
+from experiments.studies import STUDIES
+from experiments.switch import any_of_them
+from experiments.tasks import CATCH, COMMON, replay
+from gipo_jax import objectives, sweep
+from gipo_jax.analysis import plots
+from gipo_jax.sweep import results
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 

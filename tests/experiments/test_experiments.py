@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from experiments import claims, engine, figures, metaworld, report, scores, studies  # noqa: E402
-from experiments.exact import bounds, gridworld  # noqa: E402
-from experiments.store import DataError, Store, sha256  # noqa: E402
-from experiments.studies import STUDIES  # noqa: E402
-from experiments.switch import any_of_them, compared, contenders, sequence_methods  # noqa: E402
-from experiments.tasks import CATCH, GIPO, PPO, REACHER, Method, replay, windows  # noqa: E402
-from gipo_jax import objectives  # noqa: E402
-from gipo_jax.environments import envpool_env  # noqa: E402
-from scripts import reproduce  # noqa: E402
+from experiments import claims, engine, figures, metaworld, report, scores, studies
+from experiments.exact import bounds, gridworld
+from experiments.store import DataError, Store, sha256
+from experiments.studies import STUDIES
+from experiments.switch import any_of_them, compared, contenders, sequence_methods
+from experiments.tasks import CATCH, GIPO, PPO, REACHER, Method, replay, windows
+from gipo_jax import objectives
+from gipo_jax.environments import envpool_env
+from scripts import reproduce
+from tests.programs import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 

@@ -9,12 +9,9 @@ import jax
 import pytest
 from rich.console import Console
 
-ROOT = Path(__file__).resolve().parents[1]
-# Scripts are no part of the installed package.
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import compiled_worker  # noqa: E402
-from scripts import compiled  # noqa: E402
+from benchmarks import compiled_worker
+from scripts import compiled
+from tests.programs import ROOT
 
 COUNTED: dict[str, Any] = {
     "planned": 2e9,

@@ -1,9 +1,9 @@
 """The table of studies declares the runs it declared before, and scores what is stored alike.
 
-``tests/frozen/studies.json`` holds, for every study and preset, a checksum of each sweep's runs as
+``studies.json`` holds, for every study and preset, a checksum of each sweep's runs as
 config.json encodes them, and of each table made from them. Training is replaced by made-up
 results, so that tuning, choosing and reporting follow one another as they do in earnest.
-``python tests/test_studies.py`` stores the checksums anew.
+``python -m tests.experiments.test_studies`` stores the checksums anew.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import shutil
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,19 +22,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from experiments import engine, flow, selection, sequences
+from experiments.store import Store
+from experiments.studies import PRESETS, STUDIES
+from gipo_jax import sweep
+from gipo_jax.analysis import plots
+from gipo_jax.config import Config, HParams
+from gipo_jax.sweep import grid, results
+from scripts import reproduce
+from tests.programs import ROOT
 
-from experiments import engine, flow, selection, sequences  # noqa: E402
-from experiments.store import Store  # noqa: E402
-from experiments.studies import PRESETS, STUDIES  # noqa: E402
-from gipo_jax import sweep  # noqa: E402
-from gipo_jax.analysis import plots  # noqa: E402
-from gipo_jax.config import Config, HParams  # noqa: E402
-from gipo_jax.sweep import grid, results  # noqa: E402
-from scripts import reproduce  # noqa: E402
-
-FROZEN = Path(__file__).parent / "frozen" / "studies.json"
+FROZEN = Path(__file__).with_name("studies.json")
 RESULTS = ROOT / "results"
 
 TRAINED = (
