@@ -80,28 +80,40 @@ def toy() -> type[Toy]:
     return Toy
 
 
-def _few_optimizations() -> Iterator[None]:
-    """Compiles with few optimizations, for programs that run for moments.
+_options_of_users = compiler.get_compile_options
 
-    Not for comparisons of different programs to the bit: they have to hold for what users compile.
-    """
-    made = compiler.get_compile_options
 
-    def options(*arguments: Any, **settings: Any) -> Any:
-        with_fewer = made(*arguments, **settings)
+def _options(*arguments: Any, **settings: Any) -> Any:
+    options = _options_of_users(*arguments, **settings)
+    if jax.config.read("jax_disable_most_optimizations"):
         # Half of the time that is left: kernels by an older and simpler path.
-        with_fewer.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
-        return with_fewer
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", options)
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
+        options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
+    return options
 
 
-quick_compilation = pytest.fixture(_few_optimizations, scope="module")
-quick_compilation_of_a_test = pytest.fixture(_few_optimizations)
+compiler.get_compile_options = _options
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimize_a_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from _optimize(request)
+
+
+@pytest.fixture(autouse=True)
+def _optimize_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from _optimize(request)
+
+
+def _optimize(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles as for users what is marked as optimized, and the rest with few optimizations.
+
+    Most programs of the tests run for moments, and compile in half of the time without.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    few = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", few)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:

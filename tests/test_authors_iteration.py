@@ -22,8 +22,6 @@ from gipo_jax import buffer, losses, train
 from gipo_jax.config import Config
 from gipo_jax.learner import sample_indices
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS, BLOCKS, BATCH = 16, 4, 16
 ROUNDS, REUSE, ACTOR_EVERY = 3, 4, 2
 DIMENSIONS, BINS = 2, 11

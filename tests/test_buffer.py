@@ -15,8 +15,6 @@ from scipy import stats
 
 from gipo_jax import buffer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # whole numbers only
-
 TIME, ENVS, BLOCKS = 3, 2, 8
 BLOCK = TIME * ENVS
 

@@ -11,8 +11,6 @@ import gipo_jax
 from gipo_jax import cli
 from gipo_jax.sweep import results
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = (
     *("--num-envs", "2", "--rollout-length", "4", "--batch-size", "8", "--total-steps", "96"),
     *("--hidden-sizes", "8", "--num-logs", "3", "--eval-episodes", "0", "--buffer-size", "16"),

@@ -24,6 +24,8 @@ import pytest
 from gipo_jax import train
 from gipo_jax.config import Config
 
+pytestmark = pytest.mark.optimized
+
 FOLDER = Path(__file__).parent / "frozen"
 
 CONTROL: dict[str, Any] = {

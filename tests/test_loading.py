@@ -16,8 +16,6 @@ from gipo_jax.config import ConfigError
 from gipo_jax.sweep import report, results
 from tests.programs import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DOCUMENT = ROOT / "docs" / "sweeps.md"
 
 

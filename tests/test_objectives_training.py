@@ -11,7 +11,7 @@ from jax import Array
 from gipo_jax import objectives, train
 from gipo_jax.config import Config, ConfigError, HParams
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 NAMES = list(objectives.REGISTRY)
 BLOCK = 16

@@ -13,8 +13,6 @@ from gipo_jax import losses, objectives, ratio_levels
 from gipo_jax.config import LOSS_AGG_MODES, ConfigError
 from gipo_jax.losses import policy_loss
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BATCH, TOKENS = 6, 5
 
 

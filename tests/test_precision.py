@@ -15,8 +15,6 @@ from gipo_jax.config import Config
 from gipo_jax.domains.flow import tasks as densities
 from gipo_jax.domains.tokens import tasks
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL: dict[str, Any] = {
     "num_envs": 4,
     "rollout_length": 8,

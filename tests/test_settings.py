@@ -20,7 +20,7 @@ from jax.interpreters import partial_eval
 from gipo_jax import train
 from gipo_jax.config import CONTROL, DOMAINS, FLOW, TOKENS, Config, ConfigError, HParams
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 FIELDS = {f.name: f for kind in (Config, HParams) for f in dataclasses.fields(kind) if f.metadata}
 STATIC = {field.name for field in dataclasses.fields(Config)}

@@ -16,8 +16,6 @@ from flax import nnx
 from gipo_jax.losses import policy_loss
 from tests.project.test_guide import BLOCK, DOCS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PAD, END = 0, 1
 VOCAB, PROMPT, COMPLETION, BATCH = 7, 3, 5, 4
 

@@ -19,8 +19,6 @@ from experiments.store import Store
 from gipo_jax import objectives, ratio_levels
 from gipo_jax.analysis import plots, reuse_bias
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TREE = experiment.token_tree()
 
 

@@ -13,8 +13,6 @@ from gipo_jax.analysis import sequence_tree
 from gipo_jax.analysis.gridworld import softmax
 from gipo_jax.config import ConfigError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LEVELS = tuple(ratio_levels.LEVELS)
 READS_PROBABILITIES = [
     name for name in objectives.ALL if "behavior_log_prob" in objectives.spec(name).inputs

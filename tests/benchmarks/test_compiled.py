@@ -13,6 +13,8 @@ from benchmarks import compiled_worker
 from scripts import compiled
 from tests.programs import ROOT
 
+pytestmark = pytest.mark.optimized
+
 COUNTED: dict[str, Any] = {
     "planned": 2e9,
     "held": 1e9,

@@ -9,6 +9,8 @@ import pytest
 
 from benchmarks import hlo
 
+pytestmark = pytest.mark.optimized
+
 F32 = 4
 
 # A loop of unknown length around one of 128 steps and one of 16 updates. A step launches 3 kernels,

@@ -11,8 +11,6 @@ import pytest
 from gipo_jax.config import ConfigError
 from gipo_jax.domains.tokens import decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 VOCAB, PROMPT, ANSWER, END = 3, 4, 5, 2
 SMALL: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2, "feed_forward": 24}
 

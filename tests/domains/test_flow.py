@@ -17,8 +17,6 @@ from gipo_jax.domains import Scores
 from gipo_jax.domains.flow import sampler, tasks
 from gipo_jax.domains.flow.domain import Row
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 RING = tasks.make("flow/ring")
 SMALL = Config(
     env="flow/ring",

@@ -611,7 +611,7 @@ def test_simulators_of_an_evaluation_count_in_the_memory_plan() -> None:
 
 
 @pytest.mark.slow
-def test_the_success_rate_of_meta_world_is_reported(quick_compilation_of_a_test: None) -> None:
+def test_the_success_rate_of_meta_world_is_reported() -> None:
     config = dataclasses.replace(
         SMALL, env=BUTTON, num_envs=1, rollout_length=500, batch_size=500, total_steps=1000,
         max_buffer_size=500, hidden_sizes=(4,), eval_episodes=1,
@@ -642,7 +642,7 @@ def swept() -> list[sweep.Run]:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["loop", "map"])
 def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
-    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation_of_a_test: None
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1, batch_mode=mode)
     sweep.run(swept(), tmp_path / "whole", options)
@@ -681,9 +681,7 @@ def test_runs_of_a_loop_share_a_program_and_a_narrow_limit_changes_no_byte(
 
 
 @pytest.mark.slow
-def test_an_episode_of_a_trained_policy_is_drawn(
-    tmp_path: Path, quick_compilation_of_a_test: None
-) -> None:
+def test_an_episode_of_a_trained_policy_is_drawn(tmp_path: Path) -> None:
     for library in metaworld_frames.LIBRARIES:
         if ctypes.util.find_library(library.removeprefix("lib").removesuffix(".so.1")) is None:
             pytest.skip(f"{library} is missing")

@@ -22,7 +22,7 @@ from gipo_jax.environments import envpool_env
 from scripts import reproduce
 from tests.programs import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

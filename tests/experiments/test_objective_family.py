@@ -17,7 +17,7 @@ from gipo_jax import objectives, sweep
 from gipo_jax.analysis import plots
 from gipo_jax.sweep import results
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.slow
 
 STUDY = STUDIES["objective_family"]
 TASK = dataclasses.replace(

@@ -106,7 +106,7 @@ def test_token_minus_joint_of_the_lag_study_is_paired_on_seeds() -> None:
 
 @pytest.mark.slow
 def test_the_lag_study_trains_every_method_at_its_level_and_lag(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rendering takes long, and other tests do it.
     monkeypatch.setattr(plots, "save", lambda figure, stem: [])
@@ -145,7 +145,7 @@ def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
 
 
 @pytest.mark.slow
-def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens(quick_compilation: None) -> None:
+def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens() -> None:
     case = sequences.CASES["reverse, second attempt"]._replace(first_seed=5300)
     gipo, ppo = sequences.learning_runs(case, 1, total_steps=15_000, num_logs=1)
     train_all = jax.jit(train.make_train(gipo.config))
@@ -185,7 +185,7 @@ def test_a_rise_is_from_the_warm_up_of_the_same_seed() -> None:
 
 @pytest.mark.slow
 def test_the_selection_study_trains_and_goes_on_from_what_is_stored(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compilation: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(selection.STUDY.presets, "quick", selection.Scale(2, 4, 3))
     monkeypatch.setattr(selection, "SELECTIONS", {"keep_all": {}, "prune": {"packed_size": 64}})

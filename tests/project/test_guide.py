@@ -10,8 +10,6 @@ import pytest
 from gipo_jax import cli, objectives
 from tests.programs import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

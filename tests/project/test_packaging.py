@@ -166,7 +166,6 @@ def _blocks(language: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation_of_a_test")
 @pytest.mark.parametrize("code", _blocks("python"), ids=["many runs", "fork"])
 def test_readme_code_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As printed, for a twentieth of the steps."""

@@ -100,7 +100,6 @@ def test_a_sweep_resumed_in_another_batch_mode_has_the_same_tables(
         assert (alone / name).read_bytes() == (stopped / name).read_bytes()
 
 
-@pytest.mark.usefixtures("quick_compilation_of_a_test")  # of the same program each time
 @pytest.mark.parametrize(
     ("env", "settings"),
     [
