@@ -1,11 +1,14 @@
 """What every environment offers: a batch stepped at once, arrays in and out, endings kept apart."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+
+from gipo_jax.config import ConfigError
 
 
 class Step(NamedTuple):
@@ -30,8 +33,9 @@ class Step(NamedTuple):
     success: Array | None = None
 
 
-class Environment(NamedTuple):
-    """A batch of environments of one kind, as functions to jit.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Environment:
+    """A batch of environments of one kind, as functions to jit. Hashed and compared by identity.
 
     Attributes:
         name: its name in the library it comes from.
@@ -45,6 +49,8 @@ class Environment(NamedTuple):
         action_high: upper bounds likewise.
         max_episode_steps: time limit in steps.
         reports_success: whether ``Step.success`` is there.
+        vary: ``values by name -> Environment`` with other parameters, which may be traced; None
+            where it has none.
         simulator: what an environment outside JAX needs besides; None for one that is pure JAX.
 
     The methods know about simulators, so that callers need not ask: in pure JAX they do nothing.
@@ -61,6 +67,7 @@ class Environment(NamedTuple):
     action_high: np.ndarray | None
     max_episode_steps: int
     reports_success: bool = False
+    vary: "Callable[[Mapping[str, Any]], Environment] | None" = None
     simulator: "Simulator | None" = None
 
     @property
@@ -127,7 +134,19 @@ class Environment(NamedTuple):
         if self.simulator is None:
             return self
         reset, step = self.simulator.of_one_episode()
-        return self._replace(reset=reset, step=step, simulator=None)
+        return dataclasses.replace(self, reset=reset, step=step, simulator=None)
+
+    def with_params(self, values: Mapping[str, Any] | None) -> "Environment":
+        """The environment with other values of its parameters, by name; they may be traced.
+
+        Raises:
+            ConfigError: it has no such parameters, or one that cannot be traced is.
+        """
+        if not values:
+            return self
+        if self.vary is None:
+            raise ConfigError("env_params", dict(values), f"none: {self.name} takes no parameters")
+        return self.vary(values)
 
 
 class Simulator(NamedTuple):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
 from gipo_jax.domains.tokens import selection
+from gipo_jax.settings import product
 from gipo_jax.user_files import Reference
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
@@ -51,7 +51,8 @@ def expand(
         protocol: settings of a published experiment by one name, see ``protocols``; ``settings``
             win over them.
         settings: fields of ``Config`` and ``HParams``, and parameters of objectives where no field
-            has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple).
+            has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple);
+            ``env_params`` is a dict of such.
 
     Returns:
         runs; seeds vary fastest, then parameters of objectives, then traced settings.
@@ -82,28 +83,38 @@ def expand(
     runs: dict[Any, Run] = {}
     chosen = static.get("selection", [])
     kernels = any(spec.takes_kernel for spec in specs)
-    for fixed in _product(static):
+    for fixed in product(static):
         spec = objectives.spec(fixed.get("objective", _CONFIG_DEFAULTS.objective))
         if kernels and not spec.takes_kernel:
             fixed.pop("kernel", None)
         config = _config(selection.own_settings(fixed, chosen) if chosen else fixed)
         takes = {name: values for name, values in own.items() if name in spec.params}
-        for numbers in _product(traced):
-            for parameters in _product(takes):
+        for numbers in product(traced):
+            for parameters in product(takes):
                 for seed in range(seed_offset, seed_offset + seeds):
                     hparams = train.make_hparams(
                         config, seed=seed, objective_params=parameters, **numbers
                     )
-                    named = numbers | parameters | {"seed": seed}
+                    named = _flat(numbers) | parameters | {"seed": seed}
                     values = [f"{key}={value}" for key, value in named.items()]
                     run = Run(" ".join([program_name(config), *values]), config, hparams)
                     runs.setdefault(_identity(run), run)
     return list(runs.values())
 
 
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with each parameter of the environment on its own, as ``env_params.NAME``."""
+    own = settings.get("env_params") or {}
+    rest = {key: value for key, value in settings.items() if key != "env_params"}
+    return rest | {f"env_params.{key}": value for key, value in own.items()}
+
+
 def env_name(env: Any) -> str:
-    """Name of an environment given by name or as an object."""
-    return env if isinstance(env, str) else str(env.name)
+    """Name of an environment given by name, or as an object or what makes one."""
+    if isinstance(env, str):
+        return env
+    made = isinstance(env, type) or not hasattr(env, "name")
+    return str(getattr(env, "__name__", type(env).__name__) if made else env.name)
 
 
 _CALLED: dict[str, Callable[[Any], str]] = {
@@ -127,7 +138,8 @@ def program_name(config: Config) -> str:
 def flat_settings(run: Run) -> dict[str, Any]:
     """Every setting of a run by name; objects by what they are called."""
     called = {field: name(getattr(run.config, field)) for field, name in _CALLED.items()}
-    settings = vars(run.config) | vars(run.hparams) | run.hparams.objective_params | called
+    numbers = _flat(vars(run.hparams)) | run.hparams.objective_params
+    settings = vars(run.config) | numbers | called
     return {k: v for k, v in settings.items() if k not in ("max_buffer_size", "objective_params")}
 
 
@@ -152,7 +164,7 @@ def decode(
 
     Args:
         groups: the JSON.
-        env: environment object, where the runs were made with one.
+        env: environment or task, where the runs were made with one.
         objective: function, where it does not come from a file of its own.
 
     Raises:
@@ -251,7 +263,7 @@ def _settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
     runs = {}
     for group in groups:
         for entry in group["runs"]:
-            settings = group["config"] | entry | entry["objective_params"]
+            settings = group["config"] | _flat(entry) | entry["objective_params"]
             dropped = ("run", "name", "objective_params")
             runs[entry["run"]] = {k: v for k, v in settings.items() if k not in dropped}
     return [runs[index] for index in sorted(runs)]
@@ -279,6 +291,8 @@ def load_objective(reference: str) -> Callable[..., Any]:
 
 
 def _values(name: str, value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(product({key: _values(f"{name}: {key}", v) for key, v in value.items()}))
     values = list(value) if isinstance(value, list | range | np.ndarray) else [value]
     if not values:
         raise ConfigError(name, value, "at least one value")
@@ -306,12 +320,7 @@ def _config(fixed: Mapping[str, Any]) -> Config:
     return config
 
 
-def _product(settings: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:
-    for values in itertools.product(*settings.values()):
-        yield dict(zip(settings, values, strict=True))
-
-
 def _identity(run: Run) -> Any:
-    numbers = dataclasses.asdict(run.hparams)
+    numbers = _flat(dataclasses.asdict(run.hparams))
     parameters = numbers.pop("objective_params")
-    return run.config, tuple(numbers.values()), tuple(sorted(parameters.items()))
+    return run.config, tuple(numbers.items()), tuple(sorted(parameters.items()))
