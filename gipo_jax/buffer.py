@@ -17,11 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-Block = Any
-"""A pytree of arrays ``[time, envs, ...]``."""
-
-Storage = Any
-"""The same tree with arrays ``[blocks, time, envs, ...]``."""
+Block = Any  # A pytree of arrays [time, envs, ...]
+Storage = Any  # The same tree with arrays [blocks, time, envs, ...]
 
 
 def init(block: Block, blocks: int) -> Storage:

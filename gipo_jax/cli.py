@@ -20,18 +20,17 @@ from gipo_jax import runtime
 BAD_INPUT = 2
 FAILED = 1
 
+# Static settings that take lists, beside all traced ones
 _LISTED = ("env", "objective", "kernel", "ratio_level", "selection")
-"""Static settings that take lists, beside all traced ones."""
 
-_SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")
-"""Fields that the sweep sets itself."""
+_SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")  # Fields that the sweep sets itself
 
+# Old names of options, which work for one release more
 _RENAMED = {
     "--actor-every": "--policy-delay",
     "--time-limit-is-death": "--truncation-is-termination",
     "--no-time-limit-is-death": "--no-truncation-is-termination",
 }
-"""Old names of options, which work for one release more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-Scalar = float | jax.Array
-"""A Python number, or an array of them where runs are stacked."""
+Scalar = float | jax.Array  # A Python number, or an array of them where runs are stacked
 
 CONTROL, TOKENS, FLOW = "control", "tokens", "flow"
+# What is trained, by the name of its domain
 DOMAINS = {CONTROL: "control tasks", TOKENS: "token tasks", FLOW: "flows"}
-"""What is trained, by the name of its domain."""
 
 
 class ConfigError(ValueError):

@@ -8,14 +8,9 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-NEAR_ZERO = 1e-3
-"""Effective weights below this count as contributing nothing."""
-
-CLIP_EPS = 0.2
-"""Half the width of PPO's interval in ``clip_fraction``, whatever the objective."""
-
-NEW_AGE, OLD_AGE = 2, 10
-"""Data is new up to age 2 and old from age 10 on, in iterations."""
+NEAR_ZERO = 1e-3  # Effective weights below this count as contributing nothing
+CLIP_EPS = 0.2  # Half the width of PPO's interval in clip_fraction, whatever the objective
+NEW_AGE, OLD_AGE = 2, 10  # Data is new up to age 2 and old from age 10 on, in iterations
 
 
 def effective_sample_size(weight: Array, where: Array | None = None) -> Array:

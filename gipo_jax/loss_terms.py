@@ -13,11 +13,10 @@ from jax.typing import ArrayLike
 from gipo_jax import ratio_levels, signatures
 from gipo_jax.objectives import clamp_straight_through
 
+# log_ratio, advantage -> surrogate, next state: an objective with all else filled in
 SurrogateFunction = Callable[[Array, Array], tuple[Array, Any]]
-"""``log_ratio, advantage -> surrogate, next state``: an objective with all else filled in."""
 
-MAX_KL_RATIO = 20.0
-"""Ratio at which the KL penalty's gradient stops growing."""
+MAX_KL_RATIO = 20.0  # Ratio at which the KL penalty's gradient stops growing
 
 
 def bind(

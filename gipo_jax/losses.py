@@ -16,17 +16,11 @@ from gipo_jax.policy_loss import policy_loss as policy_loss
 
 
 class Terms(NamedTuple):
-    """What a loss gives beside its value.
+    """What a loss gives beside its value."""
 
-    Attributes:
-        metrics: its parts, scalars by name.
-        ess: effective sample size of the batch over its size, in [0, 1].
-        objective_state: next state of the objective.
-    """
-
-    metrics: Metrics
-    ess: Array
-    objective_state: Any
+    metrics: Metrics  # its parts, scalars by name
+    ess: Array  # effective sample size of the batch over its size, in [0, 1]
+    objective_state: Any  # next state of the objective
 
 
 def loss(
@@ -88,21 +82,14 @@ def loss(
 
 
 class BoundObjective(NamedTuple):
-    """An objective at a batch.
+    """An objective at a batch."""
 
-    Attributes:
-        function: ``x, advantage -> surrogate, next state``, with all else filled in.
-        x: what it is a function of: log-ratios ``[batch, tokens]``, or margins ``[batch]``.
-        advantage: as the objective sees it, the shape of ``x``.
-        log_ratio: of the ratio level, ``[batch, tokens]``.
-        token_log_ratio: of each token, ``[batch, tokens]``; 0 at padding.
-    """
-
+    # x, advantage -> surrogate, next state, with all else filled in
     function: loss_terms.SurrogateFunction
-    x: Array
-    advantage: Array
-    log_ratio: Array
-    token_log_ratio: Array
+    x: Array  # what it is a function of: log-ratios [batch, tokens], or margins [batch]
+    advantage: Array  # as the objective sees it, the shape of x
+    log_ratio: Array  # of the ratio level, [batch, tokens]
+    token_log_ratio: Array  # of each token, [batch, tokens]; 0 at padding
 
     def weight(self) -> tuple[Array, Array]:
         """Effective weights u and advantages, ``[batch, tokens]`` each."""

@@ -29,30 +29,20 @@ class ActionHead(NamedTuple):
 
     An action is ``num_tokens`` independent tokens. ``outputs`` has shape
     ``[..., num_tokens, output_width]``, actions and log-probabilities ``[..., num_tokens]``.
-
-    Attributes:
-        num_tokens: action dimensions; 1 for discrete actions.
-        output_width: network outputs for each token.
-        discrete: whether tokens are categories.
-        noise: ``key, leading shape -> noise`` that ``sample`` consumes.
-        sample: ``outputs, noise -> action``.
-        mode: ``outputs -> most likely action``.
-        log_prob: ``outputs, action -> log-probability`` of each token.
-        entropy: ``outputs -> entropy`` of each token, in nats.
-        kl: ``old outputs, outputs -> KL(old || new)`` of each token, in nats, exact.
-        to_env: ``action -> what the environment's step takes``.
     """
 
-    num_tokens: int
-    output_width: int
-    discrete: bool
+    num_tokens: int  # action dimensions; 1 for discrete actions
+    output_width: int  # network outputs for each token
+    discrete: bool  # whether tokens are categories
+    # key, leading shape -> noise that sample consumes
     noise: Callable[[Array, tuple[int, ...]], Array]
-    sample: Callable[[Array, Array], Array]
-    mode: Callable[[Array], Array]
-    log_prob: Callable[[Array, Array], Array]
-    entropy: Callable[[Array], Array]
+    sample: Callable[[Array, Array], Array]  # outputs, noise -> action
+    mode: Callable[[Array], Array]  # outputs -> most likely action
+    log_prob: Callable[[Array, Array], Array]  # outputs, action -> log-probability of each token
+    entropy: Callable[[Array], Array]  # outputs -> entropy of each token, in nats
+    # old outputs, outputs -> KL(old || new) of each token, in nats, exact
     kl: Callable[[Array, Array], Array]
-    to_env: Callable[[Array], Array]
+    to_env: Callable[[Array], Array]  # action -> what the environment's step takes
 
 
 def make_head(config: Config, env: Environment) -> ActionHead:
@@ -161,8 +151,7 @@ def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
     )  # fmt: skip
 
 
-LARGE_IMAGE = 36
-"""Images from this height and width on go through strided convolutions."""
+LARGE_IMAGE = 36  # Images from this height and width on go through strided convolutions
 
 
 class Precision(NamedTuple):
@@ -279,17 +268,13 @@ class Network(NamedTuple):
 
     With a shared torso its parameters are in the policy's group. Observations are floats of shape
     ``[..., *obs_shape]``.
-
-    Attributes:
-        init: ``key -> params``.
-        policy: ``params, obs -> outputs [..., num_tokens, output_width]``.
-        value: ``params, obs -> [...]``.
-        policy_and_value: ``params, obs -> outputs, value``; a shared torso is computed once.
     """
 
-    init: Callable[[Array], Params]
+    init: Callable[[Array], Params]  # key -> params
+    # params, obs -> outputs [..., num_tokens, output_width]
     policy: Callable[[Params, Array], Array]
-    value: Callable[[Params, Array], Array]
+    value: Callable[[Params, Array], Array]  # params, obs -> [...]
+    # params, obs -> outputs, value; a shared torso is computed once
     policy_and_value: Callable[[Params, Array], tuple[Array, Array]]
 
 

@@ -43,8 +43,7 @@ from gipo_jax.config import KERNELS, ConfigError
 from gipo_jax.gradients import straight_through
 from gipo_jax.signatures import Objective, Spec, declare
 
-KNOWN: dict[str, Objective] = {}
-"""Built-in objectives by name."""
+KNOWN: dict[str, Objective] = {}  # Built-in objectives by name
 
 
 def _built_in(**declared: Any) -> Callable[[Objective], Objective]:
@@ -830,11 +829,11 @@ def cppo(
     return jnp.where(keep, ratio(log_ratio), 0) * advantage
 
 
+# TOPR on whole answers, its own form. Unverified against the authors' code
 topr_joint = _alias("topr_joint", topr, ratio_level="joint")
-"""TOPR on whole answers, its own form. Unverified against the authors' code."""
 
+# VESPO on whole answers, its own form. Unverified against the authors' code
 vespo_joint = _alias("vespo_joint", vespo, ratio_level="joint")
-"""VESPO on whole answers, its own form. Unverified against the authors' code."""
 
 
 # On pairs of answers.
@@ -878,17 +877,17 @@ def dpo(
 
 # Their names.
 
+# Objectives of single answers or actions; the others are of pairs
 ALL = {name: f for name, f in KNOWN.items() if signatures.spec(f).kind != "pair"}
-"""Objectives of single answers or actions; the others are of pairs."""
 
+# Those for every task
 REGISTRY = {name: f for name, f in ALL.items() if not signatures.spec(f).of_answers}
-"""Those for every task."""
 
+# Those for tasks whose answers have several tokens
 SEQUENCE = {name: f for name, f in ALL.items() if name not in REGISTRY}
-"""Those for tasks whose answers have several tokens."""
 
+# Names of today by the old ones, which work for this release
 RENAMED = {"following_gipo": "adaptive_gipo"}
-"""Names of today by the old ones, which work for this release."""
 
 
 def spec(objective: str | Objective) -> Spec:

@@ -11,30 +11,19 @@ from gipo_jax.config import ConfigError
 
 
 class Setting(NamedTuple):
-    """A value of a protocol.
+    """A value of a protocol."""
 
-    Attributes:
-        value: for the field or parameter that has its name.
-        source: what the experiment did, one line.
-    """
-
-    value: Any
-    source: str
+    value: Any  # for the field or parameter that has its name
+    source: str  # what the experiment did, one line
 
 
 class Protocol(NamedTuple):
-    """The settings of a published experiment.
+    """The settings of a published experiment."""
 
-    Attributes:
-        summary: one line for ``--help``.
-        source: publication and code.
-        settings: by the name of a field of ``Config`` or ``HParams``.
-        objective_params: by the name of a parameter of an objective, for those that have it.
-    """
-
-    summary: str
-    source: str
-    settings: dict[str, Setting]
+    summary: str  # one line for --help
+    source: str  # publication and code
+    settings: dict[str, Setting]  # by the name of a field of Config or HParams
+    # by the name of a parameter of an objective, for those that have it
     objective_params: dict[str, Setting]
 
 

@@ -26,8 +26,7 @@ from gipo_jax.config import ConfigError
 from gipo_jax.gradients import straight_through
 from gipo_jax.signatures import Spec
 
-MAX_LOG_RATIO = 1e4
-"""Bound on log-ratios; e to this power is infinite and e to its negative is 0."""
+MAX_LOG_RATIO = 1e4  # Bound on log-ratios; e to this power is infinite and e to its negative is 0
 
 
 def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
@@ -118,6 +117,7 @@ def _prefix_min(x: Array, mask: Array) -> Array:
     return x + jnp.where(jnp.isinf(before), 0, before)
 
 
+# Name and values, of log-ratio (0 at padding) and mask, of each level
 LEVELS: dict[str, Callable[[Array, Array], Array]] = {
     "token": _token,
     "joint": _joint,
@@ -126,4 +126,3 @@ LEVELS: dict[str, Callable[[Array, Array], Array]] = {
     "prefix_geometric": _prefix_geometric,
     "prefix_min": _prefix_min,
 }
-"""Name and values, of log-ratio (0 at padding) and mask, of each level."""

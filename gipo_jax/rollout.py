@@ -11,8 +11,8 @@ from jax import Array
 from gipo_jax.environments import Environment
 from gipo_jax.networks import ActionHead
 
+# Observations [n, *obs_shape] as the environment gives them -> the head's outputs
 Policy = Callable[[Array], Array]
-"""Observations ``[n, *obs_shape]`` as the environment gives them -> the head's outputs."""
 
 
 class Transition(NamedTuple):
@@ -33,31 +33,19 @@ class Transition(NamedTuple):
 
 
 class Successes(NamedTuple):
-    """Tasks solved, where the environment says so.
+    """Tasks solved, where the environment says so."""
 
-    Attributes:
-        solved: ``[envs]``, bool, at some step of the current episode.
-        episodes: ``[envs]``, int32, episodes that ended solved since the start of the run.
-    """
-
-    solved: Array
-    episodes: Array
+    solved: Array  # [envs], bool, at some step of the current episode
+    episodes: Array  # [envs], int32, episodes that ended solved since the start of the run
 
 
 class EnvStates(NamedTuple):
-    """Environments in mid-episode.
+    """Environments in mid-episode."""
 
-    Attributes:
-        state: the environments' own states.
-        obs: ``[envs, *obs_shape]``.
-        episode_return: ``[envs]`` reward so far in the current episode.
-        successes: tasks solved; None where the environment does not say.
-    """
-
-    state: Any
-    obs: Array
-    episode_return: Array
-    successes: Successes | None = None
+    state: Any  # the environments' own states
+    obs: Array  # [envs, *obs_shape]
+    episode_return: Array  # [envs] reward so far in the current episode
+    successes: Successes | None = None  # tasks solved; None where the environment does not say
 
 
 def reset(env: Environment, key: Array, num_envs: int) -> EnvStates:
@@ -146,20 +134,13 @@ def collect(
 
 
 class Evaluation(NamedTuple):
-    """Fresh episodes, those played greedily apart from those played by sampling.
+    """Fresh episodes, those played greedily apart from those played by sampling."""
 
-    Attributes:
-        greedy: mean undiscounted return with the most likely actions.
-        sampled: with sampled actions.
-        solved_greedy: share that solved the task at some step; None where the environment does not
-            say.
-        solved_sampled: with sampled actions, likewise.
-    """
-
-    greedy: Array
-    sampled: Array
+    greedy: Array  # mean undiscounted return with the most likely actions
+    sampled: Array  # with sampled actions
+    # share that solved the task at some step; None where the environment does not say
     solved_greedy: Array | None = None
-    solved_sampled: Array | None = None
+    solved_sampled: Array | None = None  # with sampled actions, likewise
 
 
 def evaluate(

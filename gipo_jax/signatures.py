@@ -23,6 +23,7 @@ from gipo_jax.config import RATIO_LEVELS, Config, ConfigError, HParams
 Objective = Callable[..., Any]
 InitialState = Callable[[Mapping[str, ArrayLike]], Any]
 
+# What an objective may ask for by naming it in its signature, beside log_ratio and advantage
 INPUTS = {
     "behavior_log_prob": "log mu(a|s), same shape as log_ratio",
     "log_ratio_start": "log-ratio under the policy at the start of the update phase, same shape",
@@ -30,52 +31,37 @@ INPUTS = {
     "margin": "of a pair: log pi(right) - log pi(wrong), less the same under the reference policy",
     "other_log_ratio": "of a pair: log-ratio of the wrong answer, where log_ratio is the right's",
 }
-"""What an objective may ask for by naming it in its signature, beside log_ratio and advantage."""
 
+# What an objective's weight depends on
 KINDS = {
     "per-sample": "log-ratio and advantage of the sample",
     "batch": "a statistic of the whole batch",
     "other-input": "another input of the sample",
     "pair": "a right and a wrong answer to one prompt",
 }
-"""What an objective's weight depends on."""
 
+# Names that mean a setting of the run, so that no parameter of an objective can have them
 SETTINGS = frozenset(field.name for kind in (Config, HParams) for field in dataclasses.fields(kind))
-"""Names that mean a setting of the run, so that no parameter of an objective can have them."""
 
 
 class Spec(NamedTuple):
-    """What an objective's signature says about it, and below that what it declares.
+    """What an objective's signature says about it, and below that what it declares."""
 
-    Attributes:
-        name: name in tables and file columns.
-        function: the objective itself.
-        params: traced parameters and their defaults.
-        inputs: names out of ``INPUTS`` that the function takes.
-        takes_kernel: whether it takes the static setting ``kernel``.
-        takes_mask: whether it takes ``mask``, false at padding, and None where there is none.
-        kind: one of ``KINDS``.
-        source: paper, as an arXiv number, or empty.
-        positive: parameters that must be > 0.
-        discrete_only: whether it reads probabilities, which a Gaussian head does not have.
-        initial_state: for a stateful objective, parameters -> first state; else None.
-        ratio_level: the one of ``config.RATIO_LEVELS`` that it is meant for.
-        choices: of a ``switch``, the names that its parameter ``which`` counts from 0.
-    """
-
-    name: str
-    function: Objective
-    params: dict[str, float]
-    inputs: tuple[str, ...]
-    takes_kernel: bool
-    takes_mask: bool
-    kind: str = "per-sample"
-    source: str = ""
-    positive: tuple[str, ...] = ()
+    name: str  # name in tables and file columns
+    function: Objective  # the objective itself
+    params: dict[str, float]  # traced parameters and their defaults
+    inputs: tuple[str, ...]  # names out of INPUTS that the function takes
+    takes_kernel: bool  # whether it takes the static setting kernel
+    takes_mask: bool  # whether it takes mask, false at padding, and None where there is none
+    kind: str = "per-sample"  # one of KINDS
+    source: str = ""  # paper, as an arXiv number, or empty
+    positive: tuple[str, ...] = ()  # parameters that must be > 0
+    # whether it reads probabilities, which a Gaussian head does not have
     discrete_only: bool = False
+    # for a stateful objective, parameters -> first state; else None
     initial_state: InitialState | None = None
-    ratio_level: str = "token"
-    choices: tuple[str, ...] = ()
+    ratio_level: str = "token"  # the one of config.RATIO_LEVELS that it is meant for
+    choices: tuple[str, ...] = ()  # of a switch, the names that its parameter which counts from 0
 
     @property
     def of_answers(self) -> bool:

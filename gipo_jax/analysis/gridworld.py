@@ -20,8 +20,8 @@ Floats = NDArray[np.floating]
 
 ACTIONS = ("up", "down", "left", "right")
 GOAL = 3
+# State reached from each non-goal state by each action, [3, 4]
 NEXT_STATE = np.array([[0, 2, 0, 1], [1, GOAL, 0, 1], [0, 2, 2, GOAL]])
-"""State reached from each non-goal state by each action, ``[3, 4]``."""
 
 
 def softmax(logits: ArrayLike) -> Floats:
@@ -35,33 +35,27 @@ def _mixture(uniform: float, right: float, down: float) -> Floats:
     return np.tile(row, (3, 1))
 
 
+# The paper's target policy, [3, 4]: leans to down and right in every state
 TARGET: Floats = np.tile(softmax([0, 1, 0, 1]), (3, 1))
-"""The paper's target policy, ``[3, 4]``: leans to down and right in every state."""
 
+# The paper's three behaviour policies, [3, 4] each; A is uniform, C nearest to the target
 BEHAVIORS: dict[str, Floats] = {
     "A": _mixture(1.0, 0.0, 0.0),
     "B": _mixture(0.4, 0.3, 0.3),
     "C": _mixture(0.2, 0.4, 0.4),
 }
-"""The paper's three behaviour policies, ``[3, 4]`` each; A is uniform, C nearest to the target."""
 
 
 class VectorStudy(NamedTuple):
-    """Bias and variance of the gradient with respect to all twelve logits.
+    """Bias and variance of the gradient with respect to all twelve logits."""
 
-    Attributes:
-        bias: Euclidean distance between the estimator's mean and No-Clip's.
-        variance: trace of the estimator's covariance, for one sample.
-        bias_on_policy: distance between the estimator's mean and the gradient that the target's own
-            states and actions give. No-Clip has this bias too: no per-sample ratio corrects for the
-            states that the behaviour visits.
-        zero_gradient: whether every sample's gradient is exactly zero.
-    """
-
-    bias: float
-    variance: float
+    bias: float  # Euclidean distance between the estimator's mean and No-Clip's
+    variance: float  # trace of the estimator's covariance, for one sample
+    # distance between the estimator's mean and the gradient that the target's own states and
+    # actions give. No-Clip has this bias too: no per-sample ratio corrects for the states that the
+    # behaviour visits
     bias_on_policy: float
-    zero_gradient: bool
+    zero_gradient: bool  # whether every sample's gradient is exactly zero
 
 
 def values(policy: ArrayLike, gamma: float = 0.9) -> tuple[Floats, Floats]:

@@ -24,14 +24,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from gipo_jax.analysis import stats
 from gipo_jax.sweep import results
 
-WIDTH = 7.0
-"""Width of a figure in inches: a page's text width."""
-
-PANEL = 2.15
-"""Height of a row of panels in inches."""
-
-Drawn = tuple[Figure, pd.DataFrame]
-"""A figure and the numbers it shows."""
+WIDTH = 7.0  # Width of a figure in inches: a page's text width
+PANEL = 2.15  # Height of a row of panels in inches
+Drawn = tuple[Figure, pd.DataFrame]  # A figure and the numbers it shows
 
 INTERVAL_CAPTION = "shading and bars: 95 % bootstrap interval over seeds"
 
@@ -60,19 +55,12 @@ _STYLE: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How a method is drawn.
+    """How a method is drawn."""
 
-    Attributes:
-        color: hexadecimal RGB.
-        marker: matplotlib marker.
-        linestyle: matplotlib line style.
-        label: name in legends.
-    """
-
-    color: str
-    marker: str
-    linestyle: Any
-    label: str
+    color: str  # hexadecimal RGB
+    marker: str  # matplotlib marker
+    linestyle: Any  # matplotlib line style
+    label: str  # name in legends
 
 
 _OBJECTIVES = {
@@ -243,6 +231,7 @@ def thousands(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
 
 
+# Columns of runs.csv that do not tell methods apart
 _RESULTS = {
     "run",
     "env",
@@ -254,7 +243,6 @@ _RESULTS = {
     "final_return",
     "eval_return",
 }
-"""Columns of runs.csv that do not tell methods apart."""
 
 
 def methods(runs: pd.DataFrame) -> tuple[pd.Series, dict[str, Look]]:

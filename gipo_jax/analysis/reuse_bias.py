@@ -20,42 +20,28 @@ from jax.typing import ArrayLike
 from gipo_jax import ratio_levels
 
 Params = Any
+# params, obs [states, features] -> logits [states, actions]
 Policy = Callable[[Params, Array], Array]
-"""``params, obs [states, features] -> logits [states, actions]``."""
 
 
 class Task(NamedTuple):
-    """A finite task: steps are deterministic, and every episode has the same length.
+    """A finite task: steps are deterministic, and every episode has the same length."""
 
-    Attributes:
-        start: probability of each first state, ``[states]``.
-        next_state: state that an action leads to, ``[states, actions]``; anything after the last
-            step.
-        reward: of a state and an action, ``[states, actions]``.
-        obs: what a policy sees of each state, ``[states, features]``.
-        length: steps of an episode.
-    """
-
-    start: Array
+    start: Array  # probability of each first state, [states]
+    # state that an action leads to, [states, actions]; anything after the last step
     next_state: Array
-    reward: Array
-    obs: Array
-    length: int
+    reward: Array  # of a state and an action, [states, actions]
+    obs: Array  # what a policy sees of each state, [states, features]
+    length: int  # steps of an episode
 
 
 class Buffer(NamedTuple):
-    """Episodes of a behaviour policy.
+    """Episodes of a behaviour policy."""
 
-    Attributes:
-        state, action: ``[episodes, length]``.
-        behavior_log_prob: log mu of each action, same shape.
-        episode_return: sum of an episode's rewards, ``[episodes]``.
-    """
-
-    state: Array
+    state: Array  # [episodes, length]
     action: Array
-    behavior_log_prob: Array
-    episode_return: Array
+    behavior_log_prob: Array  # log mu of each action, same shape
+    episode_return: Array  # sum of an episode's rewards, [episodes]
 
 
 def true_return(task: Task, log_probs: Array) -> Array:

@@ -28,38 +28,28 @@ from gipo_jax.config import ConfigError
 
 Floats = NDArray[np.floating]
 
+# Advantage of a token: the answer's reward minus the mean reward under the behavior policy, the
+# same for all tokens (terminal, what a group of answers to one prompt estimates); or Q - V of the
+# target or of the behavior policy at its prefix
 ADVANTAGES = ("terminal", "target", "behavior")
-"""Advantage of a token: the answer's reward minus the mean reward under the behavior policy, the
-same for all tokens (``terminal``, what a group of answers to one prompt estimates); or Q - V of the
-target or of the behavior policy at its prefix."""
 
 MAX_STEPS = 10
-BATCH = 2**14
-"""Answers in the batch of which an objective may take a statistic."""
+BATCH = 2**14  # Answers in the batch of which an objective may take a statistic
 
 
 class Study(NamedTuple):
-    """What the gradient of one answer is in the mean, and how far it scatters.
+    """What the gradient of one answer is in the mean, and how far it scatters."""
 
-    Attributes:
-        mean: expected gradient, ``[parameters]``.
-        truth: gradient of the expected reward of the target policy, ``[parameters]``.
-        bias: Euclidean distance between the two.
-        relative_bias: bias over the length of the truth.
-        cosine: of the angle between the two; NaN for a mean of 0. A learning rate can mend a
-            length, but no angle.
-        variance: trace of the covariance of one answer's gradient; that of the mean of n answers
-            is this over n.
-        zero_gradient: whether every answer's gradient is exactly zero.
-    """
-
-    mean: Floats
-    truth: Floats
-    bias: float
-    relative_bias: float
+    mean: Floats  # expected gradient, [parameters]
+    truth: Floats  # gradient of the expected reward of the target policy, [parameters]
+    bias: float  # Euclidean distance between the two
+    relative_bias: float  # bias over the length of the truth
+    # of the angle between the two; NaN for a mean of 0. A learning rate can mend a length, but no
+    # angle
     cosine: float
+    # trace of the covariance of one answer's gradient; that of the mean of n answers is this over n
     variance: float
-    zero_gradient: bool
+    zero_gradient: bool  # whether every answer's gradient is exactly zero
 
 
 def study(

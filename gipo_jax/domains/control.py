@@ -32,15 +32,10 @@ Where they are simulated outside JAX there are none, since they cost as much as 
 
 
 class State(NamedTuple):
-    """What control carries from one iteration to the next.
+    """What control carries from one iteration to the next."""
 
-    Attributes:
-        normalizer: moments of the observations, fixed within an iteration.
-        envs: environments in mid-episode.
-    """
-
-    normalizer: Normalizer
-    envs: rollouts.EnvStates
+    normalizer: Normalizer  # moments of the observations, fixed within an iteration
+    envs: rollouts.EnvStates  # environments in mid-episode
 
 
 class Row(NamedTuple):

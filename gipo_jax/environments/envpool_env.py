@@ -45,23 +45,15 @@ class PoolError(RuntimeError):
 
 
 class PoolState(NamedTuple):
-    """State of the ``envs`` environments of a run.
+    """State of the ``envs`` environments of a run."""
 
-    Attributes:
-        token: ``[1, 8]`` uint8, passed from call to call; its value means nothing.
-        ids: ``[envs]`` int32, which environments of the pool they are.
-        seeds: ``[envs]`` int32, what they were seeded with.
-        resets: ``[envs]`` int32, resets so far, the first one included.
-        elapsed: ``[envs]`` int32, steps of the current episode.
-        actions: ``[max_episode_steps, envs, *action_shape]``, those of the current episode; None
-            where resuming does not need them.
-    """
-
-    token: Array
-    ids: Array
-    seeds: Array
-    resets: Array
-    elapsed: Array
+    token: Array  # [1, 8] uint8, passed from call to call; its value means nothing
+    ids: Array  # [envs] int32, which environments of the pool they are
+    seeds: Array  # [envs] int32, what they were seeded with
+    resets: Array  # [envs] int32, resets so far, the first one included
+    elapsed: Array  # [envs] int32, steps of the current episode
+    # [max_episode_steps, envs, *action_shape], those of the current episode; None where resuming
+    # does not need them
     actions: Array | None
 
 
@@ -107,30 +99,23 @@ def make(config: Config) -> Environment:
 
 
 class Task(NamedTuple):
-    """What there is to know of one of EnvPool's environments before a pool of it is made.
+    """What there is to know of one of EnvPool's environments before a pool of it is made."""
 
-    Attributes:
-        name: EnvPool's, with the options that were given.
-        options: for ``envpool.make``, which takes ``base_name(name)``.
-        encode: leaves of observations, ``[n, ...]`` each, and the module that computes with them
-            (``numpy`` or ``jax.numpy``) to an array ``[n, *obs_shape]``.
-        action_dtype: type that EnvPool takes.
-        resume_gap: why a stopped run does not go on exactly, or None.
-    """
-
-    name: str
-    options: dict[str, Any]
+    name: str  # EnvPool's, with the options that were given
+    options: dict[str, Any]  # for envpool.make, which takes base_name(name)
+    # leaves of observations, [n, ...] each, and the module that computes with them (numpy or
+    # jax.numpy) to an array [n, *obs_shape]
     encode: Callable[[Sequence[Any], Any], Any]
     obs_shape: tuple[int, ...]
     obs_dtype: np.dtype
     action_shape: tuple[int, ...]
-    action_dtype: np.dtype
+    action_dtype: np.dtype  # type that EnvPool takes
     num_actions: int | None
     action_low: np.ndarray | None
     action_high: np.ndarray | None
     max_episode_steps: int
     reports_success: bool
-    resume_gap: str | None
+    resume_gap: str | None  # why a stopped run does not go on exactly, or None
 
 
 # Replaying an episode's actions after as many resets gives the same bits here; tested in

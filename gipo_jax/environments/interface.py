@@ -144,14 +144,10 @@ class Simulator(NamedTuple):
 
 
 class Single(NamedTuple):
-    """One environment, without the leading axis.
+    """One environment, without the leading axis."""
 
-    Attributes:
-        reset: ``key -> obs [*obs_shape], state``.
-        step: ``key, state, action [*action_shape] -> Step`` of arrays without ``envs``.
-    """
-
-    reset: Callable[[Array], tuple[Array, Any]]
+    reset: Callable[[Array], tuple[Array, Any]]  # key -> obs [*obs_shape], state
+    # key, state, action [*action_shape] -> Step of arrays without envs
     step: Callable[[Array, Any, Array], Step]
 
 

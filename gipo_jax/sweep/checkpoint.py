@@ -24,8 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from gipo_jax.sweep import cluster
 from gipo_jax.sweep.results import ResultsError, write_atomic
 
-FORMAT = 3
-"""Version of what a checkpoint holds; another version is refused."""
+FORMAT = 3  # Version of what a checkpoint holds; another version is refused
 
 KEEP = 2
 

@@ -21,17 +21,11 @@ _CONFIG_DEFAULTS = Config()
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run of a sweep.
+    """One training run of a sweep."""
 
-    Attributes:
-        name: what tells it from the others, for people.
-        config: static settings; ``max_buffer_size`` is left to the sweep when None.
-        hparams: traced settings, Python numbers, as made by ``train.make_hparams``.
-    """
-
-    name: str
-    config: Config
-    hparams: HParams
+    name: str  # what tells it from the others, for people
+    config: Config  # static settings; max_buffer_size is left to the sweep when None
+    hparams: HParams  # traced settings, Python numbers, as made by train.make_hparams
 
 
 def expand(
@@ -106,12 +100,12 @@ def env_name(env: Any) -> str:
     return env if isinstance(env, str) else str(env.name)
 
 
+# How settings that may be objects are called, in tables and for people
 _CALLED: dict[str, Callable[[Any], str]] = {
     "env": env_name,
     "objective": lambda objective: objectives.spec(objective).name,
     "selection": selection.name_of,
 }
-"""How settings that may be objects are called, in tables and for people."""
 
 
 def program_name(config: Config) -> str:

@@ -18,15 +18,13 @@ from gipo_jax.sweep.grid import Run, env_name
 from gipo_jax.sweep.options import Options
 from gipo_jax.sweep.program import Layout
 
-USABLE = 0.9
-"""Part of the memory that a plan may take: the rest is for the program itself."""
+USABLE = 0.9  # Part of the memory that a plan may take: the rest is for the program itself
 
 
-SIMULATOR_BYTES = 20 * 2**20
-"""What an environment outside JAX takes, measured on Meta-World."""
+SIMULATOR_BYTES = 20 * 2**20  # What an environment outside JAX takes, measured on Meta-World
 
+# Environments outside JAX that wait for their part at most, so that a sweep starts soon
 MOST_SIMULATORS = 64
-"""Environments outside JAX that wait for their part at most, so that a sweep starts soon."""
 
 
 class Memory(NamedTuple):

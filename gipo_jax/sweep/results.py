@@ -13,8 +13,7 @@ import pandas as pd
 
 from gipo_jax.config import ConfigError
 
-FORMAT = 2
-"""Version of the folder's layout; a folder of another version is refused."""
+FORMAT = 2  # Version of the folder's layout; a folder of another version is refused
 
 CONFIG = "config.json"
 RUNS = "runs.csv"
@@ -23,8 +22,8 @@ PARAMS = "params"
 CHECKPOINTS = "checkpoints"
 FIGURES = "figures"
 
+# Columns that are text, whatever they look like
 _TEXT = ("env", "objective", "kernel", "ratio_level", "selection", "status")
-"""Columns that are text, whatever they look like."""
 
 
 class ResultsError(RuntimeError):

@@ -29,17 +29,11 @@ from gipo_jax.sweep.report import Callback, Dispatcher, Reporter, TensorBoard, m
 
 
 class Summary(NamedTuple):
-    """What a finished sweep reports.
+    """What a finished sweep reports."""
 
-    Attributes:
-        directory: its folder.
-        compilations: programs compiled, one per group of runs that still had something to do.
-        diverged: indices of the runs that diverged.
-    """
-
-    directory: Path
-    compilations: int
-    diverged: tuple[int, ...]
+    directory: Path  # its folder
+    compilations: int  # programs compiled, one per group of runs that still had something to do
+    diverged: tuple[int, ...]  # indices of the runs that diverged
 
 
 def run(

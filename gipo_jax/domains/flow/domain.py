@@ -30,27 +30,17 @@ from gipo_jax.domains.flow.tasks import Task
 from gipo_jax.domains.interface import Batch, Collected, Domain, Scores
 from gipo_jax.learner import INIT_STREAM, Metrics, TrainState
 
-RATIO_NORM = "ratio_norm"
-"""The ratio level of GRPO-Guard."""
-
-EVAL_POINTS = 128
-"""End points that an evaluation draws unless the configuration says how many."""
+RATIO_NORM = "ratio_norm"  # The ratio level of GRPO-Guard
+EVAL_POINTS = 128  # End points that an evaluation draws unless the configuration says how many
 
 
 class Row(NamedTuple):
-    """A chain as replay keeps it; leading axes are those of replay or of a batch.
+    """A chain as replay keeps it; leading axes are those of replay or of a batch."""
 
-    Attributes:
-        points: x before, between and after the steps, ``[..., steps + 1, 2]``.
-        behavior_mean: mu of the flow that made the steps, ``[..., steps, 2]``.
-        behavior_log_prob: log-density of the steps under it, ``[..., steps]``.
-        advantage: of the chain, ``[...]``.
-    """
-
-    points: Any
-    behavior_mean: Any
-    behavior_log_prob: Any
-    advantage: Any
+    points: Any  # x before, between and after the steps, [..., steps + 1, 2]
+    behavior_mean: Any  # mu of the flow that made the steps, [..., steps, 2]
+    behavior_log_prob: Any  # log-density of the steps under it, [..., steps]
+    advantage: Any  # of the chain, [...]
 
 
 class Flow(Domain):

@@ -33,8 +33,7 @@ from gipo_jax import networks
 from gipo_jax.config import Config
 from gipo_jax.domains.flow.tasks import Task
 
-Velocity = Callable[[Array, Array], Array]
-"""``points [..., 2], times [...] -> velocities [..., 2]``."""
+Velocity = Callable[[Array, Array], Array]  # points [..., 2], times [...] -> velocities [..., 2]
 
 _TIME_FREQUENCIES = np.pi * np.array([0.5, 1.0, 2.0])
 _POINT_FREQUENCIES = np.array([1.0, 2.0, 4.0])
@@ -70,33 +69,20 @@ def velocity_field(config: Config) -> VelocityField:
 
 
 class Chain(NamedTuple):
-    """Samples with the steps that led to them.
+    """Samples with the steps that led to them."""
 
-    Attributes:
-        points: x at t = 1, after every step, and at t = 0, ``[..., steps + 1, 2]``.
-        mean: mu of each step, ``[..., steps, 2]``.
-        log_prob: log-density of each step, ``[..., steps]``.
-    """
-
-    points: Array
-    mean: Array
-    log_prob: Array
+    points: Array  # x at t = 1, after every step, and at t = 0, [..., steps + 1, 2]
+    mean: Array  # mu of each step, [..., steps, 2]
+    log_prob: Array  # log-density of each step, [..., steps]
 
 
 class Schedule(NamedTuple):
-    """Times of the steps and what follows from them, NumPy arrays ``[steps]``.
+    """Times of the steps and what follows from them, NumPy arrays ``[steps]``."""
 
-    Attributes:
-        time: t before the step, from 1 down, > 0.
-        dt: length of the step, > 0; they add up to 1.
-        sigma: noise sigma_t, >= 0.
-        std: standard deviation of the step, s = sigma_t sqrt(dt).
-    """
-
-    time: np.ndarray
-    dt: np.ndarray
-    sigma: np.ndarray
-    std: np.ndarray
+    time: np.ndarray  # t before the step, from 1 down, > 0
+    dt: np.ndarray  # length of the step, > 0; they add up to 1
+    sigma: np.ndarray  # noise sigma_t, >= 0
+    std: np.ndarray  # standard deviation of the step, s = sigma_t sqrt(dt)
 
 
 def schedule(task: Task, noise_level: float | None = None) -> Schedule:

@@ -15,8 +15,7 @@ from jax import Array
 
 from gipo_jax.config import ConfigError
 
-PREFIX = "flow/"
-"""What the names of these tasks begin with, where a configuration names them."""
+PREFIX = "flow/"  # What the names of these tasks begin with, where a configuration names them
 
 
 class Task(NamedTuple):
@@ -101,8 +100,8 @@ def moons() -> Task:
     return Task(f"{PREFIX}moons", sample, centers, ~lower, width=0.4)
 
 
+# Tasks by name
 TASKS: dict[str, Callable[[], Task]] = {f"{PREFIX}ring": ring, f"{PREFIX}moons": moons}
-"""Tasks by name."""
 
 
 def reward(task: Task, points: Array | np.ndarray) -> Array:

@@ -17,8 +17,8 @@ from gipo_jax import cpu, networks
 from gipo_jax.config import ConfigError
 
 Params = Any
+# Keys and values of each layer, [batch, heads, time, width / heads] each
 Cache = tuple[tuple[Array, Array], ...]
-"""Keys and values of each layer, ``[batch, heads, time, width / heads]`` each."""
 
 
 class Decoder(NamedTuple):

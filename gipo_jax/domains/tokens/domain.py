@@ -33,46 +33,31 @@ from gipo_jax.learner import (
     init_optimizer,
 )
 
-EVAL_PROMPTS = 128
-"""Fresh prompts that an evaluation answers by default."""
+EVAL_PROMPTS = 128  # Fresh prompts that an evaluation answers by default
 
+# What is counted: prompts drawn, tokens of responses, and tokens of responses in updates
 TOTALS = ("prompts_sampled", "tokens_generated", "tokens_trained")
-"""What is counted: prompts drawn, tokens of responses, and tokens of responses in updates."""
 
+# Folded into a run's key for the first state of a selection; beyond any iteration's index
 SELECTION_STREAM = INIT_STREAM - 2
-"""Folded into a run's key for the first state of a selection; beyond any iteration's index."""
 
 
 class State(NamedTuple):
-    """What token tasks carry from one iteration to the next.
+    """What token tasks carry from one iteration to the next."""
 
-    Attributes:
-        selection: what a selection has learned.
-        reference: parameters of the reference policy in preference training, else ``()``.
-    """
-
-    selection: Any
-    reference: Any
+    selection: Any  # what a selection has learned
+    reference: Any  # parameters of the reference policy in preference training, else ()
 
 
 class Row(NamedTuple):
-    """Responses as replay keeps them: ``[rollout_length, num_envs, ...]``, or ``[batch, ...]``.
+    """Responses as replay keeps them: ``[rollout_length, num_envs, ...]``, or ``[batch, ...]``."""
 
-    Attributes:
-        prompt: ``[..., prompt_length]``.
-        answer: ``[..., answer_length]``, end tokens from the first one on.
-        behavior_log_prob: log mu of each token, ``[..., answer_length]``; 0 at padding.
-        advantage: ``[...]``; in preference training 1 for a pair, 0 where there is none.
-        weight: ``[...]``, of a selection of responses; None without.
-        wrong: in preference training the wrong response of a pair, where ``answer`` is the right
-            one; else None.
-    """
-
-    prompt: Any
-    answer: Any
-    behavior_log_prob: Any
-    advantage: Any
-    weight: selection.Weights | None = None
+    prompt: Any  # [..., prompt_length]
+    answer: Any  # [..., answer_length], end tokens from the first one on
+    behavior_log_prob: Any  # log mu of each token, [..., answer_length]; 0 at padding
+    advantage: Any  # [...]; in preference training 1 for a pair, 0 where there is none
+    weight: selection.Weights | None = None  # [...], of a selection of responses; None without
+    # in preference training the wrong response of a pair, where answer is the right one; else None
     wrong: preference.Wrong | None = None
 
 

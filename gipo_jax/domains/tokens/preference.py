@@ -18,17 +18,11 @@ from gipo_jax.config import Config, ConfigError
 
 
 class Wrong(NamedTuple):
-    """The wrong answer of a pair, as replay keeps it beside the right one.
+    """The wrong answer of a pair, as replay keeps it beside the right one."""
 
-    Attributes:
-        answer: ``[..., answer_length]``.
-        behavior_log_prob: log mu of each token, same shape; 0 at padding.
-        reference_margin: log-probability of the right minus that of the wrong answer under the
-            reference policy, ``[...]``.
-    """
-
-    answer: Array
-    behavior_log_prob: Array
+    answer: Array  # [..., answer_length]
+    behavior_log_prob: Array  # log mu of each token, same shape; 0 at padding
+    # log-probability of the right minus that of the wrong answer under the reference policy, [...]
     reference_margin: Array
 
 

@@ -72,36 +72,23 @@ class Group(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Factors on what each row adds to a mean over rows, ``[rows]`` each.
+    """Factors on what each row adds to a mean over rows, ``[rows]`` each."""
 
-    Attributes:
-        answer: for means over answers.
-        token: for means over tokens.
-    """
-
-    answer: Array
-    token: Array
+    answer: Array  # for means over answers
+    token: Array  # for means over tokens
 
 
 State = Any
 
 
 class Selection(NamedTuple):
-    """A selection with its settings filled in.
+    """A selection with its settings filled in."""
 
-    Attributes:
-        name: for tables.
-        stage: ``PROMPTS`` or ``GROUP``, what it weighs; None for ``keep_all``.
-        select: ``prompts or group, state, key -> weights``.
-        initial_state: ``task, key -> state``.
-        update: ``state, group -> state``, called once an iteration.
-    """
-
-    name: str
-    stage: str | None
-    select: Callable[[Any, State, Array], Array]
-    initial_state: Callable[[Task, Array], State]
-    update: Callable[[State, Group], State]
+    name: str  # for tables
+    stage: str | None  # PROMPTS or GROUP, what it weighs; None for keep_all
+    select: Callable[[Any, State, Array], Array]  # prompts or group, state, key -> weights
+    initial_state: Callable[[Task, Array], State]  # task, key -> state
+    update: Callable[[State, Group], State]  # state, group -> state, called once an iteration
 
 
 def declare(
@@ -198,8 +185,8 @@ def keep_all() -> Selection:
     return Selection("keep_all", None, lambda *_: jnp.ones(()), _no_state, _same_state)
 
 
+# Highest probability with which prune leaves out a prompt, and likewise an answer of it
 MAX_PRUNED = 0.7
-"""Highest probability with which ``prune`` leaves out a prompt, and likewise an answer of it."""
 
 
 def keep_probability(advantage: Array, part: float) -> tuple[Array, Array]:
@@ -272,12 +259,10 @@ class Estimator(nn.Module):
 
 
 DEPO_RANGE = (0.15, 0.85)
-DEPO_START = 100
-"""Iterations in which ``depo`` only learns."""
+DEPO_START = 100  # Iterations in which depo only learns
 
-DEPO_RATE = 1e-3
-DEPO_UPDATES = 4
-"""Learning rate and updates an iteration of the estimate of ``depo``."""
+DEPO_RATE = 1e-3  # learning rate of the estimate of depo
+DEPO_UPDATES = 4  # an iteration, of the estimate of depo
 
 
 def depo(vocab: int) -> Selection:
@@ -381,8 +366,7 @@ def sage(part: float) -> Selection:
     return Selection("sage", GROUP, select, _no_state, _same_state)
 
 
-SELECTIONS = ("keep_all", "depo", "prune", "sage")
-"""Names of the built-in selections."""
+SELECTIONS = ("keep_all", "depo", "prune", "sage")  # Names of the built-in selections
 
 
 def make(config: Config, task: Task, objective: Spec) -> Selection:

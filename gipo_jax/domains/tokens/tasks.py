@@ -24,8 +24,7 @@ from gipo_jax import user_files
 from gipo_jax.config import ConfigError
 from gipo_jax.domains.tokens.decoder import answer_mask
 
-PREFIX = "tokens/"
-"""What the name of a built-in task begins with in the setting ``env``."""
+PREFIX = "tokens/"  # What the name of a built-in task begins with in the setting env
 
 
 class Task(NamedTuple):
@@ -195,8 +194,8 @@ def _graded(
     return reward
 
 
+# Built-in tasks by the name that the setting env takes
 TASKS = {f"{PREFIX}{task.name}": task for task in (reverse(), reverse_mixed(), add())}
-"""Built-in tasks by the name that the setting ``env`` takes."""
 
 
 def _check(task: Task) -> None:
