@@ -34,14 +34,10 @@ _RENAMED = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Runs the command of ``sys.argv``, or of these arguments, and returns its exit code.
 
-    Args:
-        arguments: command line without the program's name; ``sys.argv`` by default.
-
-    Returns:
-        exit code: 0; 2 where the input is not usable; 1 where reading or writing failed;
-        75 (SIGTERM, or another process is gone) or 130 (Ctrl-C) where a sweep can go on.
+    It is 0; 2 where the input is not usable; 1 where reading or writing failed; 75 (SIGTERM, or
+    another process is gone) or 130 (Ctrl-C) where a sweep can go on.
     """
     runtime.set_cpu_defaults()
     try:

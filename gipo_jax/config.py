@@ -157,14 +157,8 @@ def setting(
 ) -> Any:
     """A dataclass field that carries its own meaning and valid range.
 
-    Args:
-        default: value when the user gives none.
-        help: one line for ``--help`` and the documentation.
-        check: which values it takes.
-        domains: those in which it does something.
-        applies: what else has to hold for it to do something.
-        follows: field whose value it takes where it is None.
-        integer: whether its array is of integers.
+    It is refused where it would do nothing: outside its ``domains``, and unless all of ``applies``
+    hold. Where it is None it ``follows`` another field.
     """
     metadata = {
         "help": help,
@@ -466,15 +460,6 @@ def check_applies(
     """Refuses every setting that would do nothing: one that is not at its default and has no use.
 
     What depends on the environment, task or selection itself is theirs to check.
-
-    Args:
-        config: static settings.
-        hparams: traced ones, as Python numbers.
-        domain: one of ``DOMAINS``.
-        objective: what the objective of ``config`` needs, its ``signatures.Spec``.
-
-    Raises:
-        ConfigError: for the first such setting.
     """
     case = Case(config, objective, domain)
     for settings in (config, hparams) if hparams is not None else (config,):
@@ -492,12 +477,7 @@ def check_applies(
 
 
 def check_sizes(config: Config, hparams: HParams) -> None:
-    """Checks the rules that tie fields together; raises ConfigError.
-
-    Raises:
-        ConfigError: block, buffer, batch and step counts do not fit each other, nor delay and
-            reuse.
-    """
+    """Checks the rules that tie sizes and counts together; raises ConfigError."""
     block = config.block_size
     product = f"num_envs {config.num_envs} x rollout_length {config.rollout_length} = {block}"
     if config.total_steps % block:

@@ -41,17 +41,10 @@ def loss(
            + kl_coef * mean KL(mu || pi)
            + value_coef * mean (V - target)^2
 
-    mu is the policy that collected the data.
-
-    Args:
-        domain: what is trained on.
-        start: state at the start of the update phase, whose policy some objectives compare with.
-        learner: the learner that this update changes; gives the objective's state.
-        params: the parameters to differentiate by.
-        batch: the sample.
-        hparams: traced settings of the run.
-        policy_scale: factor on the surrogate.
-        train_policy: false leaves the last term alone.
+    mu is the policy that collected the data. Derivatives are by ``params``; ``start`` is the state
+    at the start of the update phase, whose policy some objectives compare with, and ``learner`` the
+    one that this update changes, with the objective's state. Without ``train_policy`` the last term
+    alone is left.
     """
     scores = domain.score(params, batch, hparams)
     total, metrics = jnp.zeros(()), {}

@@ -46,10 +46,7 @@ class ActionHead(NamedTuple):
 
 
 def make_head(config: Config, env: Environment) -> ActionHead:
-    """The head for an environment's actions.
-
-    Raises:
-        ConfigError: ``action_head`` does not fit the action space.
+    """The head for an environment's actions; ConfigError where ``action_head`` does not fit them.
     """
     if env.num_actions is not None:
         if config.action_head == "gaussian":
@@ -205,14 +202,8 @@ _LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 
 def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: Precision) -> Array:
-    """A convolution without padding and its ReLU, ``[..., height, width, channels]``.
-
-    Args:
-        x: ``[..., height, width, channels]``.
-        channels: of the result.
-        kernel: side of its square kernel, a multiple of ``stride``.
-        stride: in both directions.
-        precision: types of numbers.
+    """A convolution and its ReLU, without padding; the side of its kernel is a multiple of the
+    stride.
     """
     # A dense layer over patches. XLA on CPU is slow at the gradient of a convolution inside a loop
     # (measured: 23 times), and at one whose kernels differ by run, as under vmap.
@@ -284,9 +275,6 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     Separate towers take ``hidden_sizes`` each. A shared torso takes all but the last of them, and
     policy and value have a last hidden layer of their own. ``value_hidden_sizes`` replaces the
     value's part.
-
-    Raises:
-        ConfigError: a shared torso of no layers.
     """
     conv = len(obs_shape) == 3
     types = precision(config)

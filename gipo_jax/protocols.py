@@ -114,23 +114,12 @@ PROTOCOLS = {"gipo-metaworld": _GIPO_METAWORLD, "gipo-metaworld-head": _GIPO_MET
 
 
 def settings(name: str) -> dict[str, Any]:
-    """Values of a protocol by the names of fields of ``Config`` and ``HParams``.
-
-    Args:
-        name: one of ``PROTOCOLS``.
-
-    Raises:
-        ConfigError: no protocol of this name.
-    """
+    """Values of a protocol by the names of fields of ``Config`` and ``HParams``."""
     return {field: setting.value for field, setting in _find(name).settings.items()}
 
 
 def objective_params(name: str, taken: Container[str]) -> dict[str, Any]:
-    """Values of a protocol for those parameters of objectives that are ``taken``.
-
-    Raises:
-        ConfigError: no protocol of this name.
-    """
+    """Values of a protocol for those parameters of objectives that are ``taken``."""
     values = {key: setting.value for key, setting in _find(name).objective_params.items()}
     return {key: value for key, value in values.items() if key in taken}
 

@@ -64,15 +64,7 @@ def solved_episodes(envs: EnvStates) -> Array:
 
 
 def restore(env: Environment, envs: EnvStates) -> tuple[EnvStates, int]:
-    """Goes on from stored environments; see ``Environment.restore``.
-
-    Args:
-        env: with its simulators made.
-        envs: of several runs, arrays ``[runs, ...]`` on the host.
-
-    Returns:
-        environments to go on from, and how many of them had to begin a new episode.
-    """
+    """Goes on from stored environments of several runs; and how many had to begin a new episode."""
     state, obs, restarted = env.restore(envs.state, envs.obs)
     returns: Any = np.where(restarted, np.float32(0), envs.episode_return)
     successes = envs.successes
@@ -94,9 +86,8 @@ def collect(
 ) -> tuple[EnvStates, Transition, Array, Array]:
     """Acts for ``length`` steps in each environment.
 
-    Returns:
-        the environments afterwards, transitions ``[length, envs]``, and of the episodes that ended
-        meanwhile the sum of their returns and their number, scalars.
+    Also gives transitions ``[length, envs]``, and of the episodes that ended meanwhile the sum of
+    their returns and their number.
     """
     num_envs = envs.obs.shape[0]
     key_noise, key_env = jax.random.split(key)

@@ -87,11 +87,7 @@ def declare(
         discrete_only: true if it reads ``behavior_log_prob`` as the log of a probability, not of a
             density; training then refuses a Gaussian head.
         initial_state: parameters -> first value of ``state``, an array or a pytree of arrays.
-        ratio_level: the ratio that the objective takes unless another is asked for, one of
-            ``config.RATIO_LEVELS``.
-
-    Raises:
-        ConfigError: the kind or the ratio level has no such name.
+        ratio_level: the one it takes unless another is asked for, of ``config.RATIO_LEVELS``.
     """
     said = dict(locals())
     if kind not in KINDS:
@@ -121,9 +117,7 @@ def _named(objective: Objective) -> Objective:
 def spec(objective: Objective) -> Spec:
     """Reads an objective's name, parameters and needs off its signature and declaration.
 
-    Raises:
-        ConfigError: the signature is one that training could not call, or a parameter has the name
-            of a setting.
+    Raises ConfigError where training could not call it, or a parameter has the name of a setting.
     """
     inner, said = _named(objective), declared(objective)
     name = getattr(inner, "__name__", type(inner).__name__)
@@ -170,11 +164,7 @@ def spec(objective: Objective) -> Spec:
 
 
 def switch(specs: Sequence[Spec]) -> Objective:
-    """An objective that is the one of index ``which`` in ``specs``; see ``objectives.switch``.
-
-    Raises:
-        ConfigError: objectives of different ratio levels, or one of pairs.
-    """
+    """An objective that is the one of index ``which`` in ``specs``; see ``objectives.switch``."""
     name = "+".join(spec.name for spec in specs)
     levels = {spec.ratio_level for spec in specs}
     if len(levels) > 1:
@@ -244,16 +234,7 @@ def check_single(spec: Spec) -> None:
 
 
 def check_params(spec: Spec, params: Mapping[str, Any]) -> None:
-    """Checks values for an objective's own parameters, Python numbers, before anything compiles.
-
-    Args:
-        spec: the objective.
-        params: any of its parameters and their values.
-
-    Raises:
-        ConfigError: an unknown parameter, or a value that is not finite (unless it is the default)
-            or not > 0 where the objective declares that it must be.
-    """
+    """Checks values for an objective's own parameters, Python numbers, before anything compiles."""
     for key, value in params.items():
         if key not in spec.params:
             known = ", ".join(spec.params) or "no parameters"
@@ -269,11 +250,7 @@ def check_params(spec: Spec, params: Mapping[str, Any]) -> None:
 
 
 def first_state(spec: Spec, params: Mapping[str, ArrayLike]) -> Any:
-    """First state of a stateful objective, arrays of definite types; ``()`` for any other.
-
-    Raises:
-        ConfigError: ``initial_state`` fails.
-    """
+    """First state of a stateful objective, arrays of definite types; ``()`` for any other."""
     if spec.initial_state is None:
         return ()
     try:
@@ -288,17 +265,8 @@ def first_state(spec: Spec, params: Mapping[str, ArrayLike]) -> Any:
 def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tuple[Array, Any]:
     """Calls an objective and checks what it returns, since any user may have written it.
 
-    Args:
-        spec: the objective.
-        log_ratio: x, any shape.
-        advantage: A, same shape.
-        given: all that the objective takes beside these.
-
-    Returns:
-        surrogate, same shape, and the next state, ``()`` where there is none.
-
-    Raises:
-        ConfigError: the surrogate or the state is not what it has to be.
+    ``given`` is all that it takes beside log-ratio and advantage, which have one shape. Returns the
+    surrogate, of that shape, and the next state, ``()`` where there is none.
     """
     name = f"objective {spec.name}"
     result, state = spec.function(log_ratio, advantage, **given), ()

@@ -59,11 +59,7 @@ class VectorStudy(NamedTuple):
 
 
 def values(policy: ArrayLike, gamma: float = 0.9) -> tuple[Floats, Floats]:
-    """Exact V ``[3]`` and advantage ``[3, 4]`` of a policy ``[3, 4]``, gamma in [0, 1).
-
-    Raises:
-        ConfigError: the policy is no table of probabilities, or gamma is outside [0, 1).
-    """
+    """Exact V ``[3]`` and advantage ``[3, 4]`` of a policy ``[3, 4]``, gamma in [0, 1)."""
     policy = _check_table("policy", policy)
     if not 0 <= gamma < 1:
         raise ConfigError("gamma", gamma, "a number in [0, 1)")
@@ -77,10 +73,7 @@ def state_distribution(policy: ArrayLike, start: int = 0) -> Floats:
     """Share of an episode's steps spent in each non-goal state, ``[3]``, beginning at ``start``.
 
     Undiscounted: it is the distribution of states in a replay buffer that the policy filled.
-
-    Raises:
-        ConfigError: no table of probabilities, no such state, or a policy that may never reach the
-            goal from ``start``.
+    Raises ConfigError where the policy may never reach the goal.
     """
     policy = _check_table("policy", policy)
     _check_index("start", start, 3)
@@ -101,7 +94,7 @@ def sample_gradients(
     action: int = 3,
     gamma: float = 0.9,
 ) -> Floats:
-    """g(a) = u A d log pi(a|state) / d logit(state, action), ``[4]``: one value per sampled action.
+    """g(a) = u A d log pi(a|state) / d logit(state, action) of each action, ``[4]``.
 
     Arguments and errors as in ``bias_variance``.
     """
@@ -134,9 +127,6 @@ def bias_variance(
         action: column of the logit, in [0, 4).
         gamma: discount, in [0, 1).
 
-    Returns:
-        (bias, variance).
-
     Raises:
         ConfigError: a table, index or discount outside its range.
 
@@ -162,13 +152,10 @@ def vector_bias_variance(
     gamma: float = 0.9,
     start: int = 0,
 ) -> VectorStudy:
-    """The same study for all logits at once, over the states that the behaviour policy visits.
+    """The same study for all twelve logits at once, over the states that the behaviour visits.
 
     A sample is (state, action) with the state from ``state_distribution(behavior, start)`` and the
-    action from ``behavior``; its gradient has an entry for each of the twelve logits.
-
-    Raises:
-        ConfigError: as in ``bias_variance`` and ``state_distribution``.
+    action from ``behavior``.
     """
     target, behavior = _check_table("target", target), _check_table("behavior", behavior)
     _, advantage = values(target, gamma)

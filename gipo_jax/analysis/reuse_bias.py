@@ -76,10 +76,7 @@ def weighted_returns(log_probs: Array, buffer: Buffer) -> Array:
 
 
 def estimated_return(log_probs: Array, buffer: Buffer) -> Array:
-    """Ordinary importance sampling: the mean of W G, a scalar.
-
-    It is unbiased for a policy that was chosen without looking at the buffer.
-    """
+    """Mean of W G, unbiased for a policy that was chosen without looking at the buffer."""
     return jnp.mean(weighted_returns(log_probs, buffer))
 
 
@@ -103,18 +100,8 @@ def optimize(
 
     With plain importance sampling at the joint level, and an episode's return as its advantage, the
     surrogate is ``estimated_return`` itself. With ``biris`` it is that minus alpha times the mean
-    of abs(W - 1), as in the paper.
-
-    Args:
-        task: gives the policy its observations; its rewards are not looked at.
-        policy: see ``Policy``.
-        params: first parameters.
-        buffer: the data.
-        objective: maps log-ratio and advantage, ``[episodes, length]``, to the surrogate.
-        advantage: of each episode, ``[episodes]``; all of its steps share it.
-        learning_rate: Adam's.
-        ratio_level: one of ``ratio_levels.LEVELS``.
-        updates: number of updates.
+    of abs(W - 1), as in the paper. ``objective`` takes log-ratio and advantage ``[episodes,
+    length]``; all steps of an episode share its advantage ``[episodes]``.
     """
     per_step = jnp.broadcast_to(advantage[:, None], buffer.action.shape)
     adam = optax.scale_by_adam()

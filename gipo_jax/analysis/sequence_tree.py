@@ -79,8 +79,7 @@ def study(
             with its parameters. By default each logit is a parameter of its own.
 
     Raises:
-        ConfigError: an argument of the wrong shape or outside its range, no such name, or a ratio
-            level that the objective cannot have.
+        ConfigError: an argument, shape or level that is not usable.
 
     >>> even = np.full((3, 2), 0.5)
     >>> result = study(even, even, [0, 0, 0, 1], "no_clip")
@@ -129,7 +128,6 @@ def advantage_of(policy: ArrayLike, reward: ArrayLike) -> Floats:
     """Q - V of a policy for each token of each answer, ``[2^steps, steps]``.
 
     Q and V are the expected reward of what follows the prefix with and without the token.
-    Arguments and errors as in ``study``.
     """
     policy = _check_policy("policy", policy)
     reward, _ = _check_sizes(policy, policy, reward, None)
@@ -143,10 +141,7 @@ def advantage_of(policy: ArrayLike, reward: ArrayLike) -> Floats:
 
 
 def log_prob(policy: ArrayLike) -> Floats:
-    """Log-probability of each token of each answer, ``[2^steps, steps]``.
-
-    Arguments and errors as in ``study``.
-    """
+    """Log-probability of each token of each answer, ``[2^steps, steps]``."""
     policy = _check_policy("policy", policy)
     steps = _steps(policy)
     return np.log(policy[_nodes(steps), answers(steps)])

@@ -24,15 +24,7 @@ def kind(config: Config) -> str:
 
 
 def make(config: Config, env: Any = None) -> Domain:
-    """What a configuration trains on.
-
-    Args:
-        config: the configuration.
-        env: environment or task in place of the one that ``config.env`` names.
-
-    Raises:
-        ConfigError: a setting is not usable, or would do nothing.
-    """
+    """What a configuration trains on, in ``env`` if given. Raises ConfigError."""
     return _MODULES[kind(config)].make(config, env)
 
 

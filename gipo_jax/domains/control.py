@@ -274,12 +274,6 @@ def _start_keys(key: Array) -> tuple[Array, Array]:
 
 
 def open_env(config: Config, seeds: Iterable[int], devices: int = 1) -> environments.Environment:
-    """The environment of some runs, with its simulators made; see ``Environment.open``.
-
-    Args:
-        config: static settings.
-        seeds: of the runs that will start in it, each as often as there are such runs.
-        devices: devices that share the runs evenly, in order.
-    """
+    """The environment of runs of these seeds with its simulators made; see ``Environment.open``."""
     keys = jnp.stack([_start_keys(run_key(seed))[1] for seed in seeds])
     return environments.make(config).open(keys, devices)

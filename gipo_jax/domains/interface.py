@@ -97,10 +97,9 @@ class Domain(abc.ABC):
         """Ends the simulators of ``open``; programs compiled with them must not run again."""
 
     def restore(self, state: TrainState) -> tuple[TrainState, int]:
-        """Brings simulators to stored states of their runs, arrays ``[runs, ...]`` on the host.
+        """Brings simulators to stored states ``[runs, ...]`` on the host.
 
-        Returns:
-            states to go on from, and how many environments had to begin a new episode.
+        Returns states to go on from, and how many environments had to begin a new episode.
         """
         return state, 0
 

@@ -69,11 +69,7 @@ class _Result(NamedTuple):
 
 
 def names() -> list[str] | None:
-    """All environments that EnvPool registers; None when it is not installed.
-
-    Raises:
-        ConfigError: it is installed and cannot be imported.
-    """
+    """All environments that EnvPool registers; None when it is not installed."""
     try:
         import envpool
     except ModuleNotFoundError as error:
@@ -130,11 +126,7 @@ _LONGEST_REPLAY = 100_000
 
 
 def read_task(config: Config) -> Task:
-    """Looks an environment up.
-
-    Raises:
-        ConfigError: EnvPool cannot make it, or its spaces are of a kind that nothing here reads.
-    """
+    """Looks an environment up. Raises ConfigError where EnvPool, or nothing here, can use it."""
     import envpool
     from envpool.registration import registry
     from gymnasium import spaces
@@ -206,11 +198,7 @@ _NOT_OPTIONS = (
 
 
 def _read_options(name: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Options in a name, ``NAME:option=value,...``, as the type of their default.
-
-    Raises:
-        ConfigError: an option that the environment does not have, or not with this value.
-    """
+    """Options in a name, ``NAME:option=value,...``, as the type of their default."""
     base, _, given = name.partition(":")
     known = {
         option: default
@@ -292,19 +280,12 @@ def _make_pool(task: Task, seeds: np.ndarray, threads: int, **settings: int) -> 
 
 
 class _Pool:
-    """Simulators of some runs, ``envs`` for each, in one EnvPool.
+    """Simulators of some runs in one EnvPool, seeded with int32 ``[runs, envs]``.
 
     It answers for one environment at a time, so that any of them can be stepped without the rest.
     """
 
     def __init__(self, task: Task, seeds: np.ndarray, threads: int) -> None:
-        """Makes the simulators.
-
-        Args:
-            task: what to simulate.
-            seeds: ``[runs, envs]`` int32.
-            threads: that simulate.
-        """
         self._task = task
         self._pool = _make_pool(task, seeds, threads, batch_size=1)
         # The foreign functions take and give what EnvPool says only where double precision exists:
@@ -552,10 +533,7 @@ class _Episodes:
 def _of_one_episode(
     task: Task, threads: int
 ) -> tuple[Callable[[Array, int], tuple[Array, Array]], Callable[[Array, Array, Array], Step]]:
-    """``reset`` and ``step`` of simulators made at each ``reset``, for one episode.
-
-    Their state is the number by which the host finds them.
-    """
+    """``reset`` and ``step`` of simulators made at each ``reset``; their state is a number."""
     playing: dict[int, _Episodes] = {}
     numbers = itertools.count()
     unbatched = _unbatched(task)

@@ -31,9 +31,6 @@ def start(
 
     Where JAX knows the cluster (Slurm, Open MPI, TPU pods, Kubernetes) it finds out the arguments:
     ``host:port`` of process 0, the number of processes and the index of this one.
-
-    Raises:
-        ConfigError: the processes could not find each other.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM, which is the sweep's.

@@ -42,8 +42,7 @@ def expand(
         seeds: number of seeds, >= 1: ``seed_offset .. seed_offset + seeds - 1``.
         seed_offset: first seed, >= 0.
         objective_args: parameters of objectives; each goes to the objectives that have it.
-        protocol: settings of a published experiment by one name, see ``protocols``; ``settings``
-            win over them.
+        protocol: settings of a published experiment, see ``protocols``; ``settings`` win over them.
         settings: fields of ``Config`` and ``HParams``, and parameters of objectives where no field
             has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple).
 
@@ -144,13 +143,9 @@ def decode(
 ) -> list[Run]:
     """Runs from ``encode``'s JSON.
 
-    Args:
-        groups: the JSON.
-        env: environment object, where the runs were made with one.
-        objective: function, where it does not come from a file of its own.
-
-    Raises:
-        ConfigError: an environment or objective is needed and not given, or its file has changed.
+    ``env`` is the environment object, where the runs were made with one, ``objective`` the
+    function, where it does not come from a file of its own. Raises ConfigError where one is needed
+    and not given, or its file has changed.
     """
     given = {"env": env, "objective": objective}
     runs: dict[int, Run] = {}
@@ -260,11 +255,7 @@ def _placeless(value: Any) -> Any:
 
 
 def load_objective(reference: str) -> Callable[..., Any]:
-    """The function that ``path/to/file.py:function`` names.
-
-    Raises:
-        ConfigError: no such file or function, or running the file fails.
-    """
+    """The function that ``path/to/file.py:function`` names."""
     function = user_files.load("objective", reference, "FUNCTION")
     if not callable(function):
         name = reference.rpartition(":")[2]

@@ -173,10 +173,7 @@ def slices(
     devices: Sequence[jax.Device],
     limit: int | None,
 ) -> Slices:
-    """Cuts a group into the fewest parts that fit in ``limit`` bytes on all devices.
-
-    For ``mode`` and ``lanes`` see ``program.layout``. Raises ConfigError where not one run fits.
-    """
+    """Cuts a group into the fewest parts that fit in ``limit`` bytes on all devices."""
     runs = group.runs
     parts = -(-len(runs) // len(devices)) if mode == "loop" else 1
     while True:
@@ -255,11 +252,7 @@ def remaining(group: Group, slices: Slices, progress: Progress) -> list[Part]:
 
 
 def batch_mode(options: Options, domain: Domain, platform: str) -> str:
-    """The batch mode of a group: ``vmap``, ``map`` or ``loop``.
-
-    Simulators outside JAX (``domain.host``) step one run after the other. Raises ConfigError where
-    the options do not go with each other or with the domain.
-    """
+    """The batch mode of a group, ``vmap``, ``map`` or ``loop``, that fits options and domain."""
     mode, on_host = options.batch_mode, domain.host
     if mode == "auto":
         # To resume, simulators replay what they did: only the runs in training with loop.
@@ -277,7 +270,7 @@ def batch_mode(options: Options, domain: Domain, platform: str) -> str:
 
 
 def choose_devices(options: Options) -> list[jax.Device]:
-    """As many devices of each process; raises ConfigError where it has fewer."""
+    """As many devices of each process as the options say."""
     count = options.devices
     if count is None:
         return jax.devices()

@@ -150,11 +150,6 @@ def ratio_norm(log_ratio: Array, kl: Array, std: Any) -> Array:
     Under the flow that made the step, x = D eps / s - abs(D)^2 / (2 s^2) with D = mu_theta - mu_old
     and eps standard normal. The mean -abs(D)^2 / (2 s^2) and the spread abs(D) / s depend on the
     step. Here (x + b) s = D eps: mean 0 and spread abs(D).
-
-    Args:
-        log_ratio: x, ``[..., steps]``.
-        kl: b, same shape.
-        std: s of the steps, ``[steps]``.
     """
     return (log_ratio + kl) * std
 

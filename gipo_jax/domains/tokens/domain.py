@@ -165,17 +165,7 @@ class Tokens(Domain):
         mask: Array,
         key: Array,
     ) -> tuple[Row, Any]:
-        """Pairs the responses, where pairs are compared, and weighs them; the selection learns.
-
-        Args:
-            state: with the policy that gave the responses.
-            hparams: traced settings of the run.
-            prompts: ``[num_envs, prompt_length]``.
-            rows: responses and advantages.
-            exact: whether a response is right, bool ``[rollout_length, num_envs]``.
-            mask: of the responses, ``[rollout_length, num_envs, answer_length]``.
-            key: PRNG key.
-        """
+        """Pairs the responses, where pairs are compared, and weighs them; the selection learns."""
         key_pair, key_weigh = jax.random.split(key)
         group = selection.Group(
             prompts, rows.answer, rows.behavior_log_prob, mask, exact, rows.advantage

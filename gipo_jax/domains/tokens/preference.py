@@ -40,15 +40,9 @@ def is_preference(spec: signatures.Spec) -> bool:
 
 
 def pair(exact: Array, key: Array) -> Pairs:
-    """Pairs each answer with a random one to the same prompt that is its opposite.
+    """Pairs each answer, bool ``[answers, prompts]``, with a random opposite one to its prompt.
 
-    Args:
-        exact: whether an answer is right, bool ``[answers, prompts]``.
-        key: PRNG key.
-
-    Returns:
-        indices along the answers, and whether the group has both kinds; without, both indices are
-        meaningless.
+    In a group without both kinds no pair exists, and its indices mean nothing.
     """
     opposite = exact[:, None] != exact
     noise = jax.random.uniform(key, opposite.shape)
@@ -77,11 +71,7 @@ def difference(values: tuple[Array, Array], masks: tuple[Array, Array]) -> Array
 
 
 def check(config: Config, spec: signatures.Spec) -> None:
-    """Refuses settings that preference training does not have.
-
-    Raises:
-        ConfigError: one that is not at its default, or an input that pairs do not have.
-    """
+    """Refuses settings that preference training does not have. Raises ConfigError."""
     because = f"because {spec.name} compares whole answers"
     if config.ratio_level not in (None, "joint"):
         raise ConfigError("ratio_level", config.ratio_level, f"'joint' or left out, {because}")
