@@ -46,8 +46,7 @@ class ActionHead(NamedTuple):
 
 
 def make_head(config: Config, env: Environment) -> ActionHead:
-    """The head for an environment's actions; ConfigError where ``action_head`` does not fit them.
-    """
+    """The head for an environment's actions; ConfigError where ``action_head`` does not fit them."""
     if env.num_actions is not None:
         if config.action_head == "gaussian":
             raise ConfigError(

@@ -89,7 +89,7 @@ def paired_difference(
     confidence: float = CONFIDENCE,
     seed: int = BOOTSTRAP_SEED,
 ) -> Interval:
-    """Statistic of ``first - second``, row n of both the same seed; the rest as in ``bootstrap``."""
+    """Statistic of ``first - second``, whose rows are the same seeds; else as in ``bootstrap``."""
     first, second = _matrix(first), _matrix(second)
     if first.shape != second.shape:
         raise ValueError(f"shapes {first.shape} and {second.shape} differ: seeds must be shared")
