@@ -478,50 +478,47 @@ def check_applies(
 
 def check_sizes(config: Config, hparams: HParams) -> None:
     """Checks the rules that tie sizes and counts together; raises ConfigError."""
-    block = config.block_size
-    product = f"num_envs {config.num_envs} x rollout_length {config.rollout_length} = {block}"
-    if config.total_steps % block:
-        near = max(config.total_steps // block, 1) * block
-        raise ConfigError(
-            "total_steps", config.total_steps, f"a multiple of {product}, such as {near}"
-        )
-    if config.reuse_per_batch % config.policy_delay:
-        raise ConfigError(
-            "policy_delay",
-            config.policy_delay,
-            f"a divisor of reuse_per_batch {config.reuse_per_batch}, because the delay starts anew"
-            " with each batch",
-        )
+    block, batch, reuse = config.block_size, config.batch_size, config.reuse_per_batch
     size, age = int(hparams.buffer_size), int(hparams.min_age)
-    if size % block or size < block:
-        near = max(size // block, 1) * block
-        raise ConfigError("buffer_size", size, f"a positive multiple of {product}, such as {near}")
-    if config.max_buffer_size is not None and (
-        config.max_buffer_size % block or config.max_buffer_size < size
-    ):
-        raise ConfigError(
+    product = f"num_envs {config.num_envs} x rollout_length {config.rollout_length} = {block}"
+    allocated, segments = config.max_buffer_size, config.advantage_mode != "stored"
+    held_back = f" beside the {age * block} held back by min_age {age}" if age else ""
+
+    def multiple(value: int) -> str:
+        return f"multiple of {product}, such as {max(value // block, 1) * block}"
+
+    rules = (
+        ("total_steps", config.total_steps % block == 0, f"a {multiple(config.total_steps)}"),
+        (
+            "policy_delay",
+            reuse % config.policy_delay == 0,
+            f"a divisor of reuse_per_batch {reuse}, because the delay starts anew with each batch",
+        ),
+        ("buffer_size", size >= block and size % block == 0, f"a positive {multiple(size)}"),
+        (
             "max_buffer_size",
-            config.max_buffer_size,
+            allocated is None or (allocated >= size and allocated % block == 0),
             f"a multiple of {product} and at least the buffer size {size}",
-        )
-    if age * block >= size:
-        raise ConfigError(
+        ),
+        (
             "min_age",
-            age,
+            age * block < size,
             f"less than the {size // block} iterations that buffer_size {size} holds",
-        )
-    if config.sampling == "shuffled" and size - age * block < config.batch_size:
-        held_back = f" beside the {age * block} held back by min_age {age}" if age else ""
-        raise ConfigError(
+        ),
+        (
             "buffer_size",
-            size,
-            f"at least batch_size {config.batch_size}{held_back}, which is drawn without"
-            " replacement (or sampling 'uniform')",
-        )
-    if config.advantage_mode != "stored" and config.batch_size % config.rollout_length:
-        raise ConfigError(
+            config.sampling != "shuffled" or size - age * block >= batch,
+            f"at least batch_size {batch}{held_back}, which is drawn without replacement"
+            " (or sampling 'uniform')",
+        ),
+        (
             "batch_size",
-            config.batch_size,
+            not segments or batch % config.rollout_length == 0,
             f"a multiple of rollout_length {config.rollout_length}, because advantage_mode"
             f" {config.advantage_mode!r} samples whole segments",
-        )
+        ),
+    )
+    values = vars(config) | {"buffer_size": size, "min_age": age}
+    for field, holds, valid in rules:
+        if not holds:
+            raise ConfigError(field, values[field], valid)

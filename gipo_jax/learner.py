@@ -34,13 +34,9 @@ class TrainState(NamedTuple):
     learner: Learner  # parameters and optimizer
     replay: Any  # arrays [blocks, rollout_length, num_envs, ...]
     domain_state: Any  # what belongs to the domain, such as environments in mid-episode
-    # counts since the last logged point by name: sum of the returns and number of the episodes that
-    # ended, how many of them solved the task, the domain's own
-    totals: dict[str, Array]
+    totals: dict[str, Array]  # since the last logged point: returns, episodes, solved, the domain's
     key: Array  # the run's key, never consumed, only folded
-    # iteration whose updates gave non-finite parameters, -1 while none has; the learner is frozen
-    # from before that iteration on
-    diverged_at: Array
+    diverged_at: Array  # iteration whose updates were not finite, and froze the learner; or -1
 
 
 def run_key(seed: Any) -> Array:

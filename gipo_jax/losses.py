@@ -77,8 +77,7 @@ def loss(
 class BoundObjective(NamedTuple):
     """An objective at a batch."""
 
-    # x, advantage -> surrogate, next state, with all else filled in
-    function: loss_terms.SurrogateFunction
+    function: loss_terms.SurrogateFunction  # x, advantage -> surrogate, next state
     x: Array  # what it is a function of: log-ratios [batch, tokens], or margins [batch]
     advantage: Array  # as the objective sees it, the shape of x
     log_ratio: Array  # of the ratio level, [batch, tokens]

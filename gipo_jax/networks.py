@@ -34,19 +34,17 @@ class ActionHead(NamedTuple):
     num_tokens: int  # action dimensions; 1 for discrete actions
     output_width: int  # network outputs for each token
     discrete: bool  # whether tokens are categories
-    # key, leading shape -> noise that sample consumes
-    noise: Callable[[Array, tuple[int, ...]], Array]
+    noise: Callable[[Array, tuple[int, ...]], Array]  # key, leading shape -> noise of sample
     sample: Callable[[Array, Array], Array]  # outputs, noise -> action
     mode: Callable[[Array], Array]  # outputs -> most likely action
     log_prob: Callable[[Array, Array], Array]  # outputs, action -> log-probability of each token
     entropy: Callable[[Array], Array]  # outputs -> entropy of each token, in nats
-    # old outputs, outputs -> KL(old || new) of each token, in nats, exact
-    kl: Callable[[Array, Array], Array]
+    kl: Callable[[Array, Array], Array]  # old outputs, outputs -> KL(old || new) of each token
     to_env: Callable[[Array], Array]  # action -> what the environment's step takes
 
 
 def make_head(config: Config, env: Environment) -> ActionHead:
-    """The head for an environment's actions; ConfigError where ``action_head`` does not fit them."""
+    """The head for an environment's actions. Raises ConfigError."""
     if env.num_actions is not None:
         if config.action_head == "gaussian":
             raise ConfigError(
@@ -194,10 +192,8 @@ class Torso(nn.Module):
         return x
 
 
-# One 3 x 3 convolution, as for MinAtar (arXiv:1903.03176).
-_SMALL = ((16, 3, 1),)
-# The three convolutions of DQN on Atari (Mnih et al., Nature, 2015).
-_LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+_SMALL = ((16, 3, 1),)  # 3 x 3, as for MinAtar (arXiv:1903.03176)
+_LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # DQN on Atari (Mnih et al., Nature, 2015)
 
 
 def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: Precision) -> Array:
@@ -261,11 +257,9 @@ class Network(NamedTuple):
     """
 
     init: Callable[[Array], Params]  # key -> params
-    # params, obs -> outputs [..., num_tokens, output_width]
-    policy: Callable[[Params, Array], Array]
+    policy: Callable[[Params, Array], Array]  # params, obs -> outputs [..., tokens, width]
     value: Callable[[Params, Array], Array]  # params, obs -> [...]
-    # params, obs -> outputs, value; a shared torso is computed once
-    policy_and_value: Callable[[Params, Array], tuple[Array, Array]]
+    policy_and_value: Callable[[Params, Array], tuple[Array, Array]]  # both; a torso once
 
 
 def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Network:

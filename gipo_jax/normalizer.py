@@ -12,8 +12,7 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-# After this many updates, observations are half standardised (on a logarithmic scale)
-PRIOR_UPDATES = 10.0
+PRIOR_UPDATES = 10.0  # updates until half standardised (on a logarithmic scale)
 
 MIN_STD = 1e-2  # Least standard deviation that observations are divided by
 

@@ -777,11 +777,9 @@ ALL = {name: f for name, f in KNOWN.items() if signatures.spec(f).kind != "pair"
 # Those for every task
 REGISTRY = {name: f for name, f in ALL.items() if not signatures.spec(f).of_answers}
 
-# Those for tasks whose answers have several tokens
-SEQUENCE = {name: f for name, f in ALL.items() if name not in REGISTRY}
+SEQUENCE = {name: f for name, f in ALL.items() if name not in REGISTRY}  # for responses of tokens
 
-# Names of today by the old ones, which work for this release
-RENAMED = {"following_gipo": "adaptive_gipo"}
+RENAMED = {"following_gipo": "adaptive_gipo"}  # names of today by the old ones
 
 
 def spec(objective: str | Objective) -> Spec:

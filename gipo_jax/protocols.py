@@ -23,8 +23,7 @@ class Protocol(NamedTuple):
     summary: str  # one line for --help
     source: str  # publication and code
     settings: dict[str, Setting]  # by the name of a field of Config or HParams
-    # by the name of a parameter of an objective, for those that have it
-    objective_params: dict[str, Setting]
+    objective_params: dict[str, Setting]  # by the name, for objectives that have it
 
 
 _GIPO_METAWORLD = Protocol(

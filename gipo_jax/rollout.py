@@ -11,8 +11,7 @@ from jax import Array
 from gipo_jax.environments import Environment
 from gipo_jax.networks import ActionHead
 
-# Observations [n, *obs_shape] as the environment gives them -> the head's outputs
-Policy = Callable[[Array], Array]
+Policy = Callable[[Array], Array]  # observations [n, *obs_shape] -> outputs of the head
 
 
 class Transition(NamedTuple):
@@ -129,8 +128,7 @@ class Evaluation(NamedTuple):
 
     greedy: Array  # mean undiscounted return with the most likely actions
     sampled: Array  # with sampled actions
-    # share that solved the task at some step; None where the environment does not say
-    solved_greedy: Array | None = None
+    solved_greedy: Array | None = None  # share solved at some step; None if unknown
     solved_sampled: Array | None = None  # with sampled actions, likewise
 
 

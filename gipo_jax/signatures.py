@@ -56,10 +56,8 @@ class Spec(NamedTuple):
     kind: str = "per-sample"  # one of KINDS
     source: str = ""  # paper, as an arXiv number, or empty
     positive: tuple[str, ...] = ()  # parameters that must be > 0
-    # whether it reads probabilities, which a Gaussian head does not have
-    discrete_only: bool = False
-    # for a stateful objective, parameters -> first state; else None
-    initial_state: InitialState | None = None
+    discrete_only: bool = False  # whether it reads probabilities, not densities
+    initial_state: InitialState | None = None  # of a stateful one, parameters -> first state
     ratio_level: str = "token"  # the one of config.RATIO_LEVELS that it is meant for
     choices: tuple[str, ...] = ()  # of a switch, the names that its parameter which counts from 0
 

@@ -51,9 +51,7 @@ class VectorStudy(NamedTuple):
 
     bias: float  # Euclidean distance between the estimator's mean and No-Clip's
     variance: float  # trace of the estimator's covariance, for one sample
-    # distance between the estimator's mean and the gradient that the target's own states and
-    # actions give. No-Clip has this bias too: no per-sample ratio corrects for the states that the
-    # behaviour visits
+    # From the gradient of the target's own states: no per-sample ratio corrects for those visited.
     bias_on_policy: float
     zero_gradient: bool  # whether every sample's gradient is exactly zero
 

@@ -28,8 +28,7 @@ class Task(NamedTuple):
     """A finite task: steps are deterministic, and every episode has the same length."""
 
     start: Array  # probability of each first state, [states]
-    # state that an action leads to, [states, actions]; anything after the last step
-    next_state: Array
+    next_state: Array  # where an action leads, [states, actions]; anything at the end
     reward: Array  # of a state and an action, [states, actions]
     obs: Array  # what a policy sees of each state, [states, features]
     length: int  # steps of an episode

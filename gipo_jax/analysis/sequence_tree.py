@@ -44,11 +44,8 @@ class Study(NamedTuple):
     truth: Floats  # gradient of the expected reward of the target policy, [parameters]
     bias: float  # Euclidean distance between the two
     relative_bias: float  # bias over the length of the truth
-    # of the angle between the two; NaN for a mean of 0. A learning rate can mend a length, but no
-    # angle
-    cosine: float
-    # trace of the covariance of one answer's gradient; that of the mean of n answers is this over n
-    variance: float
+    cosine: float  # of the angle between the two, which no learning rate mends; NaN for 0
+    variance: float  # trace of the covariance of one answer's gradient
     zero_gradient: bool  # whether every answer's gradient is exactly zero
 
 

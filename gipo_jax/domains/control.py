@@ -255,12 +255,6 @@ def make(config: Config, env: environments.Environment | None = None) -> Control
     return domain
 
 
-def check_hparams(config: Config, hparams: HParams) -> None:
-    """Refuses traced settings that would do nothing. Raises ConfigError."""
-    objective = objectives.spec(config.objective)
-    check_applies(config, hparams, domain=CONTROL, objective=objective)
-
-
 def _scaled(obs: Array) -> Array:
     """Observations as numbers, bytes from 0 to 1."""
     scale = 255.0 if obs.dtype == jnp.uint8 else 1.0

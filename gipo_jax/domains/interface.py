@@ -20,8 +20,7 @@ class Batch(NamedTuple):
     age: Array  # iterations since collection, [batch]
     value_target: Any = None  # [batch]; None without a value function
     mask: Any = None  # false at padding, [batch, tokens]; None where every token counts
-    # factor on the surrogate, [batch, 1] or [1, tokens], for pairs [batch]; None for 1
-    surrogate_weight: Any = None
+    surrogate_weight: Any = None  # factor, [batch, 1], [1, tokens], or of pairs [batch]
     token_weight: Any = None  # factor on entropy and KL, [batch, 1]; None for 1
     # added to TrainState.totals by an update that uses the batch, by name
     counts: Metrics = {}  # noqa: RUF012
@@ -31,16 +30,11 @@ class Scores(NamedTuple):
     """A batch under some parameters: log-ratios, entropy, KL and value."""
 
     log_ratio: Array  # log pi - log mu of each token, [batch, tokens]; anything at padding
-    # of each token's distribution in nats, same shape; None where it is not used
-    entropy: Array | None = None
-    # exact KL(mu || pi) of each token, same shape; None where it is estimated
-    kl: Array | None = None
+    entropy: Array | None = None  # of each token in nats, same shape; None if not used
+    kl: Array | None = None  # exact KL(mu || pi) of each token; None if estimated
     value: Array | None = None  # V, [batch]; None without a value function
-    # of pairs of responses, log pi(right) - log pi(wrong), less the same under the reference
-    # policy, [batch]; else None
-    margin: Array | None = None
-    # of pairs, joint log-ratio of the wrong response, [batch]; else None
-    other_log_ratio: Array | None = None
+    margin: Array | None = None  # of pairs of responses, see signatures.INPUTS, [batch]
+    other_log_ratio: Array | None = None  # of pairs, of the wrong response, [batch]
 
 
 class Collected(NamedTuple):

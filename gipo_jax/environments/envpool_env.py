@@ -52,9 +52,7 @@ class PoolState(NamedTuple):
     seeds: Array  # [envs] int32, what they were seeded with
     resets: Array  # [envs] int32, resets so far, the first one included
     elapsed: Array  # [envs] int32, steps of the current episode
-    # [max_episode_steps, envs, *action_shape], those of the current episode; None where resuming
-    # does not need them
-    actions: Array | None
+    actions: Array | None  # of the current episode, [max_episode_steps, envs, ...], to resume
 
 
 class _Result(NamedTuple):
@@ -99,9 +97,7 @@ class Task(NamedTuple):
 
     name: str  # EnvPool's, with the options that were given
     options: dict[str, Any]  # for envpool.make, which takes base_name(name)
-    # leaves of observations, [n, ...] each, and the module that computes with them (numpy or
-    # jax.numpy) to an array [n, *obs_shape]
-    encode: Callable[[Sequence[Any], Any], Any]
+    encode: Callable[[Sequence[Any], Any], Any]  # leaves [n, ...], numpy module -> [n, *obs_shape]
     obs_shape: tuple[int, ...]
     obs_dtype: np.dtype
     action_shape: tuple[int, ...]

@@ -139,8 +139,7 @@ class Single(NamedTuple):
     """One environment, without the leading axis."""
 
     reset: Callable[[Array], tuple[Array, Any]]  # key -> obs [*obs_shape], state
-    # key, state, action [*action_shape] -> Step of arrays without envs
-    step: Callable[[Array, Any, Array], Step]
+    step: Callable[[Array, Any, Array], Step]  # the same without the axis of environments
 
 
 def single(env: Environment) -> Single:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-# Exit code after each signal. 75 is EX_TEMPFAIL: try again later
-EXIT_CODES = {"SIGTERM": 75, "SIGINT": 130}
+EXIT_CODES = {"SIGTERM": 75, "SIGINT": 130}  # 75 is EX_TEMPFAIL: try again later
 
 
 class Interrupted(RuntimeError):  # noqa: N818 - the name says what happened, not a fault

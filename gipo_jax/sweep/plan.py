@@ -23,8 +23,7 @@ USABLE = 0.9  # Part of the memory that a plan may take: the rest is for the pro
 
 SIMULATOR_BYTES = 20 * 2**20  # What an environment outside JAX takes, measured on Meta-World
 
-# Environments outside JAX that wait for their part at most, so that a sweep starts soon
-MOST_SIMULATORS = 64
+MOST_SIMULATORS = 64  # outside JAX that wait for their part, so that a sweep starts soon
 
 
 class Memory(NamedTuple):

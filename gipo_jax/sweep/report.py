@@ -21,8 +21,7 @@ WAITING = 1000  # Logged points that may wait for a slow callback before more ar
 NAME_LENGTH = 100  # Characters of a folder of event files: file systems take 255 bytes
 
 Rows = Sequence[Mapping[str, Any]]
-# Takes the rows of a logged point, one per run: run, iteration, env_steps, metrics
-Callback = Callable[[Rows], None]
+Callback = Callable[[Rows], None]  # takes a logged point: run, iteration, env_steps, metrics
 
 
 class Reporter:

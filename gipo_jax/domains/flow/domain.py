@@ -166,9 +166,3 @@ def make(config: Config, task: Task | None = None) -> Flow:
         valid = "an objective that takes densities, which the steps of a flow have"
         raise ConfigError("objective", objective.name, valid)
     return Flow(config, tasks.make(config.env) if task is None else task)
-
-
-def check_hparams(config: Config, hparams: HParams) -> None:
-    """Refuses traced settings that would do nothing. Raises ConfigError."""
-    objective = objectives.spec(config.objective)
-    check_applies(config, hparams, domain=FLOW, objective=objective)

@@ -17,8 +17,7 @@ from gipo_jax import cpu, networks
 from gipo_jax.config import ConfigError
 
 Params = Any
-# Keys and values of each layer, [batch, heads, time, width / heads] each
-Cache = tuple[tuple[Array, Array], ...]
+Cache = tuple[tuple[Array, Array], ...]  # keys and values a layer, [batch, heads, time, size]
 
 
 class Decoder(NamedTuple):

@@ -38,8 +38,7 @@ EVAL_PROMPTS = 128  # Fresh prompts that an evaluation answers by default
 # What is counted: prompts drawn, tokens of responses, and tokens of responses in updates
 TOTALS = ("prompts_sampled", "tokens_generated", "tokens_trained")
 
-# Folded into a run's key for the first state of a selection; beyond any iteration's index
-SELECTION_STREAM = INIT_STREAM - 2
+SELECTION_STREAM = INIT_STREAM - 2  # for the first state of a selection; see INIT_STREAM
 
 
 class State(NamedTuple):
@@ -57,8 +56,7 @@ class Row(NamedTuple):
     behavior_log_prob: Any  # log mu of each token, [..., answer_length]; 0 at padding
     advantage: Any  # [...]; in preference training 1 for a pair, 0 where there is none
     weight: selection.Weights | None = None  # [...], of a selection of responses; None without
-    # in preference training the wrong response of a pair, where answer is the right one; else None
-    wrong: preference.Wrong | None = None
+    wrong: preference.Wrong | None = None  # of pairs, whose right response is answer
 
 
 class Tokens(Domain):
@@ -346,9 +344,7 @@ def make(config: Config, task: tasks.Task | None = None) -> Tokens:
 
 
 def check_hparams(config: Config, hparams: HParams) -> None:
-    """Refuses traced settings that would do nothing. Raises ConfigError."""
-    objective = objectives.spec(config.objective)
-    check_applies(config, hparams, domain=TOKENS, objective=objective)
+    """Refuses imitation of a task that shows none. Raises ConfigError."""
     task = tasks.make(config.env)
     if hparams.imitation_updates and task.demonstration is None:
         valid = f"0, because the task {task.name} has no demonstrations"

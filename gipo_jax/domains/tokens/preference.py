@@ -22,8 +22,7 @@ class Wrong(NamedTuple):
 
     answer: Array  # [..., answer_length]
     behavior_log_prob: Array  # log mu of each token, same shape; 0 at padding
-    # log-probability of the right minus that of the wrong answer under the reference policy, [...]
-    reference_margin: Array
+    reference_margin: Array  # log pi(right) - log pi(wrong) of the reference policy, [...]
 
 
 class Pairs(NamedTuple):

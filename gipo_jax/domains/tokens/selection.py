@@ -173,8 +173,7 @@ def keep_all() -> Selection:
     return Selection("keep_all", None, lambda *_: jnp.ones(()), _no_state, _same_state)
 
 
-# Highest probability with which prune leaves out a prompt, and likewise an answer of it
-MAX_PRUNED = 0.7
+MAX_PRUNED = 0.7  # highest probability with which prune leaves out a prompt, or an answer
 
 
 def keep_probability(advantage: Array, part: float) -> tuple[Array, Array]:
