@@ -16,47 +16,27 @@ from gipo_jax.config import Config, HParams
 
 Metrics = dict[str, Array]
 
-INIT_STREAM = 2**31 - 1
-"""Stream id for the start of a run, larger than any iteration's index."""
-
-LOG_STREAM = INIT_STREAM - 1
-"""Stream id for its logged points."""
+INIT_STREAM = 2**31 - 1  # Stream id for the start of a run, larger than any iteration's index
+LOG_STREAM = INIT_STREAM - 1  # Stream id for its logged points
 
 
 class Learner(NamedTuple):
-    """What updates change.
+    """What updates change."""
 
-    Attributes:
-        params: ``{"policy": ...}``, and ``"value"`` where there is a value function.
-        opt_state: an optimizer state for each of them.
-        objective_state: state of a stateful objective, else ``()``.
-    """
-
-    params: Any
-    opt_state: Any
-    objective_state: Any
+    params: Any  # {"policy": ...}, and "value" where there is a value function
+    opt_state: Any  # an optimizer state for each of them
+    objective_state: Any  # state of a stateful objective, else ()
 
 
 class TrainState(NamedTuple):
-    """Everything a run carries from one iteration to the next.
+    """Everything a run carries from one iteration to the next."""
 
-    Attributes:
-        learner: parameters and optimizer.
-        replay: arrays ``[blocks, rollout_length, num_envs, ...]``.
-        domain_state: what belongs to the domain, such as environments in mid-episode.
-        totals: counts since the last logged point by name: sum of the ``returns`` and number of
-            the ``episodes`` that ended, how many of them ``solved`` the task, the domain's own.
-        key: the run's key, never consumed, only folded.
-        diverged_at: iteration whose updates gave non-finite parameters, -1 while none has; the
-            learner is frozen from before that iteration on.
-    """
-
-    learner: Learner
-    replay: Any
-    domain_state: Any
-    totals: dict[str, Array]
-    key: Array
-    diverged_at: Array
+    learner: Learner  # parameters and optimizer
+    replay: Any  # arrays [blocks, rollout_length, num_envs, ...]
+    domain_state: Any  # what belongs to the domain, such as environments in mid-episode
+    totals: dict[str, Array]  # since the last logged point: returns, episodes, solved, the domain's
+    key: Array  # the run's key, never consumed, only folded
+    diverged_at: Array  # iteration whose updates were not finite, and froze the learner; or -1
 
 
 def run_key(seed: Any) -> Array:
@@ -82,8 +62,8 @@ def updates_begin(config: Config, hparams: HParams) -> Any:
     return first_update(config) + hparams.min_age if first_update(config) else 0
 
 
+# How batches are drawn, by the setting sampling
 DRAWS = {"shuffled": buffer.draw_shuffled, "uniform": buffer.draw_uniform}
-"""How batches are drawn, by the setting ``sampling``."""
 
 
 def sample_indices(

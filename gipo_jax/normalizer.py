@@ -12,31 +12,21 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-PRIOR_UPDATES = 10.0
-"""After this many updates, observations are half standardised (on a logarithmic scale)."""
+PRIOR_UPDATES = 10.0  # updates until half standardised (on a logarithmic scale)
 
-MIN_STD = 1e-2
-"""Least standard deviation that observations are divided by."""
+MIN_STD = 1e-2  # Least standard deviation that observations are divided by
 
 
-BOUND = 10.0
-"""Largest absolute value of a normalised observation."""
+BOUND = 10.0  # Largest absolute value of a normalised observation
 
 
 class Normalizer(NamedTuple):
-    """Moments of all observations seen so far.
+    """Moments of all observations seen so far."""
 
-    Attributes:
-        total: number of observations.
-        mean: ``[*obs_shape]``.
-        squares: ``[*obs_shape]``, sum of squared deviations from the mean.
-        updates: number of calls of ``update``.
-    """
-
-    total: Array
-    mean: Array
-    squares: Array
-    updates: Array
+    total: Array  # number of observations
+    mean: Array  # [*obs_shape]
+    squares: Array  # [*obs_shape], sum of squared deviations from the mean
+    updates: Array  # number of calls of update
 
 
 def init(obs_shape: tuple[int, ...]) -> Normalizer:

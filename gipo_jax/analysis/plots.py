@@ -24,14 +24,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from gipo_jax.analysis import stats
 from gipo_jax.sweep import results
 
-WIDTH = 7.0
-"""Width of a figure in inches: a page's text width."""
-
-PANEL = 2.15
-"""Height of a row of panels in inches."""
-
-Drawn = tuple[Figure, pd.DataFrame]
-"""A figure and the numbers it shows."""
+WIDTH = 7.0  # Width of a figure in inches: a page's text width
+PANEL = 2.15  # Height of a row of panels in inches
+Drawn = tuple[Figure, pd.DataFrame]  # A figure and the numbers it shows
 
 INTERVAL_CAPTION = "shading and bars: 95 % bootstrap interval over seeds"
 
@@ -60,19 +55,12 @@ _STYLE: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How a method is drawn.
+    """How a method is drawn."""
 
-    Attributes:
-        color: hexadecimal RGB.
-        marker: matplotlib marker.
-        linestyle: matplotlib line style.
-        label: name in legends.
-    """
-
-    color: str
-    marker: str
-    linestyle: Any
-    label: str
+    color: str  # hexadecimal RGB
+    marker: str  # matplotlib marker
+    linestyle: Any  # matplotlib line style
+    label: str  # name in legends
 
 
 _OBJECTIVES = {
@@ -89,11 +77,9 @@ _SIGMA_STYLES = ((0, (1, 1)), (0, (5, 1.5)), "-", (0, (6, 1, 1, 1)))
 
 
 def look(objective: str, sigma: float | None = None) -> Look:
-    """How an objective is drawn, the same in every figure; sigmas of GIPO are shades of its blue.
+    """How an objective is drawn, the same in every figure.
 
-    Args:
-        objective: its name; unknown names get a look of their own that depends on the name alone.
-        sigma: width, to tell several of them apart.
+    Several sigmas of GIPO are shades of its blue. The look of an unknown name depends on it alone.
     """
     if objective in _OBJECTIVES:
         base = _OBJECTIVES[objective]
@@ -159,15 +145,10 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def summarize(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
-    """Mean over seeds and its 95 % bootstrap interval, for every combination of ``by``.
+    """Mean over seeds and its 95 % bootstrap interval, for every combination of ``by``, in order.
 
-    Args:
-        frame: rows of single runs; those without a finite ``value`` are left out.
-        by: columns that tell the combinations apart.
-        value: column averaged.
-
-    Returns:
-        Columns ``by``, ``mean``, ``low``, ``high``, ``seeds`` (rows averaged), ordered by ``by``.
+    Columns are ``by``, ``mean``, ``low``, ``high`` and ``seeds``, the rows averaged; rows of
+    ``frame``, single runs, without a finite ``value`` are left out.
     """
     rows = []
     finite = frame[np.isfinite(frame[value].to_numpy(float))]
@@ -243,6 +224,7 @@ def thousands(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
 
 
+# Columns of runs.csv that do not tell methods apart
 _RESULTS = {
     "run",
     "env",
@@ -254,17 +236,13 @@ _RESULTS = {
     "final_return",
     "eval_return",
 }
-"""Columns of runs.csv that do not tell methods apart."""
 
 
 def methods(runs: pd.DataFrame) -> tuple[pd.Series, dict[str, Look]]:
-    """Names the method of each run: its objective, and whatever else was swept for that objective.
+    """Names the method of each run, and gives the look of each name in order of first appearance.
 
-    Args:
-        runs: as ``results.read_runs`` gives them.
-
-    Returns:
-        the name for every row, and the look of every name, in order of first appearance.
+    A method is its objective, and whatever else was swept for that objective. ``runs`` are as
+    ``results.read_runs`` gives them.
     """
     names: dict[Any, str] = {}
     looks: dict[str, Look] = {}
@@ -301,19 +279,11 @@ def _lighter(color: str, steps: int) -> str:
 
 
 def draw_sweep(directory: str | Path) -> list[Path]:
-    """Draws what a sweep measured, from its folder alone.
+    """Draws what a sweep measured into ``figures/`` of its folder, and returns the files written.
 
-    Learning curves; final return against buffer size; and, against buffer size, the effective
-    sample size, the share of samples with a weight near zero, and the age of the data.
-
-    Args:
-        directory: a sweep's folder; figures go to its ``figures/``.
-
-    Returns:
-        the files written, PNG and PDF.
-
-    Raises:
-        results.ResultsError: the folder holds no sweep, or nothing to draw yet.
+    Figures are learning curves; final return against buffer size; and, against buffer size, the
+    effective sample size, the share of samples with a weight near zero, and the age of the data.
+    Raises ``results.ResultsError`` where the folder holds no sweep, or nothing to draw yet.
     """
     directory = Path(directory)
     runs, metrics = results.read_runs(directory), results.read_metrics(directory)
@@ -329,14 +299,7 @@ def draw_sweep(directory: str | Path) -> list[Path]:
 def sweep_figures(
     runs: pd.DataFrame, metrics: pd.DataFrame
 ) -> Iterator[tuple[str, Figure, pd.DataFrame]]:
-    """The figures of ``draw_sweep``, one after the other.
-
-    Args:
-        runs, metrics: as ``results.read_runs`` and ``results.read_metrics`` give them.
-
-    Yields:
-        name, figure, and the numbers it shows.
-    """
+    """The figures of ``draw_sweep`` one by one: name, figure, and the numbers it shows."""
     names, looks = methods(runs)
     runs = runs.assign(method=names)
     columns = ["run", "env", "method", "buffer_size", "seed"]

@@ -45,24 +45,14 @@ class PoolError(RuntimeError):
 
 
 class PoolState(NamedTuple):
-    """State of the ``envs`` environments of a run.
+    """State of the ``envs`` environments of a run."""
 
-    Attributes:
-        token: ``[1, 8]`` uint8, passed from call to call; its value means nothing.
-        ids: ``[envs]`` int32, which environments of the pool they are.
-        seeds: ``[envs]`` int32, what they were seeded with.
-        resets: ``[envs]`` int32, resets so far, the first one included.
-        elapsed: ``[envs]`` int32, steps of the current episode.
-        actions: ``[max_episode_steps, envs, *action_shape]``, those of the current episode; None
-            where resuming does not need them.
-    """
-
-    token: Array
-    ids: Array
-    seeds: Array
-    resets: Array
-    elapsed: Array
-    actions: Array | None
+    token: Array  # [1, 8] uint8, passed from call to call; its value means nothing
+    ids: Array  # [envs] int32, which environments of the pool they are
+    seeds: Array  # [envs] int32, what they were seeded with
+    resets: Array  # [envs] int32, resets so far, the first one included
+    elapsed: Array  # [envs] int32, steps of the current episode
+    actions: Array | None  # of the current episode, [max_episode_steps, envs, ...], to resume
 
 
 class _Result(NamedTuple):
@@ -77,11 +67,7 @@ class _Result(NamedTuple):
 
 
 def names() -> list[str] | None:
-    """All environments that EnvPool registers; None when it is not installed.
-
-    Raises:
-        ConfigError: it is installed and cannot be imported.
-    """
+    """All environments that EnvPool registers; None when it is not installed."""
     try:
         import envpool
     except ModuleNotFoundError as error:
@@ -107,30 +93,21 @@ def make(config: Config) -> Environment:
 
 
 class Task(NamedTuple):
-    """What there is to know of one of EnvPool's environments before a pool of it is made.
+    """What there is to know of one of EnvPool's environments before a pool of it is made."""
 
-    Attributes:
-        name: EnvPool's, with the options that were given.
-        options: for ``envpool.make``, which takes ``base_name(name)``.
-        encode: leaves of observations, ``[n, ...]`` each, and the module that computes with them
-            (``numpy`` or ``jax.numpy``) to an array ``[n, *obs_shape]``.
-        action_dtype: type that EnvPool takes.
-        resume_gap: why a stopped run does not go on exactly, or None.
-    """
-
-    name: str
-    options: dict[str, Any]
-    encode: Callable[[Sequence[Any], Any], Any]
+    name: str  # EnvPool's, with the options that were given
+    options: dict[str, Any]  # for envpool.make, which takes base_name(name)
+    encode: Callable[[Sequence[Any], Any], Any]  # leaves [n, ...], numpy module -> [n, *obs_shape]
     obs_shape: tuple[int, ...]
     obs_dtype: np.dtype
     action_shape: tuple[int, ...]
-    action_dtype: np.dtype
+    action_dtype: np.dtype  # type that EnvPool takes
     num_actions: int | None
     action_low: np.ndarray | None
     action_high: np.ndarray | None
     max_episode_steps: int
     reports_success: bool
-    resume_gap: str | None
+    resume_gap: str | None  # why a stopped run does not go on exactly, or None
 
 
 # Replaying an episode's actions after as many resets gives the same bits here; tested in
@@ -145,11 +122,7 @@ _LONGEST_REPLAY = 100_000
 
 
 def read_task(config: Config) -> Task:
-    """Looks an environment up.
-
-    Raises:
-        ConfigError: EnvPool cannot make it, or its spaces are of a kind that nothing here reads.
-    """
+    """Looks an environment up. Raises ConfigError where EnvPool, or nothing here, can use it."""
     import envpool
     from envpool.registration import registry
     from gymnasium import spaces
@@ -221,11 +194,7 @@ _NOT_OPTIONS = (
 
 
 def _read_options(name: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Options in a name, ``NAME:option=value,...``, as the type of their default.
-
-    Raises:
-        ConfigError: an option that the environment does not have, or not with this value.
-    """
+    """Options in a name, ``NAME:option=value,...``, as the type of their default."""
     base, _, given = name.partition(":")
     known = {
         option: default
@@ -307,19 +276,12 @@ def _make_pool(task: Task, seeds: np.ndarray, threads: int, **settings: int) -> 
 
 
 class _Pool:
-    """Simulators of some runs, ``envs`` for each, in one EnvPool.
+    """Simulators of some runs in one EnvPool, seeded with int32 ``[runs, envs]``.
 
     It answers for one environment at a time, so that any of them can be stepped without the rest.
     """
 
     def __init__(self, task: Task, seeds: np.ndarray, threads: int) -> None:
-        """Makes the simulators.
-
-        Args:
-            task: what to simulate.
-            seeds: ``[runs, envs]`` int32.
-            threads: that simulate.
-        """
         self._task = task
         self._pool = _make_pool(task, seeds, threads, batch_size=1)
         # The foreign functions take and give what EnvPool says only where double precision exists:
@@ -567,10 +529,7 @@ class _Episodes:
 def _of_one_episode(
     task: Task, threads: int
 ) -> tuple[Callable[[Array, int], tuple[Array, Array]], Callable[[Array, Array, Array], Step]]:
-    """``reset`` and ``step`` of simulators made at each ``reset``, for one episode.
-
-    Their state is the number by which the host finds them.
-    """
+    """``reset`` and ``step`` of simulators made at each ``reset``; their state is a number."""
     playing: dict[int, _Episodes] = {}
     numbers = itertools.count()
     unbatched = _unbatched(task)

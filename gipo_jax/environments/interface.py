@@ -77,15 +77,13 @@ class Environment(NamedTuple):
         """Makes its simulators, before a program with them is compiled.
 
         Args:
-            keys: ``[runs]``, the keys that ``reset`` will be called with, each as often as it is
-                here.
+            keys: ``[runs]``, the keys that ``reset`` will be called with, each as often as here.
             devices: devices that share the runs evenly, in order. Each has simulators of its own.
             axis: with several devices, the mesh axis that ``jax.shard_map`` runs them along.
 
         Returns:
-            the same environment, whose ``reset`` and ``step`` may be compiled. Every key starts
-            once: a second ``reset`` with it raises ``envpool_env.PoolError``, because a simulator
-            cannot go back to its first random numbers.
+            the same environment, to compile with. Every key starts once: a second ``reset`` with it
+            raises ``envpool_env.PoolError``, for a simulator has no way back to its first numbers.
 
         Raises:
             ConfigError: the runs cannot be shared evenly. So does ``reset``, when it is traced on a
@@ -106,13 +104,11 @@ class Environment(NamedTuple):
         new episode.
 
         Args:
-            state: stored states of the runs that ``open`` had the keys of, in order, arrays
-                ``[runs, ...]`` on the host.
+            state: stored states of the runs whose keys ``open`` had, ``[runs, ...]`` on the host.
             obs: their observations, ``[runs, envs, *obs_shape]``.
 
         Returns:
-            state and observations to go on from, and ``[runs, envs]`` bool: which began a new
-            episode.
+            state and observations to go on from, and which began anew, bool ``[runs, envs]``.
         """
         if self.simulator is None:
             return state, obs, np.zeros(np.shape(obs)[:2], bool)
@@ -121,8 +117,7 @@ class Environment(NamedTuple):
     def for_evaluation(self) -> "Environment":
         """The environment to play one fresh episode in, at any time and without ``open``.
 
-        Outside JAX, each ``reset`` makes simulators whose random numbers follow from its key, and
-        they end with the last of their episodes.
+        Outside JAX, each ``reset`` makes simulators that its key seeds and their last episode ends.
         """
         if self.simulator is None:
             return self
@@ -131,10 +126,7 @@ class Environment(NamedTuple):
 
 
 class Simulator(NamedTuple):
-    """What an environment outside JAX needs besides; see the methods of ``Environment``.
-
-    ``of_one_episode`` makes the ``reset`` and ``step`` to evaluate with.
-    """
+    """What an environment outside JAX needs besides; see the methods of ``Environment``."""
 
     open: Callable[[Array, int, str], Environment]
     close: Callable[[], None]
@@ -144,15 +136,10 @@ class Simulator(NamedTuple):
 
 
 class Single(NamedTuple):
-    """One environment, without the leading axis.
+    """One environment, without the leading axis."""
 
-    Attributes:
-        reset: ``key -> obs [*obs_shape], state``.
-        step: ``key, state, action [*action_shape] -> Step`` of arrays without ``envs``.
-    """
-
-    reset: Callable[[Array], tuple[Array, Any]]
-    step: Callable[[Array, Any, Array], Step]
+    reset: Callable[[Array], tuple[Array, Any]]  # key -> obs [*obs_shape], state
+    step: Callable[[Array, Any, Array], Step]  # the same without the axis of environments
 
 
 def single(env: Environment) -> Single:

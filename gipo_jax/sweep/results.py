@@ -13,8 +13,7 @@ import pandas as pd
 
 from gipo_jax.config import ConfigError
 
-FORMAT = 2
-"""Version of the folder's layout; a folder of another version is refused."""
+FORMAT = 2  # Version of the folder's layout; a folder of another version is refused
 
 CONFIG = "config.json"
 RUNS = "runs.csv"
@@ -23,8 +22,8 @@ PARAMS = "params"
 CHECKPOINTS = "checkpoints"
 FIGURES = "figures"
 
+# Columns that are text, whatever they look like
 _TEXT = ("env", "objective", "kernel", "ratio_level", "selection", "status")
-"""Columns that are text, whatever they look like."""
 
 
 class ResultsError(RuntimeError):
@@ -32,29 +31,17 @@ class ResultsError(RuntimeError):
 
 
 def read_runs(directory: str | Path) -> pd.DataFrame:
-    """One row per run: settings, status and returns.
-
-    Raises:
-        ResultsError: the folder holds no sweep, or its table cannot be read.
-    """
+    """One row per run: settings, status and returns."""
     return _read_table(Path(directory), RUNS)
 
 
 def read_metrics(directory: str | Path) -> pd.DataFrame:
-    """One row per run and logged point. ``run`` refers to ``read_runs``.
-
-    Raises:
-        ResultsError: the folder holds no sweep, or its table cannot be read.
-    """
+    """One row per run and logged point. ``run`` refers to ``read_runs``."""
     return _read_table(Path(directory), METRICS)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The sweep's settings and provenance, as in ``config.json``.
-
-    Raises:
-        ResultsError: no such file, damaged, or of another version.
-    """
+    """The sweep's settings and provenance, as in ``config.json``."""
     path = Path(directory) / CONFIG
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))

@@ -15,8 +15,7 @@ from jax import Array
 
 from gipo_jax.config import ConfigError
 
-PREFIX = "flow/"
-"""What the names of these tasks begin with, where a configuration names them."""
+PREFIX = "flow/"  # What the names of these tasks begin with, where a configuration names them
 
 
 class Task(NamedTuple):
@@ -57,11 +56,7 @@ def is_task(env: Any) -> bool:
 
 
 def make(name: str) -> Task:
-    """The task of a name.
-
-    Raises:
-        ConfigError: no such task.
-    """
+    """The task of a name."""
     if name not in TASKS:
         raise ConfigError("env", name, f"one of {', '.join(TASKS)}")
     # A training function may be made under a trace; centers of modes stay numbers there.
@@ -101,37 +96,21 @@ def moons() -> Task:
     return Task(f"{PREFIX}moons", sample, centers, ~lower, width=0.4)
 
 
+# Tasks by name
 TASKS: dict[str, Callable[[], Task]] = {f"{PREFIX}ring": ring, f"{PREFIX}moons": moons}
-"""Tasks by name."""
 
 
 def reward(task: Task, points: Array | np.ndarray) -> Array:
-    """Reward of end points, in (0, 1]: exp(-d^2 / (2 width^2)), d the distance to the nearest mode
-    that is rewarded.
-
-    Args:
-        task: the task.
-        points: ``[..., 2]``.
-
-    Returns:
-        ``[...]``.
-    """
+    """exp(-d^2 / (2 width^2)) of points ``[..., 2]``, d the distance to the next rewarded mode."""
     squares = _squared_distances(points, task.centers[task.rewarded])
     return jnp.exp(-jnp.min(squares, axis=-1) / (2 * task.width**2))
 
 
 def modes_covered(task: Task, points: Array | np.ndarray) -> Array:
-    """How many rewarded modes a set of points covers.
+    """How many rewarded modes a set of points ``[n, 2]`` covers.
 
     A mode is covered if at least a quarter of its equal share of the points, 1 / (4 x rewarded
     modes), lies within two widths of it and nearest to it.
-
-    Args:
-        task: the task.
-        points: ``[n, 2]``.
-
-    Returns:
-        scalar, 0 to the number of rewarded modes.
     """
     centers = task.centers[task.rewarded]
     squares = _squared_distances(points, centers)

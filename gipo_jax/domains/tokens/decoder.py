@@ -17,8 +17,7 @@ from gipo_jax import cpu, networks
 from gipo_jax.config import ConfigError
 
 Params = Any
-Cache = tuple[tuple[Array, Array], ...]
-"""Keys and values of each layer, ``[batch, heads, time, width / heads]`` each."""
+Cache = tuple[tuple[Array, Array], ...]  # keys and values a layer, [batch, heads, time, size]
 
 
 class Decoder(NamedTuple):
@@ -67,13 +66,10 @@ def make(
         answer_length: most tokens of an answer, the end token included, >= 1.
         end: token that ends an answer, in [0, vocab); None where all have ``answer_length`` tokens.
         layers: number of layers, >= 1.
-        width: width of the residual stream, a multiple of ``heads``.
+        width: width of the residual stream, which the heads must divide (else ConfigError).
         heads: attention heads, >= 1.
         feed_forward: width of the hidden layer of the feed-forward part, >= 1.
         precision: types of numbers.
-
-    Raises:
-        ConfigError: a width that the heads do not divide.
     """
     if width % heads:
         raise ConfigError("width", width, f"a multiple of heads {heads}")
@@ -144,12 +140,7 @@ def make(
 
 
 def answer_mask(answer: Array, end: int | None) -> Array:
-    """True for the tokens of an answer up to its first end token, that one included.
-
-    Args:
-        answer: ``[..., answer_length]``.
-        end: the end token; None where every token counts.
-    """
+    """True for the tokens of answers up to the first end token, that one included."""
     if end is None:
         return jnp.ones_like(answer, bool)
     is_end = answer == end

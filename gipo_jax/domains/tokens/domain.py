@@ -33,47 +33,30 @@ from gipo_jax.learner import (
     init_optimizer,
 )
 
-EVAL_PROMPTS = 128
-"""Fresh prompts that an evaluation answers by default."""
+EVAL_PROMPTS = 128  # Fresh prompts that an evaluation answers by default
 
+# What is counted: prompts drawn, tokens of responses, and tokens of responses in updates
 TOTALS = ("prompts_sampled", "tokens_generated", "tokens_trained")
-"""What is counted: prompts drawn, tokens of responses, and tokens of responses in updates."""
 
-SELECTION_STREAM = INIT_STREAM - 2
-"""Folded into a run's key for the first state of a selection; beyond any iteration's index."""
+SELECTION_STREAM = INIT_STREAM - 2  # for the first state of a selection; see INIT_STREAM
 
 
 class State(NamedTuple):
-    """What token tasks carry from one iteration to the next.
+    """What token tasks carry from one iteration to the next."""
 
-    Attributes:
-        selection: what a selection has learned.
-        reference: parameters of the reference policy in preference training, else ``()``.
-    """
-
-    selection: Any
-    reference: Any
+    selection: Any  # what a selection has learned
+    reference: Any  # parameters of the reference policy in preference training, else ()
 
 
 class Row(NamedTuple):
-    """Responses as replay keeps them: ``[rollout_length, num_envs, ...]``, or ``[batch, ...]``.
+    """Responses as replay keeps them: ``[rollout_length, num_envs, ...]``, or ``[batch, ...]``."""
 
-    Attributes:
-        prompt: ``[..., prompt_length]``.
-        answer: ``[..., answer_length]``, end tokens from the first one on.
-        behavior_log_prob: log mu of each token, ``[..., answer_length]``; 0 at padding.
-        advantage: ``[...]``; in preference training 1 for a pair, 0 where there is none.
-        weight: ``[...]``, of a selection of responses; None without.
-        wrong: in preference training the wrong response of a pair, where ``answer`` is the right
-            one; else None.
-    """
-
-    prompt: Any
-    answer: Any
-    behavior_log_prob: Any
-    advantage: Any
-    weight: selection.Weights | None = None
-    wrong: preference.Wrong | None = None
+    prompt: Any  # [..., prompt_length]
+    answer: Any  # [..., answer_length], end tokens from the first one on
+    behavior_log_prob: Any  # log mu of each token, [..., answer_length]; 0 at padding
+    advantage: Any  # [...]; in preference training 1 for a pair, 0 where there is none
+    weight: selection.Weights | None = None  # [...], of a selection of responses; None without
+    wrong: preference.Wrong | None = None  # of pairs, whose right response is answer
 
 
 class Tokens(Domain):
@@ -180,17 +163,7 @@ class Tokens(Domain):
         mask: Array,
         key: Array,
     ) -> tuple[Row, Any]:
-        """Pairs the responses, where pairs are compared, and weighs them; the selection learns.
-
-        Args:
-            state: with the policy that gave the responses.
-            hparams: traced settings of the run.
-            prompts: ``[num_envs, prompt_length]``.
-            rows: responses and advantages.
-            exact: whether a response is right, bool ``[rollout_length, num_envs]``.
-            mask: of the responses, ``[rollout_length, num_envs, answer_length]``.
-            key: PRNG key.
-        """
+        """Pairs the responses, where pairs are compared, and weighs them; the selection learns."""
         key_pair, key_weigh = jax.random.split(key)
         group = selection.Group(
             prompts, rows.answer, rows.behavior_log_prob, mask, exact, rows.advantage
@@ -371,9 +344,7 @@ def make(config: Config, task: tasks.Task | None = None) -> Tokens:
 
 
 def check_hparams(config: Config, hparams: HParams) -> None:
-    """Refuses traced settings that would do nothing. Raises ConfigError."""
-    objective = objectives.spec(config.objective)
-    check_applies(config, hparams, domain=TOKENS, objective=objective)
+    """Refuses imitation of a task that shows none. Raises ConfigError."""
     task = tasks.make(config.env)
     if hparams.imitation_updates and task.demonstration is None:
         valid = f"0, because the task {task.name} has no demonstrations"

@@ -18,18 +18,11 @@ from gipo_jax.config import Config, ConfigError
 
 
 class Wrong(NamedTuple):
-    """The wrong answer of a pair, as replay keeps it beside the right one.
+    """The wrong answer of a pair, as replay keeps it beside the right one."""
 
-    Attributes:
-        answer: ``[..., answer_length]``.
-        behavior_log_prob: log mu of each token, same shape; 0 at padding.
-        reference_margin: log-probability of the right minus that of the wrong answer under the
-            reference policy, ``[...]``.
-    """
-
-    answer: Array
-    behavior_log_prob: Array
-    reference_margin: Array
+    answer: Array  # [..., answer_length]
+    behavior_log_prob: Array  # log mu of each token, same shape; 0 at padding
+    reference_margin: Array  # log pi(right) - log pi(wrong) of the reference policy, [...]
 
 
 class Pairs(NamedTuple):
@@ -46,15 +39,9 @@ def is_preference(spec: signatures.Spec) -> bool:
 
 
 def pair(exact: Array, key: Array) -> Pairs:
-    """Pairs each answer with a random one to the same prompt that is its opposite.
+    """Pairs each answer, bool ``[answers, prompts]``, with a random opposite one to its prompt.
 
-    Args:
-        exact: whether an answer is right, bool ``[answers, prompts]``.
-        key: PRNG key.
-
-    Returns:
-        indices along the answers, and whether the group has both kinds; without, both indices are
-        meaningless.
+    In a group without both kinds no pair exists, and its indices mean nothing.
     """
     opposite = exact[:, None] != exact
     noise = jax.random.uniform(key, opposite.shape)
@@ -83,11 +70,7 @@ def difference(values: tuple[Array, Array], masks: tuple[Array, Array]) -> Array
 
 
 def check(config: Config, spec: signatures.Spec) -> None:
-    """Refuses settings that preference training does not have.
-
-    Raises:
-        ConfigError: one that is not at its default, or an input that pairs do not have.
-    """
+    """Refuses settings that preference training does not have. Raises ConfigError."""
     because = f"because {spec.name} compares whole answers"
     if config.ratio_level not in (None, "joint"):
         raise ConfigError("ratio_level", config.ratio_level, f"'joint' or left out, {because}")
