@@ -362,12 +362,8 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
         branches = [functools.partial(call, pool) for pool in pools]
         return jax.lax.switch(device(), branches, *arguments)
 
-    def send(token: Array, id: Array, action: Array) -> Array:
-        return on_device(_Pool.send, token, id, action)
-
-    def recv(token: Array) -> tuple[Array, _Result]:
-        return on_device(_Pool.recv, token)
-
+    send = functools.partial(on_device, _Pool.send)
+    recv = functools.partial(on_device, _Pool.recv)
     unbatched = _unbatched(task)
 
     def start(device: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -406,13 +402,10 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
             sent = jax.lax.cond(due, send, lambda token, *_: token, token, id, action)
             return sent, None
 
-        def recv_next(token: Array, _: None) -> tuple[Array, _Result]:
-            return recv(token)
-
         token, _ = jax.lax.scan(
             lambda token, inputs: (send(token, *inputs), None), token, (ids, action)
         )
-        token, result = jax.lax.scan(recv_next, token, None, num_envs)
+        token, result = jax.lax.scan(lambda token, _: recv(token), token, None, num_envs)
         if num_envs > 1:
             # Whoever is done first answers first.
             result = jax.tree.map(lambda x: x[jnp.argsort(result.id)], result)

@@ -85,9 +85,8 @@ class Folder:
             except OSError as error:
                 print(f"warning: {path} cannot be locked: {error.strerror}", file=sys.stderr)
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise ConfigError(
-                    "out", out, "a folder that no other process is leaving; try again"
-                )
+                valid = "a folder that no other process is leaving; try again"
+                raise ConfigError("out", out, valid)
             try:
                 results.check_directory(self.directory, self._resume)
                 if checkpoint.numbers(self.checkpoints) != self._present:

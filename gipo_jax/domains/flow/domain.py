@@ -135,12 +135,7 @@ class Flow(Domain):
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
-        config, steps = self.config, self.env.steps
-
-        def like(*shape: int) -> Any:
-            full = (config.rollout_length, config.num_envs, *shape)
-            return jax.ShapeDtypeStruct(full, jnp.float32)
-
+        steps, like = self.env.steps, self.like
         return Row(like(steps + 1, 2), like(steps, 2), like(steps), like())
 
 

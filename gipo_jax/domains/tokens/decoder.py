@@ -24,26 +24,21 @@ class Decoder(NamedTuple):
     """A policy over answers as pure functions.
 
     Prompts are int32 ``[batch, prompt_length]``, answers ``[batch, answer_length]``.
-
-    Attributes:
-        init: ``key -> params``.
-        logits: ``params, tokens [batch, time] -> [batch, time, vocab]``, of the token after each
-            one, with time <= prompt_length + answer_length.
-        sample: ``params, prompt, key, temperature=1.0 -> answer, log_prob``; both
-            ``[batch, answer_length]``, the log-probabilities those of the sampled distribution and
-            0 at padding.
-        greedy: ``params, prompt -> answer`` of the most likely token at each step.
-        score: ``params, prompt, answer, temperature=1.0 -> log_prob, entropy`` of each token of
-            the answer, ``[batch, answer_length]``, in nats; anything at padding.
-        mask: ``answer -> bool``, same shape; false at padding.
     """
 
-    init: Callable[[Array], Params]
+    init: Callable[[Array], Params]  # key -> params
+    # params, tokens [batch, time] -> [batch, time, vocab], of the token after each one, with time
+    # <= prompt_length + answer_length
     logits: Callable[[Params, Array], Array]
+    # params, prompt, key, temperature=1.0 -> answer, log_prob; both [batch, answer_length], the
+    # log-probabilities those of the sampled distribution and 0 at padding
     sample: Callable[..., tuple[Array, Array]]
+    # params, prompt -> answer of the most likely token at each step
     greedy: Callable[[Params, Array], Array]
+    # params, prompt, answer, temperature=1.0 -> log_prob, entropy of each token of the answer,
+    # [batch, answer_length], in nats; anything at padding
     score: Callable[..., tuple[Array, Array]]
-    mask: Callable[[Array], Array]
+    mask: Callable[[Array], Array]  # answer -> bool, same shape; false at padding
 
 
 def make(

@@ -303,20 +303,13 @@ class Tokens(Domain):
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
-        config, task = self.config, self.env
-
-        def like(shape: tuple[int, ...], dtype: Any) -> Any:
-            return jax.ShapeDtypeStruct((config.rollout_length, config.num_envs, *shape), dtype)
-
-        block = Row(
-            like((task.prompt_length,), jnp.int32),
-            like((task.answer_length,), jnp.int32),
-            like((task.answer_length,), jnp.float32),
-            like((), jnp.float32),
+        task, like = self.env, self.like
+        prompt, answer = (
+            like(n, dtype=jnp.int32) for n in (task.prompt_length, task.answer_length)
         )
+        block = Row(prompt, answer, like(task.answer_length), like())
         if self.selection.stage == selection.GROUP:
-            weight = like((), jnp.float32)
-            block = block._replace(weight=selection.Weights(weight, weight))
+            block = block._replace(weight=selection.Weights(like(), like()))
         if self.preference:
             wrong = preference.Wrong(block.answer, block.behavior_log_prob, block.advantage)
             block = block._replace(wrong=wrong)

@@ -87,8 +87,9 @@ class Selection(NamedTuple):
     name: str  # for tables
     stage: str | None  # PROMPTS or GROUP, what it weighs; None for keep_all
     select: Callable[[Any, State, Array], Array]  # prompts or group, state, key -> weights
-    initial_state: Callable[[Task, Array], State]  # task, key -> state
-    update: Callable[[State, Group], State]  # state, group -> state, called once an iteration
+    # task, key -> state, and state, group -> state, called once an iteration; by default no state
+    initial_state: Callable[[Task, Array], State] = lambda task, key: ()
+    update: Callable[[State, Group], State] = lambda state, group: state
 
 
 def declare(
@@ -168,11 +169,6 @@ def packed_rows(config: Config) -> int:
 # The built-in ones.
 
 
-def keep_all() -> Selection:
-    """No selection."""
-    return Selection("keep_all", None, lambda *_: jnp.ones(()), _no_state, _same_state)
-
-
 MAX_PRUNED = 0.7  # highest probability with which prune leaves out a prompt, or an answer
 
 
@@ -212,7 +208,7 @@ def prune(part: float) -> Selection:
         keep_answer = jax.random.bernoulli(key_answer, of_answer)
         return (keep_prompt & keep_answer) / (of_prompt * of_answer)
 
-    return Selection("prune", GROUP, select, _no_state, _same_state)
+    return Selection("prune", GROUP, select)
 
 
 class DepoState(NamedTuple):
@@ -334,7 +330,7 @@ def sage(part: float) -> Selection:
         chosen = is_pair & (jnp.sum(before, axis=1) < quota)
         return chosen.astype(jnp.float32).reshape(shape)
 
-    return Selection("sage", GROUP, select, _no_state, _same_state)
+    return Selection("sage", GROUP, select)
 
 
 SELECTIONS = ("keep_all", "depo", "prune", "sage")  # Names of the built-in selections
@@ -352,7 +348,7 @@ def make(config: Config, task: Task, objective: Spec) -> Selection:
         raise ConfigError("selection", chosen, "one for single answers, or objective dpo")
     else:
         selection = {
-            "keep_all": keep_all,
+            "keep_all": lambda: Selection("keep_all", None, lambda *_: jnp.ones(())),
             "depo": lambda: depo(task.vocab),
             "prune": lambda: prune(part),
             "sage": lambda: sage(part),
@@ -420,8 +416,7 @@ def _own(chosen: Any) -> Selection:
     if len(first) != 3 or first[0] not in (PROMPTS, GROUP) or first[1:] != ["state", "key"]:
         valid = f"a function of ({PROMPTS}, state, key) or ({GROUP}, state, key)"
         raise ConfigError("selection", name, valid)
-    functions = getattr(chosen, "state_functions", (_no_state, _same_state))
-    return Selection(name, first[0], chosen, *functions)
+    return Selection(name, first[0], chosen, *getattr(chosen, "state_functions", ()))
 
 
 def _try_out(selection: Selection, config: Config, task: Task, pairs: bool) -> None:
@@ -473,11 +468,3 @@ def _checked(
         form = list(jnp.shape(weight)) if hasattr(weight, "shape") else type(weight).__name__
         raise ConfigError(f"selection {selection.name}", form, f"weights {list(shape)}")
     return jnp.asarray(weight, jnp.float32)
-
-
-def _no_state(task: Task, key: Array) -> State:
-    return ()
-
-
-def _same_state(state: State, group: Group) -> State:
-    return state
