@@ -3,21 +3,18 @@
 EnvPool gives XLA two foreign functions, one that hands actions to a pool of simulators and one that
 takes results from it, so that acting stays a ``lax.scan`` without a callback. What follows from it:
 
-- A pool belongs to a compiled program, which holds its address. It is made before the program is
-  (``Environment.open``) and lives until ``Environment.close``.
-- A pool's random numbers are seeded when it is made, one seed for each environment, derived from
-  the key that ``reset`` is later called with. ``reset`` looks up the environments made for its key.
+- A program holds its pool's address. A pool is made before it (``Environment.open``) and lives
+  until ``Environment.close``.
+- A pool is seeded when it is made, from the keys that ``reset`` is later called with, and ``reset``
+  looks up the environments made for its key.
 - The calls change the pool, so they must happen in order: each passes on a token that the next one
   takes. ``vmap`` over them is impossible.
 
 EnvPool resets an environment in the step after the one that ended its episode. Here ``step`` makes
-that extra step itself, so every environment keeps the contract of the interface: ``final_obs`` is
-where the episode ended, ``obs`` is the next one's first, and no reward of a reset is seen.
+that extra step itself, so that ``obs`` and ``final_obs`` are as everywhere.
 
-Evaluation has simulators of its own, made anew at each logged point and ended with their one
-episode (``Environment.for_evaluation``). Their seeds follow from the run's key and the point, so a
-resumed run repeats them to the bit without a word of them in a checkpoint. They are stepped all at
-once by a callback, which costs little beside as many steps.
+An evaluation has simulators of its own, made anew and ended with their one episode, which a
+callback steps. Seeds follow from the run's key and the point, so a resumed run repeats them.
 """
 
 import functools

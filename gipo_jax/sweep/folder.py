@@ -1,8 +1,4 @@
-"""The folder of a sweep, written: tables, final parameters, checkpoints.
-
-All processes hold the same ``Folder`` and call it alike. Arrays are written by all together, the
-rest by process 0.
-"""
+"""The folder of a sweep, written; process 0 writes all but arrays, and all processes call it alike."""
 
 import contextlib
 import csv

@@ -3,11 +3,8 @@
 One iteration answers ``num_envs`` prompts, each of them ``rollout_length`` times: a group of
 responses. A response's advantage is its reward minus the mean of its group, stored with it in
 replay. An update draws ``batch_size`` responses from replay. So buffer, batch and step counts are
-in responses.
-
-A ``selection`` chooses what is answered and what is learned from. With an objective of pairs, such
-as ``dpo``, what replay keeps and an update compares is a right and a wrong response
-(``preference``).
+in responses. A ``selection`` chooses what is answered and what is learned from; with an objective
+of pairs, such as ``dpo``, a right and a wrong response are compared (``preference``).
 
 Staleness comes in three ways: from old data in a large buffer (``buffer_size``), from a lag
 (``min_age`` iterations held back) and from reuse (``updates_per_iteration``, ``reuse_per_batch``).

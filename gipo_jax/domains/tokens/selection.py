@@ -47,27 +47,18 @@ PROMPTS, GROUP = "prompts", "group"
 
 
 class Group(NamedTuple):
-    """What an iteration has sampled: some answers to each of its prompts.
+    """What an iteration has sampled: some answers to each of its prompts."""
 
-    Attributes:
-        prompt: ``[prompts, prompt_length]``.
-        answer: ``[answers, prompts, answer_length]``, end tokens from the first one on.
-        log_prob: of each token when it was sampled, same shape; 0 at padding.
-        mask: false at padding, same shape.
-        exact: whether an answer is right, bool ``[answers, prompts]``.
-        advantage: as learning takes it, ``[answers, prompts]``; in preference training 1 where the
-            answer has a partner to make a pair with, else 0.
-        margin: in preference training, log-probability of the right minus that of the wrong answer
-            of the pair, less the same under the reference policy, ``[answers, prompts]``; else
-            None.
-    """
-
-    prompt: Array
-    answer: Array
-    log_prob: Array
-    mask: Array
-    exact: Array
+    prompt: Array  # [prompts, prompt_length]
+    answer: Array  # [answers, prompts, answer_length], end tokens from the first one on
+    log_prob: Array  # of each token when it was sampled, same shape; 0 at padding
+    mask: Array  # false at padding, same shape
+    exact: Array  # whether an answer is right, bool [answers, prompts]
+    # as learning takes it, [answers, prompts]; in preference training 1 where the answer has a
+    # partner to make a pair with, else 0
     advantage: Array
+    # in preference training, log-probability of the right minus that of the wrong answer of the
+    # pair, less the same under the reference policy, [answers, prompts]; else None
     margin: Array | None = None
 
 
@@ -233,7 +224,6 @@ class Estimator(nn.Module):
 
 DEPO_RANGE = (0.15, 0.85)
 DEPO_START = 100  # Iterations in which depo only learns
-
 DEPO_RATE = 1e-3  # learning rate of the estimate of depo
 DEPO_UPDATES = 4  # an iteration, of the estimate of depo
 
