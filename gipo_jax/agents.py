@@ -39,9 +39,6 @@ def agent(
         hparams: what the training function took.
         state: the final state it returned.
         run: which run, where the call was vmapped; None where it was not.
-
-    Raises:
-        ConfigError: no such run.
     """
     if run is not None:
         count = state.diverged_at.shape[0] if np.ndim(state.diverged_at) else 0

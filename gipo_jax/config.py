@@ -371,7 +371,7 @@ class Config:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HParams:
-    """Traced settings: scalars that only change numbers. A pytree, so that a sweep can stack them."""
+    """Traced settings: scalars that only change numbers, as a pytree that a sweep can stack."""
 
     seed: Scalar = setting(0, "seed of the run", index, integer=True)
     buffer_size: Scalar = setting(

@@ -131,7 +131,9 @@ def gradient_step(
 
 
 def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
-    """Like Optax's, but finite gradients whose squares overflow keep their direction, not become 0."""
+    """Like Optax's, which returns zeros for finite gradients whose squares overflow; here they keep
+    their direction.
+    """
     # Norms of half-width numbers are taken in single precision.
     full = jax.tree.map(networks.at_least_single, grads)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(full)]))

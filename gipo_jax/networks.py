@@ -246,8 +246,7 @@ def norm(precision: Precision) -> nn.LayerNorm:
 class Network(NamedTuple):
     """Policy and value as pure functions of ``params = {"policy": ..., "value": ...}``.
 
-    With a shared torso its parameters are in the policy's group. Observations are floats of shape
-    ``[..., *obs_shape]``.
+    A shared torso is in the policy's group. Observations are floats ``[..., *obs_shape]``.
     """
 
     init: Callable[[Array], Params]  # key -> params

@@ -83,10 +83,8 @@ def collect(
     length: int,
     keep_outputs: bool = False,
 ) -> tuple[EnvStates, Transition, Array, Array]:
-    """Acts for ``length`` steps in each environment.
-
-    Also gives transitions ``[length, envs]``, and of the episodes that ended meanwhile the sum of
-    their returns and their number.
+    """Acts for ``length`` steps; also transitions ``[length, envs]``, and of the episodes that
+    ended the sum of their returns and their number.
     """
     num_envs = envs.obs.shape[0]
     key_noise, key_env = jax.random.split(key)

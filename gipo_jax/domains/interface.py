@@ -82,10 +82,7 @@ class Domain(abc.ABC):
         """Ends the simulators of ``open``; programs compiled with them must not run again."""
 
     def restore(self, state: TrainState) -> tuple[TrainState, int]:
-        """Brings simulators to stored states ``[runs, ...]`` on the host.
-
-        Returns states to go on from, and how many environments had to begin a new episode.
-        """
+        """Brings simulators to states ``[runs, ...]`` on the host; also how many began anew."""
         return state, 0
 
     @abc.abstractmethod

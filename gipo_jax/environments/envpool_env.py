@@ -273,10 +273,7 @@ def _make_pool(task: Task, seeds: np.ndarray, threads: int, **settings: int) -> 
 
 
 class _Pool:
-    """Simulators of some runs in one EnvPool, seeded with int32 ``[runs, envs]``.
-
-    It answers for one environment at a time, so that any of them can be stepped without the rest.
-    """
+    """Simulators of some runs in one EnvPool, which answers for one environment at a time."""
 
     def __init__(self, task: Task, seeds: np.ndarray, threads: int) -> None:
         self._task = task
@@ -467,18 +464,11 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
     def of_one_episode() -> tuple[Callable[..., Any], Callable[..., Any]]:
         return _of_one_episode(task, runtime.available_cores() // max(len(pools), 1))
 
+    spaces = {name: value for name, value in task._asdict().items() if name in Environment._fields}
     return Environment(
-        name=task.name,
+        **spaces,
         reset=reset,
         step=step if pools else closed_step,
-        obs_shape=task.obs_shape,
-        obs_dtype=task.obs_dtype,
-        action_shape=task.action_shape,
-        num_actions=task.num_actions,
-        action_low=task.action_low,
-        action_high=task.action_high,
-        max_episode_steps=task.max_episode_steps,
-        reports_success=task.reports_success,
         simulator=Simulator(
             open=open,
             close=close,
@@ -498,10 +488,7 @@ class _Episodes:
         self.obs = np.array(task.encode(jax.tree.leaves(self._pool.reset()[0]), np))
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Steps those in mid-episode: obs, reward, terminated, truncated and success ``[n, ...]``.
-
-        The others keep their last observation; all else of theirs is zero.
-        """
+        """Steps those in mid-episode; observations of others stay, and all else of theirs is 0."""
         ids = np.flatnonzero(self.running).astype(np.int32)
         obs, reward, terminated, truncated, info = self._pool.step(action[ids], ids)
         ids = info["env_id"]

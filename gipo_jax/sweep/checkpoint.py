@@ -38,10 +38,7 @@ class CheckpointError(ResultsError):
 
 
 def save(directory: Path, number: int, progress: dict[str, Any], state: Any | None) -> Path:
-    """Writes the checkpoint of a number higher than the newest one's; all processes call it.
-
-    Where it cannot be written, CheckpointError; earlier checkpoints are as they were.
-    """
+    """Writes the checkpoint of a number higher than the newest one's; all processes call it."""
     path = directory / f"{number:08d}"
     temporary = directory / f"{_TEMPORARY}{path.name}"
     try:

@@ -1,4 +1,4 @@
-"""The folder of a sweep, written; process 0 writes all but arrays, and all processes call it alike."""
+"""The folder of a sweep, written: all processes call it alike, and process 0 writes the text."""
 
 import contextlib
 import csv

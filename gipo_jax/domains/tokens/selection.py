@@ -28,7 +28,6 @@ Weights are >= 0. What they mean:
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
@@ -443,8 +442,8 @@ def _try_out(selection: Selection, config: Config, task: Task, pairs: bool) -> N
     except ConfigError:
         raise
     except Exception as error:
-        file = inspect.getsourcefile(inspect.unwrap(selection.select))
-        place = user_files.located(error, Path(file).resolve()) if file else None
+        file = user_files.source_file(selection.select)
+        place = user_files.located(error, file) if file else None
         text = place or f"code that runs; {type(error).__name__}: {str(error).splitlines()[0]}"
         raise ConfigError("selection", selection.name, text) from error
 
