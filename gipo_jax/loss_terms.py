@@ -28,10 +28,7 @@ def bind(
     mask: Array | None = None,
     ordered: bool = True,
 ) -> SurrogateFunction:
-    """An objective with its parameters, kernel and state, and those of its inputs that it asks for.
-
-    Arrays are of tokens, ``[batch, tokens]``; without an order of tokens there is no ``position``.
-    """
+    """An objective with its parameters, kernel and state, and those of its inputs it asks for."""
     given = dict(given)
     if "behavior_log_prob" in spec.inputs:
         given["behavior_log_prob"] = ratio_levels.transform(behavior_log_prob, ratio_level, mask)
