@@ -44,18 +44,12 @@ __all__ = [
 
 
 def make(config: Config) -> Environment:
-    """Builds the environment a configuration names.
+    """Builds the environment that ``config.env`` names, or is, a gymnax environment object.
 
     A name is gymnax's, or else EnvPool's, and may set parameters: ``NAME:parameter=value,...``.
-    An environment of your own is checked; see ``contract.check``.
-
-    Args:
-        config: uses ``env`` (a name, FILE.py:NAME, an ``Environment``, a gymnax environment, or a
-            class or function without arguments that makes one), ``num_envs`` and
-            ``max_episode_steps``.
-
-    Raises:
-        ConfigError: no such environment, or one that breaks the contract of ``Environment``.
+    One of your own is an ``Environment``, a gymnax environment, a class or function without
+    arguments that makes one, or FILE.py:NAME of these, and is checked; see ``contract.check``.
+    Raises ConfigError for no such environment, or one that breaks its contract.
     """
     given = user_files.resolve("env", config.env)
     if not isinstance(given, str) and not any(hasattr(given, m) for m in ("step", "step_env")):

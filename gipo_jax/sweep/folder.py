@@ -1,8 +1,4 @@
-"""The folder of a sweep, written: tables, final parameters, checkpoints.
-
-All processes hold the same ``Folder`` and call it alike. Arrays are written by all together, the
-rest by process 0.
-"""
+"""The folder of a sweep, written: all processes call it alike, and process 0 writes the text."""
 
 import contextlib
 import csv
@@ -32,11 +28,7 @@ from gipo_jax.sweep.results import ResultsError, write_atomic
 
 
 class Folder:
-    """The folder of a sweep: how far the sweep is (``progress``), and its files.
-
-    ``encoded`` are the runs as JSON, ``settings`` all settings of each by name, and ``latest`` the
-    newest training return of each run since ``open``, where there is one.
-    """
+    """The folder of a sweep: how far the sweep is (``progress``), and its files."""
 
     def __init__(self, directory: Path, runs: Sequence[Run], resume: bool) -> None:
         """Checks that the folder can take the sweep, or holds it already; touches nothing."""
@@ -73,11 +65,7 @@ class Folder:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Keeps the folder to this sweep, with a lock that the system drops if the process dies.
-
-        Raises:
-            ConfigError: another process writes to it, or has since ``self`` was made.
-        """
+        """Keeps the folder to this sweep, with a lock that the system drops if the process dies."""
         if not cluster.is_main_process():
             yield
             return
@@ -93,9 +81,8 @@ class Folder:
             except OSError as error:
                 print(f"warning: {path} cannot be locked: {error.strerror}", file=sys.stderr)
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise ConfigError(
-                    "out", out, "a folder that no other process is leaving; try again"
-                )
+                valid = "a folder that no other process is leaving; try again"
+                raise ConfigError("out", out, valid)
             try:
                 results.check_directory(self.directory, self._resume)
                 if checkpoint.numbers(self.checkpoints) != self._present:
@@ -272,7 +259,6 @@ def summaries(metrics: Path, iterations: Sequence[int]) -> list[dict[Any, Any]]:
 
     ``final_return`` is the mean training return of the episodes that ended in the last logged
     points, as many as cover at least a tenth of training; NaN when none ended there.
-    ``iterations`` are those of each run in all.
     """
     floats = ["episode_return", "episodes", "eval_return"]
     wanted = ["run", "iteration", "env_steps", *floats]
