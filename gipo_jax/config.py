@@ -204,10 +204,11 @@ class Config:
 
     env: Any = setting(
         "CartPole-v1",
-        "environment by gymnax's name, or EnvPool's such as MetaWorld/ButtonPress-v3, with"
-        " parameters as in Pendulum-v1:g=9.8; or a task of answers of several tokens, such as"
-        " tokens/reverse; or an environment or task of your own, FILE.py:NAME; or a density for"
-        " flows, flow/ring or flow/moons",
+        "environment by the name of gymnax, a suite (brax/ant, playground/CartpoleBalance,"
+        " craftax/Craftax-Symbolic-v1, xminigrid/MiniGrid-Empty-8x8) or EnvPool"
+        " (MetaWorld/ButtonPress-v3), with parameters as in Pendulum-v1:g=9.8; or a task of answers"
+        " of several tokens, such as tokens/reverse; or an environment or task of your own,"
+        " FILE.py:NAME; or a density for flows, flow/ring or flow/moons",
         environment,
     )
     objective: Any = setting(

@@ -261,7 +261,12 @@ def make(config: Config, env: environments.Environment | None = None) -> Control
 def check_hparams(config: Config, hparams: HParams) -> None:
     """Refuses parameters that the environment does not take. Raises ConfigError."""
     if hparams.env_params:
-        environments.check_params(environments.make(config), hparams.env_params)
+        _check_params(config, tuple(hparams.env_params))
+
+
+@functools.cache
+def _check_params(config: Config, names: tuple[str, ...]) -> None:
+    environments.check_params(environments.make(config), names)
 
 
 def _scaled(obs: Array) -> Array:

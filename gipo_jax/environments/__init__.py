@@ -2,7 +2,7 @@
 
 - ``interface``: what an environment offers.
 - ``functional``: one made from functions of your own.
-- ``gymnax_env``: gymnax, pure JAX.
+- ``gymnax_env``: gymnax, pure JAX; ``suites``: others in pure JAX, such as brax and Craftax.
 - ``envpool_env``: EnvPool, simulators in C++ (Meta-World, Gym MuJoCo, DM Control, Atari).
 - ``contract``: what is asked of an environment of your own, ``options``: parameters in names.
 
@@ -25,7 +25,7 @@ import jax
 
 from gipo_jax import user_files
 from gipo_jax.config import Config, ConfigError
-from gipo_jax.environments import contract, envpool_env, gymnax_env
+from gipo_jax.environments import contract, envpool_env, gymnax_env, suites
 from gipo_jax.environments.contract import check_params
 from gipo_jax.environments.functional import functional
 from gipo_jax.environments.interface import Environment, Single, Step, single
@@ -44,9 +44,10 @@ __all__ = [
 
 
 def make(config: Config) -> Environment:
-    """Builds the environment that ``config.env`` names, or is, a gymnax environment object.
+    """Builds the environment that ``config.env`` names, or is.
 
-    A name is gymnax's, or else EnvPool's, and may set parameters: ``NAME:parameter=value,...``.
+    A name is gymnax's, of a suite in ``suites.SUITES``, or else EnvPool's, and may set parameters:
+    ``NAME:parameter=value,...``.
     One of your own is an ``Environment``, a gymnax environment, a class or function without
     arguments that makes one, or FILE.py:NAME of these, and is checked; see ``contract.check``.
     Raises ConfigError for no such environment, or one that breaks its contract.
@@ -63,12 +64,15 @@ def make(config: Config) -> Environment:
                 raise ConfigError("max_episode_steps", config.max_episode_steps, valid)
             contract.check_once(given, given)
             return given
+        if isinstance(given, str) and suites.is_suite(given):
+            return suites.make(given, config.max_episode_steps)
         if not isinstance(given, str) or base_name(given) in gymnax.registered_envs:
             return gymnax_env.make(given, config.max_episode_steps)
     names = envpool_env.names()
     if names is not None and base_name(given) in names:
         return envpool_env.make(config)
     of_gymnax = f"one of gymnax's names ({', '.join(gymnax.registered_envs)})"
+    of_gymnax += f", or of a suite ({'/NAME, '.join(suites.SUITES)}/NAME)"
     if names is None:
         valid = f"one of EnvPool's names, with {envpool_env.EXTRA}, or {of_gymnax}"
         raise ConfigError("env", given, valid)

@@ -3,7 +3,7 @@
 import contextlib
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,30 +86,30 @@ def check(env: Environment) -> None:
         raise ConfigError(f"{name}: terminated or truncated", False, valid)
 
 
-def check_params(env: Environment, values: Mapping[str, Any]) -> None:
+def check_params(env: Environment, names: Sequence[str]) -> None:
     """Refuses parameters that the environment does not have, or that cannot be traced.
 
     Raises:
         ConfigError: for the first one.
     """
-    env.with_params(values)
-    for key, value in values.items():
+    for name in names:
+        where, key = f"env_params: {name}", jax.random.key(0)
 
-        def one_step(value: Array, key: str = key) -> Any:
-            one = single(env.with_params({key: value}))
-            obs, state = one.reset(jax.random.key(0))
-            step = one.step(jax.random.key(0), state, _random_action(env, jax.random.key(0)))
+        def one_step(value: Array, name: str = name, key: Array = key) -> Any:
+            one = single(env.with_params({name: value}))
+            obs, state = one.reset(key)
+            step = one.step(key, state, _random_action(env, key))
             return (obs, state), (step.obs, step.state)
 
         try:
-            first, after = jax.eval_shape(one_step, value)
+            first, after = jax.eval_shape(one_step, 1.0)
         except ConfigError:
             raise
         except Exception as error:
             text = (str(error).strip().splitlines() or [""])[0]
-            valid = f"a parameter that can be traced; give it in the name, {env.name}:{key}={value}"
-            raise ConfigError(f"env_params: {key}", value, f"{valid} ({text})") from error
-        same(f"env_params: {key}", after, first)
+            valid = f"one that can be traced; give it as {env.name}:{name}=VALUE ({text})"
+            raise ConfigError("env_params", name, valid) from error
+        same(where, after, first)
 
 
 def _random_action(env: Environment, key: Array) -> Array:

@@ -17,6 +17,7 @@ An evaluation has simulators of its own, made anew and ended with their one epis
 callback steps. Seeds follow from the run's key and the point, so a resumed run repeats them.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -443,7 +444,8 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
     def of_one_episode() -> tuple[Callable[..., Any], Callable[..., Any]]:
         return _of_one_episode(task, runtime.available_cores() // max(len(pools), 1))
 
-    spaces = {name: value for name, value in task._asdict().items() if name in Environment._fields}
+    fields = {field.name for field in dataclasses.fields(Environment)}
+    spaces = {name: value for name, value in task._asdict().items() if name in fields}
     return Environment(
         **spaces,
         reset=reset,

@@ -75,16 +75,16 @@ def _parameters(params: Any) -> dict[str, Any]:
 def _vary(env: Any, params: Any, name: str, values: Mapping[str, Any]) -> Environment:
     """The environment with other numeric parameters, which may be traced."""
     known = {k: v for k, v in _parameters(params).items() if type(v) in (int, float)}
-    for key, value in values.items():
+    for key in values:
         if key not in known:
-            raise ConfigError(f"env_params: {key}", value, options.valid(name, known))
+            raise ConfigError("env_params", key, options.valid(name, known))
     types = {key: jnp.int32 if isinstance(known[key], int) else jnp.float32 for key in values}
     traced = {key: jnp.asarray(value, types[key]) for key, value in values.items()}
     try:
         return _environment(env, params.replace(**traced), name)
     except jax.errors.JAXTypeError as error:
-        valid = f"no values of {', '.join(values)}, which decide the spaces: give them in the name"
-        raise ConfigError("env_params", name, f"{valid}, {name}:NAME=VALUE") from error
+        valid = "none that decide the spaces, which go into the name"
+        raise ConfigError("env_params", ", ".join(values), f"{valid}, {name}:NAME=VALUE") from error
 
 
 def _environment(env: Any, params: Any, name: str) -> Environment:

@@ -116,7 +116,8 @@ class Environment:
         if not values:
             return self
         if self.vary is None:
-            raise ConfigError("env_params", dict(values), f"none: {self.name} takes no parameters")
+            valid = f"none: {self.name} takes no parameters"
+            raise ConfigError("env_params", ", ".join(values), valid)
         return self.vary(values)
 
 

@@ -304,10 +304,10 @@ def fall_of(env: environments.Environment) -> jax.Array:
     ("env", "params", "words"),
     [
         ("Pendulum-v1:h=2", {"g": 2}, r"env: 'Pendulum-v1:h=2' .*Pendulum-v1:NAME=VALUE,.*g=10.0"),
-        ("Pendulum-v1", {"h": 2}, r"env_params: h: 2 .*g=10.0"),
+        ("Pendulum-v1", {"h": 2}, r"env_params: 'h' .*g=10.0"),
         ("Pendulum-v1", {"g": "low"}, r"env_params: .*finite numbers by name"),
-        ("Pendulum-v1", {"max_torque": 1}, r"max_torque, which decide the spaces: .* in the name"),
-        ("CartPole-v1", {"max_steps_in_episode": 9}, r"env_params: max_steps_in_episode"),
+        ("Pendulum-v1", {"max_torque": 1}, r"'max_torque' .*decide the spaces, .* the name"),
+        ("CartPole-v1", {"max_steps_in_episode": 9}, r"env_params: 'max_steps_in_episode'"),
         (WALK, {"wind": 1}, r"env_params: .*none: walk takes no parameters"),
         ("tokens/reverse", {"g": 1}, r"env_params: .*token tasks do not use it"),
     ],
