@@ -45,15 +45,9 @@ def load(field: str, reference: str, what: str) -> Any:
 
 
 def resolve(field: str, value: Any) -> Any:
-    """The object that a setting means.
+    """The object that a setting means: what FILE.py:NAME names, or else the value itself.
 
-    Args:
-        field: the setting, for messages.
-        value: FILE.py:NAME, or a class or function without arguments that makes it, once; anything
-            else is the object itself.
-
-    Raises:
-        ConfigError: as of ``load``, or making it fails.
+    A class or function without arguments makes the object, once. Raises ConfigError.
     """
     named = isinstance(value, str) and is_reference(value)
     found = load(field, value, "NAME") if named else value

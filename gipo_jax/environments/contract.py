@@ -41,10 +41,7 @@ def check(env: Environment) -> None:
     """Refuses an environment whose arrays are not those it declares, or whose episodes are wrong.
 
     One episode of random actions is played: in its middle ``obs`` and ``final_obs`` must be the
-    same, and it must end within ``max_episode_steps``.
-
-    Raises:
-        ConfigError: it is not usable; one line says what is wrong.
+    same, and it must end within ``max_episode_steps``. Raises ConfigError.
     """
     name, one = env.name, single(env)
     keys = jax.eval_shape(lambda: jax.random.key(0))
@@ -87,11 +84,7 @@ def check(env: Environment) -> None:
 
 
 def check_params(env: Environment, names: Sequence[str]) -> None:
-    """Refuses parameters that the environment does not have, or that cannot be traced.
-
-    Raises:
-        ConfigError: for the first one.
-    """
+    """Refuses the first parameter that the environment does not have, or that cannot be traced."""
     for name in names:
         where, key = f"env_params: {name}", jax.random.key(0)
 
@@ -150,14 +143,12 @@ def failed(where: str, error: Exception) -> ConfigError:
 
 def same(where: str, given: Any, wanted: Any) -> None:
     """Refuses arrays, or trees of them, of other shapes or types than the wanted ones."""
-    shown = [jax.tree.map(_form, tree) for tree in (given, wanted)]
-    if shown[0] == shown[1]:
-        return
-    for path, form in jax.tree_util.tree_flatten_with_path(shown[1])[0]:
-        other = dict(jax.tree_util.tree_flatten_with_path(shown[0])[0]).get(path)
-        if other != form:
-            raise ConfigError(f"{where}{jax.tree_util.keystr(path)}", other, form)
-    raise ConfigError(where, str(jax.tree.structure(given)), str(jax.tree.structure(wanted)))
+    structures = [str(jax.tree.structure(tree)) for tree in (given, wanted)]
+    if structures[0] != structures[1]:
+        raise ConfigError(where, *structures)
+    for (path, x), y in zip(jax.tree.leaves_with_path(given), jax.tree.leaves(wanted), strict=True):
+        if _form(x) != _form(y):
+            raise ConfigError(f"{where}{jax.tree_util.keystr(path)}", _form(x), _form(y))
 
 
 def scalar(where: str, given: Any) -> None:

@@ -162,7 +162,8 @@ def _check(
     obs, state = contract.shapes(f"{name}: reset", begin, key)
     where = f"{name}: step"
     after, state_after, reward, terminated = contract.shapes(where, go_on, key, state, action)
-    contract.same(f"{name}: obs of reset", obs, jax.ShapeDtypeStruct(obs_shape, obs.dtype))
+    wanted = jax.ShapeDtypeStruct(obs_shape, getattr(obs, "dtype", jnp.float32))
+    contract.same(f"{name}: obs of reset", obs, wanted)
     contract.same(f"{name}: obs of step", after, obs)
     contract.same(f"{name}: state of step", state_after, state)
     contract.scalar(f"{name}: reward", reward)

@@ -21,15 +21,7 @@ _PARTS = "obs, state, reward, terminated, truncated, info"
 
 
 def make(given: Any, limit: int | None) -> Environment:
-    """Builds a gymnax environment.
-
-    Args:
-        given: its name, ``NAME:parameter=value,...``, or an object.
-        limit: time limit; None for its own.
-
-    Raises:
-        ConfigError: see ``environments.make``.
-    """
+    """A gymnax environment by name, or given as an object, with its own time limit or another."""
     name = given if isinstance(given, str) else str(getattr(given, "name", type(given).__name__))
     env, params = _load(given, name)
     if limit is not None:

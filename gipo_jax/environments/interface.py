@@ -110,8 +110,7 @@ class Environment:
     def with_params(self, values: Mapping[str, Any] | None) -> "Environment":
         """The environment with other values of its parameters, by name; they may be traced.
 
-        Raises:
-            ConfigError: it has no such parameters, or one that cannot be traced is.
+        Raises ConfigError where it has no such parameters, or one that cannot be traced is.
         """
         if not values:
             return self

@@ -12,11 +12,7 @@ def base_name(name: str) -> str:
 
 
 def read(field: str, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters in a name, as the type of their default.
-
-    Raises:
-        ConfigError: one that the environment does not have, or not with this value.
-    """
+    """Parameters in a name, as the type of their default. Raises ConfigError for others."""
     base, colon, given = name.partition(":")
     found: dict[str, Any] = {}
     for part in given.split(",") if colon else []:

@@ -161,6 +161,27 @@ def test_it_truncates_resets_and_trains(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [installed("craftax/Craftax-Classic-Symbolic-v1")])
+def test_a_suites_own_limit_truncates(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Craftax's flag is set by death and by its limit alike."""
+    from craftax.craftax_classic.envs import craftax_symbolic_env as module
+
+    kind = module.CraftaxClassicSymbolicEnvNoAutoReset
+    monkeypatch.setattr(kind, "default_params", module.EnvParams(max_timesteps=2))
+    suites.make.cache_clear()
+    env = environments.make(Config(env=name))
+    suites.make.cache_clear()
+    one, flags = environments.single(env), []
+    step = jax.jit(one.step)
+    _, state = one.reset(jax.random.key(0))
+    for _ in range(3):
+        stepped = step(jax.random.key(1), state, jnp.int32(0))
+        state = stepped.state
+        flags.append((bool(stepped.terminated), bool(stepped.truncated)))
+    assert flags == [(False, False), (False, True), (False, False)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [installed("craftax/Craftax-Classic-Pixels-v1")])
 def test_images_are_bytes(name: str) -> None:
     env = environments.make(Config(env=name))
