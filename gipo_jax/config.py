@@ -1,9 +1,5 @@
 """What a run is: static configuration, traced hyper-parameters, and their validation.
 
-``Config`` holds everything that changes shapes or code; two runs with equal ``Config`` share one
-compiled program. ``HParams`` holds everything that only changes numbers; it is a pytree of scalars,
-so any of its fields can be swept inside one program by stacking along a leading axis.
-
 Each field says what it means, which values it takes, in which domains it applies and on which other
 fields that depends. ``check_fields`` and ``check_applies`` read all of it off the fields.
 """
@@ -375,7 +371,7 @@ class Config:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HParams:
-    """Traced settings: scalars that only change numbers, so that a sweep can stack them."""
+    """Traced settings: scalars that only change numbers, as a pytree that a sweep can stack."""
 
     seed: Scalar = setting(0, "seed of the run", index, integer=True)
     buffer_size: Scalar = setting(

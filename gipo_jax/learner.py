@@ -110,8 +110,8 @@ def gradient_step(
 ) -> tuple[Learner, dict[str, Array]]:
     """One optimizer step of the parameter groups that have a gradient; and the gradients' norms.
 
-    Gradients are clipped to ``max_grad_norm``, those of policy and value function apart or with
-    ``joint_grad_norm`` together. The norms returned are those before clipping.
+    Gradients are clipped to ``max_grad_norm``, policy and value apart or, with ``joint_grad_norm``,
+    together; norms are those before.
     """
     # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
     vectors, unravel = {}, {}
@@ -131,9 +131,8 @@ def gradient_step(
 
 
 def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
-    """Like Optax's, but finite gradients whose squares overflow keep their direction.
-
-    Optax divides by the norm, which is then infinite, and returns zeros.
+    """Like Optax's, which returns zeros for finite gradients whose squares overflow; here they keep
+    their direction.
     """
     # Norms of half-width numbers are taken in single precision.
     full = jax.tree.map(networks.at_least_single, grads)
@@ -147,10 +146,7 @@ def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
-    """Factor on the learning rates: linear warm-up from 0, then the configured decay.
-
-    Optax's schedules take their lengths as Python numbers; here the warm-up is traced.
-    """
+    """Factor on the learning rates: linear warm-up from 0, traced, then the configured decay."""
     step = jnp.asarray(iteration, jnp.float32)
     warmup = jnp.asarray(hparams.warmup_iterations, jnp.float32)
     warm = jnp.where(step < warmup, step / jnp.maximum(warmup, 1.0), 1.0)

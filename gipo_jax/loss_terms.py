@@ -29,10 +29,7 @@ def bind(
     first: Array | None = None,
     ordered: bool = True,
 ) -> SurrogateFunction:
-    """An objective with its parameters, kernel and state, and those of its inputs that it asks for.
-
-    Arrays are of tokens, ``[batch, tokens]``; without an order of tokens there is no ``position``.
-    """
+    """An objective with its parameters, kernel and state, and those of its inputs it asks for."""
     given = dict(given)
 
     def at_level(x: Array) -> Array:

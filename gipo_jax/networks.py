@@ -47,11 +47,8 @@ def make_head(config: Config, env: Environment) -> ActionHead:
     """The head for an environment's actions. Raises ConfigError."""
     if env.num_actions is not None:
         if config.action_head == "gaussian":
-            raise ConfigError(
-                "action_head",
-                config.action_head,
-                f"'auto' or 'tokens', because {env.name} has discrete actions",
-            )
+            valid = f"'auto' or 'tokens', because {env.name} has discrete actions"
+            raise ConfigError("action_head", config.action_head, valid)
         return categorical(1, env.num_actions)._replace(to_env=lambda action: action[..., 0])
 
     assert env.action_low is not None and env.action_high is not None
@@ -67,11 +64,8 @@ def make_head(config: Config, env: Environment) -> ActionHead:
             len(low), lambda action: shaped(jnp.clip(centre + half * action, low, high))
         )
     if not bounded:
-        raise ConfigError(
-            "action_head",
-            config.action_head,
-            f"'gaussian', because {env.name} has unbounded actions",
-        )
+        valid = f"'gaussian', because {env.name} has unbounded actions"
+        raise ConfigError("action_head", config.action_head, valid)
     step = (high - low) / (config.num_bins - 1)
     return categorical(len(low), config.num_bins)._replace(
         to_env=lambda action: shaped(low + step * action)
@@ -252,8 +246,7 @@ def norm(precision: Precision) -> nn.LayerNorm:
 class Network(NamedTuple):
     """Policy and value as pure functions of ``params = {"policy": ..., "value": ...}``.
 
-    With a shared torso its parameters are in the policy's group. Observations are floats of shape
-    ``[..., *obs_shape]``.
+    A shared torso is in the policy's group. Observations are floats ``[..., *obs_shape]``.
     """
 
     init: Callable[[Array], Params]  # key -> params

@@ -678,8 +678,8 @@ def ctpo(
     Surrogate min(r A, e^clip(x, -low, high) A), and for A < 0 at least e^dual A, with the bounds
     clip_low t^power, clip_high t^power and clip_dual t^power in nats at token t, its ``position``;
     x is of level ``prefix_product``, whose standard deviation grows with power 0.5. Effective
-    weight u = r, and 0 where clipped. Verified from the authors' code (github.com/horizon-
-    llm/CTPO), which also clamps x of a token to 20 and the sum to 10.
+    weight u = r, and 0 where clipped. Verified from the authors' code
+    (github.com/horizon-llm/CTPO), which also clamps x of a token to 20 and the sum to 10.
     """
     _check_shapes(log_ratio, advantage, position)
     scale = jnp.maximum(position, 1).astype(log_ratio.dtype) ** power

@@ -72,12 +72,7 @@ def bounded(log_ratio: Array) -> Array:
 
 
 def choose(level: str | None, spec: Spec) -> str:
-    """The level that an objective takes: the one asked for, or its own for None.
-
-    Raises:
-        ConfigError: an unknown level, or one that the objective cannot have: ``prefix_min`` where
-            it reads probabilities.
-    """
+    """The level asked for, or else the objective's own; ConfigError where it has no such level."""
     valid = dict.fromkeys(LEVELS)
     if "behavior_log_prob" in spec.inputs:
         del valid["prefix_min"]

@@ -83,10 +83,8 @@ def collect(
     length: int,
     keep_outputs: bool = False,
 ) -> tuple[EnvStates, Transition, Array, Array]:
-    """Acts for ``length`` steps in each environment.
-
-    Also gives transitions ``[length, envs]``, and of the episodes that ended meanwhile the sum of
-    their returns and their number.
+    """Acts for ``length`` steps; also transitions ``[length, envs]``, and of the episodes that
+    ended the sum of their returns and their number.
     """
     num_envs = envs.obs.shape[0]
     key_noise, key_env = jax.random.split(key)
@@ -137,10 +135,10 @@ def evaluate(
 ) -> Evaluation:
     """Plays fresh episodes, ``episodes`` (>= 1) of each kind.
 
-    Each starts from its own reset and counts once, however short. So a mean over them neither lags
-    nor prefers short episodes, as does the mean of the episodes that ended while training: of a
-    policy worth 500 for one half of the steps and 10 for the other, that makes the harmonic mean,
-    20, since 50 short episodes end in the time of a long one.
+    Each starts from its own reset and counts once, however short, so that the mean neither lags nor
+    prefers short episodes, as does that of the episodes that ended while training: of a policy
+    worth 500 in half of the steps and 10 in the other, that makes 20, since short ones end more
+    often.
     """
     env = env.for_evaluation()
     key_reset, key_steps = jax.random.split(key)

@@ -1,9 +1,7 @@
 """What an objective's signature says: its parameters, inputs and state, read and checked here.
 
-An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogate``. Training has to
-know which of its parameters it may sweep, which inputs it wants and whether it has a state. All of
-that stands in the signature; ``declare`` adds what a signature cannot say. The formulas are in
-``objectives``.
+An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogate``; ``declare``
+adds what its signature cannot say. The formulas are in ``objectives``.
 """
 
 import dataclasses

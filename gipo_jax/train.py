@@ -62,8 +62,7 @@ open_env = domains.open_env
 def train_step(
     domain: Domain, state: TrainState, hparams: HParams, iteration: int | Array
 ) -> tuple[TrainState, Metrics]:
-    """One iteration: collect, store, learn; also means over its updates of losses and gradient
-    norms.
+    """One iteration: collect, store, learn; and means over its updates of losses and norms.
 
     Under ``vmap`` the iteration, from 0, is the same for all runs.
     """

@@ -2,8 +2,7 @@
 
 States S0 top-left, S1 top-right, S2 bottom-left; the goal, bottom-right, is absorbing. Actions up,
 down, left, right are deterministic, and a step off the grid stays. A step from a non-goal state
-costs 1. Values come from a linear solve and expectations from sums over four actions. All of it is
-exact but for the rounding of float64, effective weights included.
+costs 1. All is exact but for the rounding of float64, effective weights included.
 """
 
 from typing import NamedTuple

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import textwrap
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -324,15 +324,12 @@ def _draw_curves(metrics: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
         for column, size in enumerate(sizes):
             axis = axes[row, column]
             chosen = table[(table.env == env) & (table.buffer_size == size)]
-            for method, appearance in looks.items():
-                line = chosen[chosen.method == method]
-                band(axis, line.env_steps, line, appearance)
+            _lines(band, axis, "env_steps", chosen, looks)
             axis.set_title(f"{env}, buffer {short_number(size)}")
             thousands(axis)
             axis.set_xlabel("environment steps")
         axes[row, 0].set_ylabel("episode return")
-    caption = f"Mean return of training episodes; {_seeds(metrics)}{INTERVAL_CAPTION}."
-    finish(figure, caption, legend(looks.values(), markers=False), columns=_legend_columns(figure))
+    _explain(figure, "Mean return of training episodes", metrics, legend(looks.values(), False))
     return figure, table
 
 
@@ -344,16 +341,13 @@ def _draw_returns(runs: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
     figure, axes = panels(rows, columns, width=min(WIDTH, 0.6 + 3.2 * columns), height=2.6)
     table = summarize(runs, ["env", "method", "buffer_size"], "final_return")
     for axis, env in zip(axes.flat, envs, strict=False):
-        for method, appearance in looks.items():
-            line = table[(table.env == env) & (table.method == method)]
-            points(axis, line.buffer_size, line, appearance)
+        _lines(points, axis, "buffer_size", table[table.env == env], looks)
         log_sizes(axis, runs[runs.env == env].buffer_size, "buffer size (transitions, log scale)")
         axis.set(title=env, ylabel="final return")
     for axis in axes.flat[len(envs) :]:
         axis.remove()
     final = "Mean return in the last logged points (a tenth of training or more)"
-    caption = f"{final}; {_seeds(runs)}{INTERVAL_CAPTION}."
-    finish(figure, caption, legend(looks.values()), columns=_legend_columns(figure))
+    _explain(figure, final, runs, legend(looks.values()))
     return figure, table
 
 
@@ -376,16 +370,13 @@ def _draw_utilization(metrics: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
             part = late[late.env == env]
             table = summarize(part, ["method", "buffer_size"], name)
             tables.append(table.assign(env=env, metric=name))
-            for method, appearance in looks.items():
-                line = table[table.method == method]
-                points(axis, line.buffer_size, line, appearance)
+            _lines(points, axis, "buffer_size", table, looks)
             log_sizes(axis, part.buffer_size, "buffer size (transitions)")
             axis.set_title(env)
             axis.set_ylabel(label)
             axis.set_ylim(bottom=0)
         axes[row, 0].set_ylim(0, 1.03)
-    caption = f"Means over the second half of training; {_seeds(metrics)}{INTERVAL_CAPTION}."
-    finish(figure, caption, legend(looks.values()), columns=_legend_columns(figure))
+    _explain(figure, "Means over the second half of training", metrics, legend(looks.values()))
     return figure, pd.concat(tables, ignore_index=True)
 
 
@@ -404,14 +395,22 @@ def legend(looks: Iterable[Look], markers: bool = True) -> list[Line2D]:
     ]
 
 
-def _legend_columns(figure: Figure) -> int:
-    return max(2, int(figure.get_figwidth() / 1.35))
-
-
 def _unique(frame: pd.DataFrame, column: str) -> list[Any]:
     return frame[column].drop_duplicates().tolist()
 
 
-def _seeds(frame: pd.DataFrame) -> str:
+def _lines(
+    draw: Callable[..., Any], axes: Axes, x: str, table: pd.DataFrame, looks: dict[str, Look]
+) -> None:
+    """A line for each method over a column of a table, by ``band`` or ``points``."""
+    for method, appearance in looks.items():
+        line = table[table.method == method]
+        draw(axes, line[x], line, appearance)
+
+
+def _explain(figure: Figure, what: str, frame: pd.DataFrame, handles: Sequence[Any]) -> None:
+    """Says what a figure shows, over how many seeds, and with which interval."""
     count = frame["seed"].nunique()
-    return f"{count} seeds, " if count > 1 else "1 seed, "
+    seeds = f"{count} seeds" if count > 1 else "1 seed"
+    columns = max(2, int(figure.get_figwidth() / 1.35))
+    finish(figure, f"{what}; {seeds}, {INTERVAL_CAPTION}.", handles, columns)

@@ -2,10 +2,8 @@
 
 A policy that is optimised on a buffer looks better on that same buffer than it is. The excess of
 its importance-sampling estimate over its true return, relative to the true return, is the reuse
-bias. Here tasks are finite, so that the true return is a sum and not another estimate.
-
-A policy is given by its log-probabilities in every state, ``[states, actions]``. Everything is a
-pure function that ``jit`` and ``vmap`` take.
+bias; tasks here are finite, so that the true return is a sum. A policy is given by its
+log-probabilities in every state, ``[states, actions]``.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,4 @@
-"""What the loop trains on: control, responses of tokens, and the denoising steps of flows.
-
-- ``interface``: what the loop asks of each.
-- ``control``: environments, ``tokens``: tasks of prompts and responses, ``flow``: 2-D densities.
-"""
+"""What the loop trains on: control, responses of tokens, and the denoising steps of flows."""
 
 from typing import Any
 

@@ -220,19 +220,15 @@ class Control(Domain):
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
-        config, env, head = self.config, self.env, self.head
-
-        def like(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
-            return jax.ShapeDtypeStruct((config.rollout_length, config.num_envs, *shape), dtype)
-
-        obs, token = like(env.obs_shape, env.obs_dtype), (head.num_tokens,)
-        row = Row(obs, like(token, jnp.int32 if head.discrete else jnp.float32), like(token))
-        if config.kl == "exact":
-            row = row._replace(behavior_outputs=like((*token, head.output_width)))
-        if config.advantage_mode == "stored":
-            return row._replace(advantage=like(()), value_target=like(()))
-        flag = like((), jnp.bool_)
-        return row._replace(reward=like(()), terminated=flag, truncated=flag, final_obs=obs)
+        head, one, flag = self.head, self.like(), self.like(dtype=jnp.bool_)
+        obs = self.like(*self.env.obs_shape, dtype=self.env.obs_dtype)
+        action = self.like(head.num_tokens, dtype=jnp.int32 if head.discrete else jnp.float32)
+        row = Row(obs, action, self.like(head.num_tokens))
+        if self.config.kl == "exact":
+            row = row._replace(behavior_outputs=self.like(head.num_tokens, head.output_width))
+        if self.config.advantage_mode == "stored":
+            return row._replace(advantage=one, value_target=one)
+        return row._replace(reward=one, terminated=flag, truncated=flag, final_obs=obs)
 
 
 def make(config: Config, env: environments.Environment | None = None) -> Control:

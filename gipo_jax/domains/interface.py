@@ -4,6 +4,8 @@ import abc
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from gipo_jax.config import Config, HParams
@@ -46,37 +48,26 @@ class Collected(NamedTuple):
 
 
 class Domain(abc.ABC):
-    """One kind of training data under the loop of ``gipo_jax.train``; every method is pure.
-
-    Attributes:
-        config: the configuration.
-        env: its environment, or task.
-        objective: what its objective needs.
-        ratio_level: see ``ratio_levels``.
-        block: shapes and types of an iteration's rows, ``[rollout_length, num_envs, ...]``.
-        standardize: whether advantages are standardised in each batch.
-        eval_episodes: episodes of an evaluation, 0 for none.
-        activations: about how many numbers an update keeps for each sample, to plan memory.
-        host: whether its environments are simulated outside JAX, and so cannot be vmapped.
-        resume_gap: why a stopped run would not go on exactly; None where it does.
-        gather_once: whether all batches of an iteration are small enough to gather at once.
-        ordered: whether tokens have an order, and so a ``position``.
-        own_totals: names that it adds to ``TrainState.totals``.
-    """
+    """One kind of training data under the loop of ``gipo_jax.train``; every method is pure."""
 
     config: Config
-    env: Any
-    objective: Spec
-    ratio_level: str
-    block: Any
-    standardize: bool
-    eval_episodes: int
-    activations: int
-    host = False
-    resume_gap: str | None = None
-    gather_once = True
-    ordered = True
-    own_totals: tuple[str, ...] = ()
+    env: Any  # environment, or task
+    objective: Spec  # what the objective needs
+    ratio_level: str  # see ratio_levels
+    block: Any  # shapes and types of an iteration's rows, [rollout_length, num_envs, ...]
+    standardize: bool  # whether advantages are standardised in each batch
+    eval_episodes: int  # episodes of an evaluation, 0 for none
+    activations: int  # about how many numbers an update keeps for each sample, to plan memory
+    host = False  # whether environments are simulated outside JAX, and so cannot be vmapped
+    resume_gap: str | None = None  # why a stopped run would not go on exactly; None where it does
+    gather_once = True  # whether all batches of an iteration are small enough to gather at once
+    ordered = True  # whether tokens have an order, and so a position
+    own_totals: tuple[str, ...] = ()  # names that it adds to TrainState.totals
+
+    def like(self, *shape: int, dtype: Any = jnp.float32) -> Any:
+        """A shape in ``block``."""
+        full = (self.config.rollout_length, self.config.num_envs, *shape)
+        return jax.ShapeDtypeStruct(full, dtype)
 
     @abc.abstractmethod
     def init(self, hparams: HParams, key: Array) -> tuple[Any, Any]:
@@ -91,10 +82,7 @@ class Domain(abc.ABC):
         """Ends the simulators of ``open``; programs compiled with them must not run again."""
 
     def restore(self, state: TrainState) -> tuple[TrainState, int]:
-        """Brings simulators to stored states ``[runs, ...]`` on the host.
-
-        Returns states to go on from, and how many environments had to begin a new episode.
-        """
+        """Brings simulators to states ``[runs, ...]`` on the host; also how many began anew."""
         return state, 0
 
     @abc.abstractmethod

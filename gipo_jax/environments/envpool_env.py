@@ -3,21 +3,18 @@
 EnvPool gives XLA two foreign functions, one that hands actions to a pool of simulators and one that
 takes results from it, so that acting stays a ``lax.scan`` without a callback. What follows from it:
 
-- A pool belongs to a compiled program, which holds its address. It is made before the program is
-  (``Environment.open``) and lives until ``Environment.close``.
-- A pool's random numbers are seeded when it is made, one seed for each environment, derived from
-  the key that ``reset`` is later called with. ``reset`` looks up the environments made for its key.
+- A program holds its pool's address. A pool is made before it (``Environment.open``) and lives
+  until ``Environment.close``.
+- A pool is seeded when it is made, from the keys that ``reset`` is later called with, and ``reset``
+  looks up the environments made for its key.
 - The calls change the pool, so they must happen in order: each passes on a token that the next one
   takes. ``vmap`` over them is impossible.
 
 EnvPool resets an environment in the step after the one that ended its episode. Here ``step`` makes
-that extra step itself, so every environment keeps the contract of the interface: ``final_obs`` is
-where the episode ended, ``obs`` is the next one's first, and no reward of a reset is seen.
+that extra step itself, so that ``obs`` and ``final_obs`` are as everywhere.
 
-Evaluation has simulators of its own, made anew at each logged point and ended with their one
-episode (``Environment.for_evaluation``). Their seeds follow from the run's key and the point, so a
-resumed run repeats them to the bit without a word of them in a checkpoint. They are stepped all at
-once by a callback, which costs little beside as many steps.
+An evaluation has simulators of its own, made anew and ended with their one episode, which a
+callback steps. Seeds follow from the run's key and the point, so a resumed run repeats them.
 """
 
 import functools
@@ -276,10 +273,7 @@ def _make_pool(task: Task, seeds: np.ndarray, threads: int, **settings: int) -> 
 
 
 class _Pool:
-    """Simulators of some runs in one EnvPool, seeded with int32 ``[runs, envs]``.
-
-    It answers for one environment at a time, so that any of them can be stepped without the rest.
-    """
+    """Simulators of some runs in one EnvPool, which answers for one environment at a time."""
 
     def __init__(self, task: Task, seeds: np.ndarray, threads: int) -> None:
         self._task = task
@@ -362,12 +356,8 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
         branches = [functools.partial(call, pool) for pool in pools]
         return jax.lax.switch(device(), branches, *arguments)
 
-    def send(token: Array, id: Array, action: Array) -> Array:
-        return on_device(_Pool.send, token, id, action)
-
-    def recv(token: Array) -> tuple[Array, _Result]:
-        return on_device(_Pool.recv, token)
-
+    send = functools.partial(on_device, _Pool.send)
+    recv = functools.partial(on_device, _Pool.recv)
     unbatched = _unbatched(task)
 
     def start(device: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -406,13 +396,10 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
             sent = jax.lax.cond(due, send, lambda token, *_: token, token, id, action)
             return sent, None
 
-        def recv_next(token: Array, _: None) -> tuple[Array, _Result]:
-            return recv(token)
-
         token, _ = jax.lax.scan(
             lambda token, inputs: (send(token, *inputs), None), token, (ids, action)
         )
-        token, result = jax.lax.scan(recv_next, token, None, num_envs)
+        token, result = jax.lax.scan(lambda token, _: recv(token), token, None, num_envs)
         if num_envs > 1:
             # Whoever is done first answers first.
             result = jax.tree.map(lambda x: x[jnp.argsort(result.id)], result)
@@ -477,18 +464,11 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
     def of_one_episode() -> tuple[Callable[..., Any], Callable[..., Any]]:
         return _of_one_episode(task, runtime.available_cores() // max(len(pools), 1))
 
+    spaces = {name: value for name, value in task._asdict().items() if name in Environment._fields}
     return Environment(
-        name=task.name,
+        **spaces,
         reset=reset,
         step=step if pools else closed_step,
-        obs_shape=task.obs_shape,
-        obs_dtype=task.obs_dtype,
-        action_shape=task.action_shape,
-        num_actions=task.num_actions,
-        action_low=task.action_low,
-        action_high=task.action_high,
-        max_episode_steps=task.max_episode_steps,
-        reports_success=task.reports_success,
         simulator=Simulator(
             open=open,
             close=close,
@@ -508,10 +488,7 @@ class _Episodes:
         self.obs = np.array(task.encode(jax.tree.leaves(self._pool.reset()[0]), np))
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Steps those in mid-episode: obs, reward, terminated, truncated and success ``[n, ...]``.
-
-        The others keep their last observation; all else of theirs is zero.
-        """
+        """Steps those in mid-episode; observations of others stay, and all else of theirs is 0."""
         ids = np.flatnonzero(self.running).astype(np.int32)
         obs, reward, terminated, truncated, info = self._pool.step(action[ids], ids)
         ids = info["env_id"]

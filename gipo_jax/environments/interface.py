@@ -9,59 +9,36 @@ from jax import Array
 
 
 class Step(NamedTuple):
-    """One step of ``envs`` environments. ``obs`` follows an automatic reset, ``final_obs`` not.
+    """One step of ``envs`` environments. ``obs`` follows an automatic reset, ``final_obs`` not."""
 
-    Attributes:
-        state: states after any reset.
-        obs: ``[envs, *obs_shape]``, what the next action is chosen from.
-        reward: ``[envs]``, float32.
-        terminated: ``[envs]``, bool; the episode ended by its own rules.
-        truncated: ``[envs]``, bool; the time limit cut it, and it did not terminate.
-        final_obs: ``[envs, *obs_shape]``, the observation the step led to.
-        success: ``[envs]``, bool, the task is solved now; None where success is not reported.
-    """
-
-    state: Any
-    obs: Array
-    reward: Array
-    terminated: Array
-    truncated: Array
-    final_obs: Array
-    success: Array | None = None
+    state: Any  # states after any reset
+    obs: Array  # [envs, *obs_shape], what the next action is chosen from
+    reward: Array  # [envs], float32
+    terminated: Array  # [envs], bool; the episode ended by its own rules
+    truncated: Array  # [envs], bool; the time limit cut it, and it did not terminate
+    final_obs: Array  # [envs, *obs_shape], the observation the step led to
+    success: Array | None = None  # [envs], bool, solved now; None where unknown
 
 
 class Environment(NamedTuple):
     """A batch of environments of one kind, as functions to jit.
 
-    Attributes:
-        name: its name in the library it comes from.
-        reset: ``key, num_envs -> obs [num_envs, *obs_shape], state``.
-        step: ``keys [envs], state, action [envs, *action_shape] -> Step``.
-        obs_shape: shape of an observation; an image is ``[height, width, channels]``.
-        obs_dtype: type observations are stored in; ``uint8`` counts from 0 to 255.
-        action_shape: shape of an action.
-        num_actions: number of discrete actions; None with a Box.
-        action_low: ``[action_dim]`` lower bounds of a Box; None with discrete actions.
-        action_high: upper bounds likewise.
-        max_episode_steps: time limit in steps.
-        reports_success: whether ``Step.success`` is there.
-        simulator: what an environment outside JAX needs besides; None for one that is pure JAX.
-
     The methods know about simulators, so that callers need not ask: in pure JAX they do nothing.
     """
 
-    name: str
-    reset: Callable[[Array, int], tuple[Array, Any]]
+    name: str  # its name in the library it comes from
+    reset: Callable[[Array, int], tuple[Array, Any]]  # key, num_envs -> obs, state
+    # keys [envs], state, action [envs, *action_shape] -> Step
     step: Callable[[Array, Any, Array], Step]
-    obs_shape: tuple[int, ...]
-    obs_dtype: Any
-    action_shape: tuple[int, ...]
-    num_actions: int | None
-    action_low: np.ndarray | None
-    action_high: np.ndarray | None
-    max_episode_steps: int
-    reports_success: bool = False
-    simulator: "Simulator | None" = None
+    obs_shape: tuple[int, ...]  # shape of an observation; an image is [height, width, channels]
+    obs_dtype: Any  # type observations are stored in; uint8 counts from 0 to 255
+    action_shape: tuple[int, ...]  # shape of an action
+    num_actions: int | None  # number of discrete actions; None with a Box
+    action_low: np.ndarray | None  # [action_dim] lower bounds of a Box; None with discrete actions
+    action_high: np.ndarray | None  # upper bounds likewise
+    max_episode_steps: int  # time limit in steps
+    reports_success: bool = False  # whether Step.success is there
+    simulator: "Simulator | None" = None  # None for one that is pure JAX
 
     @property
     def host(self) -> bool:

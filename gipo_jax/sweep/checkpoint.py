@@ -1,9 +1,8 @@
 """Checkpoints of a running sweep: all arrays and the progress, written whole or not at all.
 
-A checkpoint is a folder: arrays as Orbax stores them, and the progress in JSON. It gets its final
-name, a number, only when complete, and the last two are kept. All processes write their parts of
-the arrays, process 0 everything else. Orbax reads flipped bits back without a word, so every file
-has a checksum of ours, by which a damaged checkpoint is found and passed over.
+A checkpoint is a folder of arrays as Orbax stores them, and the progress in JSON; it gets its
+number as name when complete. All processes write their parts of the arrays, process 0 all else.
+Orbax reads flipped bits back without a word, so every file has a checksum of ours.
 """
 
 import contextlib
@@ -39,10 +38,7 @@ class CheckpointError(ResultsError):
 
 
 def save(directory: Path, number: int, progress: dict[str, Any], state: Any | None) -> Path:
-    """Writes the checkpoint of a number higher than the newest one's; all processes call it.
-
-    Where it cannot be written, CheckpointError; earlier checkpoints are as they were.
-    """
+    """Writes the checkpoint of a number higher than the newest one's; all processes call it."""
     path = directory / f"{number:08d}"
     temporary = directory / f"{_TEMPORARY}{path.name}"
     try:

@@ -1,8 +1,4 @@
-"""The folder of a sweep, written: tables, final parameters, checkpoints.
-
-All processes hold the same ``Folder`` and call it alike. Arrays are written by all together, the
-rest by process 0.
-"""
+"""The folder of a sweep, written: all processes call it alike, and process 0 writes the text."""
 
 import contextlib
 import csv
@@ -85,9 +81,8 @@ class Folder:
             except OSError as error:
                 print(f"warning: {path} cannot be locked: {error.strerror}", file=sys.stderr)
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise ConfigError(
-                    "out", out, "a folder that no other process is leaving; try again"
-                )
+                valid = "a folder that no other process is leaving; try again"
+                raise ConfigError("out", out, valid)
             try:
                 results.check_directory(self.directory, self._resume)
                 if checkpoint.numbers(self.checkpoints) != self._present:

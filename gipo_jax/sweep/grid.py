@@ -141,12 +141,7 @@ def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def decode(
     groups: Iterable[Mapping[str, Any]], env: Any = None, objective: Any = None
 ) -> list[Run]:
-    """Runs from ``encode``'s JSON.
-
-    ``env`` is the environment object, where the runs were made with one, ``objective`` the
-    function, where it does not come from a file of its own. Raises ConfigError where one is needed
-    and not given, or its file has changed.
-    """
+    """Runs from ``encode``'s JSON, with the objects of runs that were made with some."""
     given = {"env": env, "objective": objective}
     runs: dict[int, Run] = {}
     for group in groups:

@@ -213,11 +213,7 @@ def plan_line(group: Group, slices: Slices) -> str:
 
 
 def parts_at_once(group: Group, slices: Slices) -> int:
-    """Parts that one compiled program serves.
-
-    All of them, but for simulators outside JAX: a program holds the addresses of those of all its
-    parts, which must fit in memory beside the part that trains.
-    """
+    """Parts that one program serves: all, or as many as have room for simulators outside JAX."""
     if not group.domain.host:
         return len(slices.parts)
     simulators = slices.layout.width * group.domain.config.num_envs

@@ -67,8 +67,7 @@ def stack(hparams: Sequence[HParams], width: int) -> HParams:
 class Program:
     """``train.init`` and ``train.train_and_log`` for a batch of runs, compiled on request.
 
-    It runs on a mesh of the devices of all processes, each of which trains runs of its own without
-    communication.
+    Devices of all processes form a mesh, on which each trains runs of its own.
     """
 
     new_episodes = 0

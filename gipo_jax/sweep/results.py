@@ -80,23 +80,20 @@ def check_directory(directory: Path, resume: bool) -> None:
     """Raises ConfigError where a sweep may not write to a folder; touches nothing."""
     if resume:
         check_holds_sweep(directory, "out")
-    elif (directory / CONFIG).exists():
-        raise ConfigError(
-            "out", str(directory), "a folder without a sweep in it; --resume continues this one"
-        )
+    files = () if resume else (RUNS, METRICS, PARAMS, CHECKPOINTS, FIGURES)
+    present = [name for name in files if (directory / name).exists()]
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not resume and (directory / CONFIG).exists():
+        valid = "a folder without a sweep in it; --resume continues this one"
+    elif present:
+        valid = f"a folder without {present[0]}: a sweep writes it"
+    elif not nearest.is_dir():
+        valid = f"a folder, but {nearest} is a file"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        valid = f"a folder with write permission on {nearest}"
     else:
-        for name in (RUNS, METRICS, PARAMS, CHECKPOINTS, FIGURES):
-            if (directory / name).exists():
-                raise ConfigError(
-                    "out", str(directory), f"a folder without {name}: a sweep writes it"
-                )
-    nearest = directory
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise ConfigError("out", str(directory), f"a folder, but {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError("out", str(directory), f"a folder with write permission on {nearest}")
+        return
+    raise ConfigError("out", str(directory), valid)
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -1,14 +1,9 @@
 """Policy gradients on the denoising steps of a flow, as a domain of ``gipo_jax.train``.
 
-An iteration samples chains with the current flow and stores them with their advantages. What the
-settings of ``Config`` and ``HParams`` mean here:
-
-- A transition is a chain: one sample with all its steps. An iteration makes ``num_envs`` times
-  ``rollout_length`` of them; ``batch_size`` and ``buffer_size`` count chains.
-- The tokens of a chain are its steps, ``[batch, steps]``. ``ratio_level`` compares them as those of
-  a sequence, and ``ratio_norm`` is GRPO-Guard's ratio.
-- Advantages are relative to the group, the chains of one iteration: GRPO's, (R - mean) / std.
-  There is no value function, and the KL penalty is exact.
+A transition is a chain: one sample with all its steps, which are its tokens, ``[batch, steps]``. An
+iteration makes ``num_envs`` times ``rollout_length`` of them; ``batch_size`` and ``buffer_size``
+count chains. Advantages are relative to the chains of one iteration: GRPO's, (R - mean) / std.
+There is no value function, and the KL penalty is exact.
 
 | method | setting |
 |---|---|
@@ -135,12 +130,7 @@ class Flow(Domain):
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
-        config, steps = self.config, self.env.steps
-
-        def like(*shape: int) -> Any:
-            full = (config.rollout_length, config.num_envs, *shape)
-            return jax.ShapeDtypeStruct(full, jnp.float32)
-
+        steps, like = self.env.steps, self.like
         return Row(like(steps + 1, 2), like(steps, 2), like(steps), like())
 
 

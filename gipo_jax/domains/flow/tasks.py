@@ -1,8 +1,7 @@
 """Densities in the plane that a flow learns, each with a reward on the end point.
 
-The reward is high at some modes of the density and low at the others, so that a policy can raise it
-and keep several modes. A policy that collapses to one of them gets the same reward, which is why
-diversity is measured beside it (``modes_covered``, ``pairwise_distance``).
+The reward is high at some modes only, so that a policy can raise it and keep several. One that
+collapses gets the same reward, which is why diversity is measured beside it.
 """
 
 from collections.abc import Callable
@@ -19,35 +18,19 @@ PREFIX = "flow/"  # What the names of these tasks begin with, where a configurat
 
 
 class Task(NamedTuple):
-    """A density, a reward on its points, and the sampler's settings.
+    """A density, a reward on its points, and the sampler's settings."""
 
-    Attributes:
-        name: as a configuration has it, such as ``flow/ring``.
-        sample: ``key, n -> points [n, 2]`` of the density.
-        centers: points that stand for the modes of the density, ``[modes, 2]``.
-        rewarded: which of them are rewarded, bool ``[modes]``.
-        width: distance, in the plane's units, at which the reward of a mode has fallen to e^-1/2.
-        steps: denoising steps.
-        noise_level: ``a`` of the sampler's noise, sigma_t = a sqrt(t / (1 - t)); Flow-GRPO's is
-            0.7.
-        shift: of the times of the steps, 1 for equal steps; larger ones take most steps near the
-            noise (3 in Stable Diffusion 3).
-        pretrain_steps: updates of flow matching that a run begins with.
-        pretrain_batch: points in such an update.
-        pretrain_rate: Adam's learning rate in the first of them; it decays to 0 along a cosine.
-    """
-
-    name: str
-    sample: Callable[[Array, int], Array]
-    centers: np.ndarray
-    rewarded: np.ndarray
-    width: float
-    steps: int = 10
-    noise_level: float = 0.7
-    shift: float = 1.0
-    pretrain_steps: int = 800
-    pretrain_batch: int = 512
-    pretrain_rate: float = 2e-2
+    name: str  # as a configuration has it, such as flow/ring
+    sample: Callable[[Array, int], Array]  # key, n -> points [n, 2] of the density
+    centers: np.ndarray  # points that stand for the modes of the density, [modes, 2]
+    rewarded: np.ndarray  # which of them are rewarded, bool [modes]
+    width: float  # distance at which the reward of a mode has fallen to e^-1/2
+    steps: int = 10  # denoising steps
+    noise_level: float = 0.7  # a in sigma_t = a sqrt(t / (1 - t)), as in Flow-GRPO
+    shift: float = 1.0  # of the times, 1 for equal steps; 3 in Stable Diffusion 3
+    pretrain_steps: int = 800  # updates of flow matching that a run begins with
+    pretrain_batch: int = 512  # points in such an update
+    pretrain_rate: float = 2e-2  # Adam's first learning rate, which decays along a cosine
 
 
 def is_task(env: Any) -> bool:

@@ -23,27 +23,19 @@ Cache = tuple[tuple[Array, Array], ...]  # keys and values a layer, [batch, head
 class Decoder(NamedTuple):
     """A policy over answers as pure functions.
 
-    Prompts are int32 ``[batch, prompt_length]``, answers ``[batch, answer_length]``.
-
-    Attributes:
-        init: ``key -> params``.
-        logits: ``params, tokens [batch, time] -> [batch, time, vocab]``, of the token after each
-            one, with time <= prompt_length + answer_length.
-        sample: ``params, prompt, key, temperature=1.0 -> answer, log_prob``; both
-            ``[batch, answer_length]``, the log-probabilities those of the sampled distribution and
-            0 at padding.
-        greedy: ``params, prompt -> answer`` of the most likely token at each step.
-        score: ``params, prompt, answer, temperature=1.0 -> log_prob, entropy`` of each token of
-            the answer, ``[batch, answer_length]``, in nats; anything at padding.
-        mask: ``answer -> bool``, same shape; false at padding.
+    Prompts are int32 ``[batch, prompt_length]``, answers and what is said of their tokens
+    ``[batch, answer_length]``.
     """
 
-    init: Callable[[Array], Params]
+    init: Callable[[Array], Params]  # key -> params
+    # params, tokens [batch, time] -> [batch, time, vocab] of the token after each one
     logits: Callable[[Params, Array], Array]
+    # params, prompt, key, temperature=1.0 -> answer, log_prob (0 at padding)
     sample: Callable[..., tuple[Array, Array]]
-    greedy: Callable[[Params, Array], Array]
+    greedy: Callable[[Params, Array], Array]  # params, prompt -> answer of likeliest tokens
+    # params, prompt, answer, temperature=1.0 -> log_prob, entropy in nats (anything at padding)
     score: Callable[..., tuple[Array, Array]]
-    mask: Callable[[Array], Array]
+    mask: Callable[[Array], Array]  # answer -> bool, same shape; false at padding
 
 
 def make(
@@ -66,8 +58,7 @@ def make(
         answer_length: most tokens of an answer, the end token included, >= 1.
         end: token that ends an answer, in [0, vocab); None where all have ``answer_length`` tokens.
         layers: number of layers, >= 1.
-        width: width of the residual stream, which the heads must divide (else ConfigError).
-        heads: attention heads, >= 1.
+        width: of the residual stream, which the attention ``heads`` must divide (else ConfigError).
         feed_forward: width of the hidden layer of the feed-forward part, >= 1.
         precision: types of numbers.
     """

@@ -3,11 +3,8 @@
 One iteration answers ``num_envs`` prompts, each of them ``rollout_length`` times: a group of
 responses. A response's advantage is its reward minus the mean of its group, stored with it in
 replay. An update draws ``batch_size`` responses from replay. So buffer, batch and step counts are
-in responses.
-
-A ``selection`` chooses what is answered and what is learned from. With an objective of pairs, such
-as ``dpo``, what replay keeps and an update compares is a right and a wrong response
-(``preference``).
+in responses. A ``selection`` chooses what is answered and what is learned from; with an objective
+of pairs, such as ``dpo``, a right and a wrong response are compared (``preference``).
 
 Staleness comes in three ways: from old data in a large buffer (``buffer_size``), from a lag
 (``min_age`` iterations held back) and from reuse (``updates_per_iteration``, ``reuse_per_batch``).
@@ -303,20 +300,13 @@ class Tokens(Domain):
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
-        config, task = self.config, self.env
-
-        def like(shape: tuple[int, ...], dtype: Any) -> Any:
-            return jax.ShapeDtypeStruct((config.rollout_length, config.num_envs, *shape), dtype)
-
-        block = Row(
-            like((task.prompt_length,), jnp.int32),
-            like((task.answer_length,), jnp.int32),
-            like((task.answer_length,), jnp.float32),
-            like((), jnp.float32),
+        task, like = self.env, self.like
+        prompt, answer = (
+            like(n, dtype=jnp.int32) for n in (task.prompt_length, task.answer_length)
         )
+        block = Row(prompt, answer, like(task.answer_length), like())
         if self.selection.stage == selection.GROUP:
-            weight = like((), jnp.float32)
-            block = block._replace(weight=selection.Weights(weight, weight))
+            block = block._replace(weight=selection.Weights(like(), like()))
         if self.preference:
             wrong = preference.Wrong(block.answer, block.behavior_log_prob, block.advantage)
             block = block._replace(wrong=wrong)

@@ -1,10 +1,9 @@
 """Preference training: the loss compares a right answer to a prompt with a wrong one.
 
 It is what token tasks do with an objective that takes ``margin``, such as ``dpo``. Each answer of a
-group gets a partner: a random answer to the same prompt that is right where it is wrong, or the
-other way round. The pair is stored in place of the answer; where the whole group is right, or
-wrong, there is none, and the row counts 0. The reference policy is the one that training begins
-with, after imitation.
+group gets a random partner to the same prompt, right where it is wrong or the other way round, and
+the pair is stored in its place; where the whole group is right, or wrong, the row counts 0. The
+reference policy is the one that training begins with, after imitation.
 """
 
 from typing import NamedTuple

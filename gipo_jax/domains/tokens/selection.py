@@ -28,7 +28,6 @@ Weights are >= 0. What they mean:
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
@@ -47,27 +46,18 @@ PROMPTS, GROUP = "prompts", "group"
 
 
 class Group(NamedTuple):
-    """What an iteration has sampled: some answers to each of its prompts.
+    """What an iteration has sampled: some answers to each of its prompts."""
 
-    Attributes:
-        prompt: ``[prompts, prompt_length]``.
-        answer: ``[answers, prompts, answer_length]``, end tokens from the first one on.
-        log_prob: of each token when it was sampled, same shape; 0 at padding.
-        mask: false at padding, same shape.
-        exact: whether an answer is right, bool ``[answers, prompts]``.
-        advantage: as learning takes it, ``[answers, prompts]``; in preference training 1 where the
-            answer has a partner to make a pair with, else 0.
-        margin: in preference training, log-probability of the right minus that of the wrong answer
-            of the pair, less the same under the reference policy, ``[answers, prompts]``; else
-            None.
-    """
-
-    prompt: Array
-    answer: Array
-    log_prob: Array
-    mask: Array
-    exact: Array
+    prompt: Array  # [prompts, prompt_length]
+    answer: Array  # [answers, prompts, answer_length], end tokens from the first one on
+    log_prob: Array  # of each token when it was sampled, same shape; 0 at padding
+    mask: Array  # false at padding, same shape
+    exact: Array  # whether an answer is right, bool [answers, prompts]
+    # as learning takes it, [answers, prompts]; in preference training 1 where the answer has a
+    # partner to make a pair with, else 0
     advantage: Array
+    # in preference training, log-probability of the right minus that of the wrong answer of the
+    # pair, less the same under the reference policy, [answers, prompts]; else None
     margin: Array | None = None
 
 
@@ -87,8 +77,9 @@ class Selection(NamedTuple):
     name: str  # for tables
     stage: str | None  # PROMPTS or GROUP, what it weighs; None for keep_all
     select: Callable[[Any, State, Array], Array]  # prompts or group, state, key -> weights
-    initial_state: Callable[[Task, Array], State]  # task, key -> state
-    update: Callable[[State, Group], State]  # state, group -> state, called once an iteration
+    # task, key -> state, and state, group -> state, called once an iteration; by default no state
+    initial_state: Callable[[Task, Array], State] = lambda task, key: ()
+    update: Callable[[State, Group], State] = lambda state, group: state
 
 
 def declare(
@@ -168,11 +159,6 @@ def packed_rows(config: Config) -> int:
 # The built-in ones.
 
 
-def keep_all() -> Selection:
-    """No selection."""
-    return Selection("keep_all", None, lambda *_: jnp.ones(()), _no_state, _same_state)
-
-
 MAX_PRUNED = 0.7  # highest probability with which prune leaves out a prompt, or an answer
 
 
@@ -212,7 +198,7 @@ def prune(part: float) -> Selection:
         keep_answer = jax.random.bernoulli(key_answer, of_answer)
         return (keep_prompt & keep_answer) / (of_prompt * of_answer)
 
-    return Selection("prune", GROUP, select, _no_state, _same_state)
+    return Selection("prune", GROUP, select)
 
 
 class DepoState(NamedTuple):
@@ -237,7 +223,6 @@ class Estimator(nn.Module):
 
 DEPO_RANGE = (0.15, 0.85)
 DEPO_START = 100  # Iterations in which depo only learns
-
 DEPO_RATE = 1e-3  # learning rate of the estimate of depo
 DEPO_UPDATES = 4  # an iteration, of the estimate of depo
 
@@ -334,7 +319,7 @@ def sage(part: float) -> Selection:
         chosen = is_pair & (jnp.sum(before, axis=1) < quota)
         return chosen.astype(jnp.float32).reshape(shape)
 
-    return Selection("sage", GROUP, select, _no_state, _same_state)
+    return Selection("sage", GROUP, select)
 
 
 SELECTIONS = ("keep_all", "depo", "prune", "sage")  # Names of the built-in selections
@@ -352,7 +337,7 @@ def make(config: Config, task: Task, objective: Spec) -> Selection:
         raise ConfigError("selection", chosen, "one for single answers, or objective dpo")
     else:
         selection = {
-            "keep_all": keep_all,
+            "keep_all": lambda: Selection("keep_all", None, lambda *_: jnp.ones(())),
             "depo": lambda: depo(task.vocab),
             "prune": lambda: prune(part),
             "sage": lambda: sage(part),
@@ -420,8 +405,7 @@ def _own(chosen: Any) -> Selection:
     if len(first) != 3 or first[0] not in (PROMPTS, GROUP) or first[1:] != ["state", "key"]:
         valid = f"a function of ({PROMPTS}, state, key) or ({GROUP}, state, key)"
         raise ConfigError("selection", name, valid)
-    functions = getattr(chosen, "state_functions", (_no_state, _same_state))
-    return Selection(name, first[0], chosen, *functions)
+    return Selection(name, first[0], chosen, *getattr(chosen, "state_functions", ()))
 
 
 def _try_out(selection: Selection, config: Config, task: Task, pairs: bool) -> None:
@@ -458,8 +442,8 @@ def _try_out(selection: Selection, config: Config, task: Task, pairs: bool) -> N
     except ConfigError:
         raise
     except Exception as error:
-        file = inspect.getsourcefile(inspect.unwrap(selection.select))
-        place = user_files.located(error, Path(file).resolve()) if file else None
+        file = user_files.source_file(selection.select)
+        place = user_files.located(error, file) if file else None
         text = place or f"code that runs; {type(error).__name__}: {str(error).splitlines()[0]}"
         raise ConfigError("selection", selection.name, text) from error
 
@@ -473,11 +457,3 @@ def _checked(
         form = list(jnp.shape(weight)) if hasattr(weight, "shape") else type(weight).__name__
         raise ConfigError(f"selection {selection.name}", form, f"weights {list(shape)}")
     return jnp.asarray(weight, jnp.float32)
-
-
-def _no_state(task: Task, key: Array) -> State:
-    return ()
-
-
-def _same_state(state: State, group: Group) -> State:
-    return state

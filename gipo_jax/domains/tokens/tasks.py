@@ -31,30 +31,22 @@ class Task(NamedTuple):
     """A task for one prompt and one answer; batch its functions with ``jax.vmap``.
 
     Tokens are int32 in [0, vocab).
-
-    Attributes:
-        prompt: ``key -> tokens [prompt_length]``.
-        reward: ``prompt, answer [answer_length] -> scalar`` in [0, 1], 1 only for a right answer.
-            After an answer's first end token come further end tokens.
-        vocab: number of tokens, the end token included, >= 2.
-        prompt_length: tokens of a prompt.
-        answer_length: most tokens of an answer, the end token included.
-        end: token that ends an answer; None where all answers have ``answer_length`` tokens.
-        exact: ``prompt, answer -> bool``, whether the answer is right; None for a reward of 1.
-        demonstration: ``prompt -> answer``, a right answer to imitate before reinforcement
-            learning; None where there is none.
-        name: for tables and figures.
     """
 
-    prompt: Callable[[Array], Array]
+    prompt: Callable[[Array], Array]  # key -> tokens [prompt_length]
+    # prompt, answer [answer_length] -> scalar in [0, 1], 1 only for a right answer. After an
+    # answer's first end token come further end tokens
     reward: Callable[[Array, Array], Array]
-    vocab: int
-    prompt_length: int
-    answer_length: int
-    end: int | None = None
+    vocab: int  # number of tokens, the end token included, >= 2
+    prompt_length: int  # tokens of a prompt
+    answer_length: int  # most tokens of an answer, the end token included
+    end: int | None = None  # ends an answer; None where all have answer_length tokens
+    # prompt, answer -> bool, whether the answer is right; None for a reward of 1
     exact: Callable[[Array, Array], Array] | None = None
+    # prompt -> answer, a right answer to imitate before reinforcement learning; None where there is
+    # none
     demonstration: Callable[[Array], Array] | None = None
-    name: str = "task"
+    name: str = "task"  # for tables and figures
 
 
 def is_task(env: Any) -> bool:
