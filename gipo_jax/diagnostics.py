@@ -78,7 +78,9 @@ def ratios(
 
 def _evenly_spaced(values: Array, count: int | None) -> Array:
     """At most about so many of the values, from the last axis first."""
-    for axis in reversed(range(values.ndim)) if count is not None else ():
+    if count is None:
+        return values
+    for axis in reversed(range(values.ndim)):
         step = min(-(-values.size // count), values.shape[axis])
         values = jax.lax.slice_in_dim(values, 0, values.shape[axis], step, axis)
     return values

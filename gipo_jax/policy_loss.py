@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from gipo_jax import diagnostics, loss_terms, objectives, ratio_levels, segments, signatures
 from gipo_jax.config import LOSS_AGG_MODES, ConfigError
 
-RANKED = 4096  # Tokens that percentiles are taken of
+RANKED = 1024  # Tokens that percentiles are taken of
 
 # By the names of trainers, the ratio levels at which a rollout policy is corrected for
 ROLLOUT_LEVELS = {"token": "token", "sequence": "joint", "mean": "sequence"}
@@ -82,7 +82,7 @@ def policy_loss(
     Returns:
         scalar loss, and metrics: scalars ``policy_loss``, ``kl`` (estimate of KL(mu || pi) per
         token), ``denominator`` (tokens or responses in the arrays), those of ``diagnostics.ratios``
-        at the ratio level, with percentiles of about 4,096 tokens, and ``state``, the next one, if
+        at the ratio level, with percentiles of about 1,024 tokens, and ``state``, the next one, if
         the objective has a state. With ``rollout_log_prob`` also ``rollout_kl`` (estimate of
         KL(rollout || old) per token), ``rollout_mean_weight`` (of w) and ``rollout_out_of_bounds``
         (share of tokens). Each is 0, not NaN, over nothing, for loggers that take means.
