@@ -70,7 +70,10 @@ def _playground(module: Any, name: str, limit: int | None) -> Environment:
     registry = module.registry
     own = _known(name, registry.ALL_ENVS)
     config = registry.get_default_config(own)
-    given = options.read("env", name, _scalars(dict(config)))
+    defaults = _scalars(dict(config))
+    # Warp's contacts are one array for all environments of a batch, which none can be taken out of.
+    defaults |= {"impl": "jax"} if "impl" in defaults else {}
+    given = defaults | options.read("env", name, defaults)
     try:
         env = registry.load(own, config_overrides=given)
     except Exception as error:

@@ -53,7 +53,7 @@ def own_functions(name: str) -> Own:
     if suite == "playground":
         from mujoco_playground import registry
 
-        env = registry.load(rest)
+        env = registry.load(rest, config_overrides={"impl": "jax"})
     if suite in ("brax", "playground"):
 
         def reset(key: Any) -> Any:
