@@ -1,4 +1,4 @@
-"""The command ``gipo-jax``: sweep, plot, objectives.
+"""The command ``gipo-jax``: sweep, plot, check, objectives.
 
 Options are read off the fields of ``Config``, ``HParams`` and ``sweep.Options`` and off the
 signatures of the objectives, so that a new setting is an option without a line here.
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: command line without the program's name; ``sys.argv`` by default.
 
     Returns:
-        exit code: 0; 2 where the input is not usable; 1 where reading or writing failed;
+        exit code: 0; 2 where the input is not usable; 1 where reading or writing failed, or a
+        checked folder is not whole;
         75 (SIGTERM, or another process is gone) or 130 (Ctrl-C) where a sweep can go on.
     """
     runtime.set_cpu_defaults()
@@ -110,6 +111,14 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw the figures of a sweep")
     plot.add_argument("directory", metavar="DIR", help="folder of a sweep")
     plot.set_defaults(act=_plot)
+
+    checking = commands.add_parser(
+        "check",
+        help="say whether the folder of a sweep is whole",
+        description="A line for each part of the folder. Exit code 0: it is whole; 1: it is not.",
+    )
+    checking.add_argument("directory", metavar="DIR", help="folder of a sweep")
+    checking.set_defaults(act=_check)
 
     listing = commands.add_parser("objectives", help="list the objectives")
     listing.set_defaults(act=_objectives)
@@ -308,6 +317,19 @@ def _plot(given: dict[str, Any]) -> int:
     results.check_holds_sweep(directory, "directory")
     _draw(directory)
     return 0
+
+
+def _check(given: dict[str, Any]) -> int:
+    from gipo_jax.sweep import audit, results
+
+    directory = Path(given["directory"]).expanduser()
+    results.check_holds_sweep(directory, "directory")
+    whole = True
+    for finding in audit.check(directory):
+        print(finding)
+        whole &= finding.whole
+    print(f"{directory} is {'' if whole else 'not '}whole")
+    return 0 if whole else FAILED
 
 
 def _draw(directory: Path) -> None:

@@ -12,6 +12,9 @@ from jax.typing import ArrayLike
 from gipo_jax import diagnostics, loss_terms, objectives, ratio_levels, signatures
 from gipo_jax.config import LOSS_AGG_MODES, ConfigError
 
+_OF_NONE = {"ess": 1.0, "mean_weight": 1.0}
+"""Metrics over nothing that are not 0."""
+
 
 def policy_loss(
     log_prob: Array,
@@ -53,7 +56,8 @@ def policy_loss(
     Returns:
         scalar loss, and metrics: scalars ``policy_loss``, ``kl`` (estimate of KL(mu || pi) per
         token), those of ``diagnostics.ratios`` at the ratio level, and ``state``, the next one, if
-        the objective has a state.
+        the objective has a state. Over no tokens, or none with an advantage, they are those of
+        fresh data: 1 for ``ess`` and ``mean_weight``, 0 for the others.
 
     Raises:
         ConfigError: arrays that do not fit each other, an unknown name, or a ratio level, parameter
@@ -70,6 +74,7 @@ def policy_loss(
     level = ratio_levels.choose(ratio_level, spec)
     _check_aggregation(loss_agg_mode, max_tokens)
     given = _check_parameters(spec, parameters)
+    log_prob, old_log_prob, advantages = map(jnp.asarray, (log_prob, old_log_prob, advantages))
     mask = _check_arrays(spec, log_prob, old_log_prob, advantages, response_mask)
 
     dtype = jnp.promote_types(log_prob.dtype, jnp.float32)
@@ -89,9 +94,14 @@ def policy_loss(
     weight = loss_terms.objective_weight(bound, log_ratio, advantage)
     token_log_ratio = jnp.where(mask, ratio_levels.bounded(stop_gradient(token_log_ratio)), 0)
     metrics: dict[str, Any] = {
-        "policy_loss": stop_gradient(loss),
-        "kl": jnp.mean(loss_terms.kl_estimate(token_log_ratio), where=mask),
+        "kl": jnp.mean(loss_terms.kl_estimate(token_log_ratio), where=mask)
     } | diagnostics.ratios(log_ratio, advantage, weight, mask)
+    # What is undefined would make a logger's mean over batches NaN.
+    moved = mask & (advantage != 0)
+    for name in metrics:
+        counted = jnp.any(moved if name in diagnostics.OF_MOVED else mask)
+        metrics[name] = jnp.where(counted, metrics[name], _OF_NONE.get(name, 0.0))
+    metrics["policy_loss"] = stop_gradient(loss)
     if spec.initial_state is not None:
         metrics["state"] = state
     return loss, metrics
@@ -138,8 +148,8 @@ def _check_arrays(
 ) -> Array:
     """Refuses arrays that do not fit each other; the mask, bool ``[batch, tokens]``."""
     shape = jnp.shape(log_prob)
-    if len(shape) != 2:
-        raise ConfigError("log_prob", shape, "the shape (batch, tokens)")
+    if len(shape) != 2 or 0 in shape:
+        raise ConfigError("log_prob", shape, "the shape (batch, tokens), neither of them 0")
     if jnp.shape(old_log_prob) != shape:
         raise ConfigError("old_log_prob", jnp.shape(old_log_prob), f"the shape {shape} of log_prob")
     if jnp.shape(advantages) not in (shape, shape[:1]):
@@ -147,6 +157,7 @@ def _check_arrays(
         raise ConfigError("advantages", jnp.shape(advantages), valid)
     if response_mask is None:
         return jnp.ones(shape, bool)
+    response_mask = jnp.asarray(response_mask)
     if jnp.shape(response_mask) != shape:
         valid = f"the shape {shape} of log_prob"
         raise ConfigError("response_mask", jnp.shape(response_mask), valid)

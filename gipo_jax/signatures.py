@@ -320,6 +320,8 @@ def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tu
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigError(name, _type_and_shape(result), "a pair (surrogate, new state)")
         result, state = result
+        if jax.tree.structure(state) == jax.tree.structure(given["state"]):
+            state = jax.tree.map(_in_type_of, given["state"], state)
         before, after = (jax.tree.map(_type_and_shape, tree) for tree in (given["state"], state))
         if before != after:
             raise ConfigError(name, after, f"a new state like the one before, {before}")
@@ -328,6 +330,12 @@ def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tu
         valid = f"a surrogate {wanted}, one number for each log-ratio"
         raise ConfigError(name, surrogate, valid)
     return result, state
+
+
+def _in_type_of(before: Any, new: Any) -> Any:
+    """A new state in the floating-point type of the one before, which float64 data would widen."""
+    floats = [isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) for x in (before, new)]
+    return new.astype(before.dtype) if all(floats) else new
 
 
 def _type_and_shape(value: Any) -> str:

@@ -395,6 +395,30 @@ def test_no_tokens_at_all_give_a_loss_of_zero(data: dict[str, Any]) -> None:
             assert loss == 0 and not gradient.any()
 
 
+@pytest.mark.parametrize("change", ["advantages", "response_mask"])
+def test_metrics_over_nothing_are_those_of_fresh_data(change: str, data: dict[str, Any]) -> None:
+    empty = data | {change: np.zeros_like(data[change])}
+    for (_, metrics), _ in evaluated(empty, objective="gipo").values():
+        over_none = {"ess": 1, "mean_weight": 1, "near_zero_fraction": 0}
+        over_none |= {"masked_fraction": 0, "suppressed_fraction": 0}
+        assert {name: float(metrics[name]) for name in over_none} == over_none
+        assert all(np.isfinite(x) for x in metrics.values())
+        if change == "response_mask":
+            assert metrics["kl"] == metrics["log_ratio_abs_p95"] == metrics["clip_fraction"] == 0
+
+
+def test_a_nan_of_ones_own_is_not_hidden(data: dict[str, Any]) -> None:
+    spoilt = data | {"log_prob": np.where(data["response_mask"], np.nan, data["log_prob"])}
+    for (_, metrics), _ in evaluated(spoilt, objective="gipo").values():
+        assert np.isnan(metrics["kl"]) and np.isnan(metrics["mean_weight"])
+
+
+def test_lists_are_taken_as_arrays(data: dict[str, Any]) -> None:
+    lists = {name: x.tolist() for name, x in data.items()}
+    expected, _ = losses.policy_loss(**{name: jnp.array(x) for name, x in data.items()})
+    assert losses.policy_loss(**lists)[0] == expected
+
+
 @objectives.declare(kind="batch")
 def without_mask(log_ratio: Any, advantage: Any) -> Any:
     return log_ratio * advantage / jnp.mean(advantage)
@@ -407,6 +431,7 @@ def without_mask(log_ratio: Any, advantage: Any) -> Any:
         ("response_mask", {"response_mask": jnp.ones(BATCH)}),
         ("old_log_prob", {"old_log_prob": jnp.zeros((BATCH, 1))}),
         ("log_prob", {"log_prob": jnp.zeros(BATCH)}),
+        ("log_prob", {"log_prob": jnp.zeros((0, TOKENS))}),
         ("advantages", {"advantages": jnp.zeros((BATCH, 1))}),
         ("loss_agg_mode", {"loss_agg_mode": "mean"}),
         ("max_tokens", {"max_tokens": 4}),

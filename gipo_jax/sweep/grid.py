@@ -124,13 +124,6 @@ def program_name(config: Config) -> str:
     return " ".join(parts)
 
 
-def flat_settings(run: Run) -> dict[str, Any]:
-    """Every setting of a run by name; objects by what they are called."""
-    called = {field: name(getattr(run.config, field)) for field, name in _CALLED.items()}
-    settings = vars(run.config) | vars(run.hparams) | run.hparams.objective_params | called
-    return {k: v for k, v in settings.items() if k not in ("max_buffer_size", "objective_params")}
-
-
 def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Runs as JSON: one entry for each static configuration, with the settings of its runs."""
     groups: dict[Config, dict[str, Any]] = {}
@@ -225,7 +218,7 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
 
     Where there are more runs in one of them, the values are all that the setting takes.
     """
-    before, now = _settings_of_runs(stored), _settings_of_runs(given)
+    before, now = _by_run(stored), _by_run(given)
     names = dict.fromkeys(name for run in before + now for name in run)
     if len(before) == len(now):
         for old, new in zip(before, now, strict=True):
@@ -246,8 +239,26 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
     return "number of runs", len(before), len(now)
 
 
-def _settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
-    """The settings of each run in a result of ``encode``, by name."""
+def settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """All settings of each run in a result of ``encode`` by name; objects by what they are called.
+
+    The order is that of the fields.
+    """
+    return [
+        {name: _called(value) for name, value in run.items() if name != "max_buffer_size"}
+        for run in _by_run(groups)
+    ]
+
+
+def _called(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Reference.from_json(value).name
+    # JSON has no tuples.
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _by_run(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """Settings of each run in a result of ``encode``, as they stand there."""
     runs = {}
     for group in groups:
         for entry in group["runs"]:

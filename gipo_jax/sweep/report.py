@@ -4,6 +4,7 @@ import contextlib
 import math
 import queue
 import statistics
+import struct
 import sys
 import threading
 import time
@@ -24,6 +25,9 @@ WAITING = 1000
 
 NAME_LENGTH = 100
 """Characters of a folder of event files: file systems take 255 bytes."""
+
+EVENTS = "tensorboard"
+"""Folder of the event files in that of a sweep."""
 
 Rows = Sequence[Mapping[str, Any]]
 Callback = Callable[[Rows], None]
@@ -189,3 +193,36 @@ class TensorBoard:
         for writer in self._writers.values():
             if writer is not None:
                 writer.close()
+
+
+def event_steps(directory: Path) -> dict[int, list[int]]:
+    """Steps that the event files of each run show, in order, once what was purged is left out.
+
+    Raises:
+        ImportError: tensorboardX is not installed.
+        ValueError: a file is damaged.
+    """
+    from tensorboardX.proto import event_pb2
+
+    steps: dict[int, list[int]] = {}
+    for folder in sorted(directory.iterdir()):
+        shown: list[int] = []
+        counted = None  # one tag of each point
+        for file in sorted(folder.glob("events*")):
+            data, at = file.read_bytes(), 0
+            while at < len(data):
+                (length,) = struct.unpack_from("<Q", data.ljust(at + 8, b"\0"), at)
+                if at + 16 + length > len(data):
+                    break  # a record that a kill cut off
+                try:
+                    event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+                except Exception as error:
+                    raise ValueError(f"{file} is damaged") from error
+                if event.HasField("session_log"):
+                    shown = [step for step in shown if step < event.step]
+                for value in event.summary.value:
+                    counted = counted or value.tag
+                    shown += [event.step] * (value.tag == counted)
+                at += 16 + length
+        steps[int(folder.name[:5])] = shown
+    return steps
