@@ -27,16 +27,16 @@ def gae(
     stops at the end of an episode, whatever ended it.
 
     Args:
-        reward: ``[time, ...]``.
-        terminated: bool, same shape.
-        truncated: bool, same shape.
-        value: V(obs), same shape.
-        next_value: V(final_obs), same shape.
+        reward: ``[time, ...]``, the shape of all arrays.
+        terminated: bool.
+        truncated: bool.
+        value: V(obs).
+        next_value: V(final_obs).
         gamma: discount in [0, 1].
         gae_lambda: in [0, 1]; 0 gives the one-step error, 1 the Monte-Carlo advantage.
 
     Returns:
-        advantage and value target (advantage + value), same shape.
+        advantage and value target (advantage + value).
     """
     chex.assert_equal_shape([reward, terminated, truncated, value, next_value])
     chex.assert_type([terminated, truncated], bool)
@@ -66,7 +66,7 @@ def vtrace(
 
     Args:
         log_ratio: joint log pi(a|s) - log mu(a|s), ``[time, ...]``; not differentiated.
-        reward: same shape, as are the next four.
+        reward: same shape; the next arguments as in ``gae``.
         terminated: bool.
         truncated: bool.
         value: V(obs).
@@ -76,7 +76,7 @@ def vtrace(
         c_bar: bound on the ratio in the trace, > 0.
 
     Returns:
-        advantage and value target v, same shape.
+        advantage and value target v.
     """
     chex.assert_equal_shape([log_ratio, reward, terminated, truncated, value, next_value])
     chex.assert_type([terminated, truncated], bool)

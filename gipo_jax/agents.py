@@ -16,25 +16,16 @@ from gipo_jax.sweep import checkpoint, grid, results
 
 
 class Agent(NamedTuple):
-    """A trained run.
+    """A trained run."""
 
-    Attributes:
-        config: its static settings.
-        hparams: its traced settings.
-        params: ``{"policy": ..., "value": ...}``.
-        env: the environment it was trained in.
-        policy: ``obs [..., *obs_shape], key -> action [..., *action_shape]``, as the environment's
-            ``step`` takes it. With a PRNG key it samples, without one it takes the most likely.
-        evaluate: ``key, episodes -> mean return`` of fresh episodes with the most likely actions,
-            and with sampled ones.
-    """
-
-    config: Config
-    hparams: HParams
-    params: Any
-    env: Any
+    config: Config  # its static settings
+    hparams: HParams  # its traced settings
+    params: Any  # {"policy": ..., "value": ...}
+    env: Any  # the environment it was trained in
+    # obs [..., *obs_shape], key -> action [..., *action_shape], as the environment's step takes it.
+    # With a PRNG key it samples, without one it takes the most likely
     policy: Callable[..., Array]
-    evaluate: Callable[..., tuple[Array, Array]]
+    evaluate: Callable[..., tuple[Array, Array]]  # key, episodes -> mean return: likeliest, sampled
 
 
 def agent(
@@ -47,9 +38,6 @@ def agent(
         hparams: what the training function took.
         state: the final state it returned.
         run: which run, where the call was vmapped; None where it was not.
-
-    Raises:
-        ConfigError: no such run.
     """
     if run is not None:
         count = state.diverged_at.shape[0] if np.ndim(state.diverged_at) else 0

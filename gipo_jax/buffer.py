@@ -17,11 +17,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-Block = Any
-"""A pytree of arrays ``[time, envs, ...]``."""
-
-Storage = Any
-"""The same tree with arrays ``[blocks, time, envs, ...]``."""
+Block = Any  # A pytree of arrays [time, envs, ...]
+Storage = Any  # The same tree with arrays [blocks, time, envs, ...]
 
 
 def init(block: Block, blocks: int) -> Storage:
@@ -32,11 +29,8 @@ def init(block: Block, blocks: int) -> Storage:
 def add(storage: Storage, block: Block, iteration: int | Array) -> Storage:
     """Writes the block of one iteration over the oldest one.
 
-    Args:
-        storage: as made by ``init``.
-        block: one iteration's data.
-        iteration: number of blocks written before, >= 0; the same for all runs of a program, so
-            that the write stays one contiguous slice under ``vmap``.
+    ``iteration``, the number of blocks written before, is the same for all runs of a program, so
+    that the write stays one contiguous slice under ``vmap``.
     """
 
     chex.assert_trees_all_equal_structs(storage, block)
@@ -78,17 +72,7 @@ def window(
 
 
 def draw_uniform(key: Array, num_batches: int, batch_size: int, valid: ArrayLike) -> Array:
-    """Newest-first indices drawn with replacement.
-
-    Args:
-        key: PRNG key.
-        num_batches: batches drawn.
-        batch_size: indices a batch.
-        valid: rows to draw from, >= 1, broadcast against ``[batch_size]``.
-
-    Returns:
-        ``[num_batches, batch_size]`` int32.
-    """
+    """Newest-first indices ``[num_batches, batch_size]`` of valid rows, drawn with replacement."""
     return jax.random.randint(key, (num_batches, batch_size), 0, valid)
 
 
@@ -123,19 +107,12 @@ _KEY_SHAPE = (_ROUNDS, 2)
 
 
 def permute(words: Array, index: Array, size: ArrayLike) -> Array:
-    """Where a pseudo-random permutation of ``0 .. size - 1`` sends each index.
+    """Where a pseudo-random permutation of ``0 .. size - 1`` sends each index; int32, same shape.
 
     The permutation of a traced size is never written down: each index goes through rounds of
     invertible arithmetic on the next power of two, again and again until it falls below ``size``
-    (cycle walking), which is a permutation because every step is invertible.
-
-    Args:
-        words: ``[4, 2]`` uint32 random words, the permutation's key.
-        index: integers in ``[0, size)``, any shape.
-        size: 1 .. 2^31 - 1.
-
-    Returns:
-        int32, shape of ``index``.
+    (cycle walking), which is a permutation because every step is invertible. ``words`` are its key,
+    random uint32 ``[4, 2]``; sizes go from 1 to 2^31 - 1.
     """
     chex.assert_shape(words, _KEY_SHAPE)
     chex.assert_type(index, int)
@@ -161,16 +138,7 @@ def permute(words: Array, index: Array, size: ArrayLike) -> Array:
 
 
 def take_rows(storage: Storage, index: Array, iteration: int | Array) -> tuple[Block, Array]:
-    """Gathers single rows.
-
-    Args:
-        storage: arrays ``[blocks, time, envs, ...]``.
-        index: ``[n]`` newest-first row indices.
-        iteration: index of the newest block.
-
-    Returns:
-        arrays ``[n, ...]``, and each row's age in iterations, ``[n]``.
-    """
+    """Gathers rows at newest-first indices ``[n]``, and their ages in iterations."""
     chex.assert_rank(index, 1)
     blocks, time, envs = jax.tree.leaves(storage)[0].shape[:3]
     age = index // (time * envs)
@@ -179,15 +147,10 @@ def take_rows(storage: Storage, index: Array, iteration: int | Array) -> tuple[B
 
 
 def take_segments(storage: Storage, index: Array, iteration: int | Array) -> tuple[Block, Array]:
-    """Gathers whole rollouts of single environments.
+    """Gathers whole rollouts of single environments, ``[time, n, ...]``, and their ages in
+    iterations.
 
-    Args:
-        storage: arrays ``[blocks, time, envs, ...]``.
-        index: ``[n]`` newest-first segment indices; a block holds ``envs`` segments.
-        iteration: index of the newest block.
-
-    Returns:
-        arrays ``[time, n, ...]``, and each segment's age in iterations, ``[n]``.
+    A block holds ``envs`` segments, counted newest first.
     """
     chex.assert_rank(index, 1)
     blocks, _, envs = jax.tree.leaves(storage)[0].shape[:3]

@@ -20,30 +20,24 @@ from gipo_jax import runtime
 BAD_INPUT = 2
 FAILED = 1
 
+# Static settings that take lists, beside all traced ones
 _LISTED = ("env", "objective", "kernel", "ratio_level", "selection")
-"""Static settings that take lists, beside all traced ones."""
 
-_SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")
-"""Fields that the sweep sets itself."""
+_SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")  # Fields that the sweep sets itself
 
+# Old names of options, which work for one release more
 _RENAMED = {
     "--actor-every": "--policy-delay",
     "--time-limit-is-death": "--truncation-is-termination",
     "--no-time-limit-is-death": "--no-truncation-is-termination",
 }
-"""Old names of options, which work for one release more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command.
+    """Runs the command of ``sys.argv``, or of these arguments, and returns its exit code.
 
-    Args:
-        arguments: command line without the program's name; ``sys.argv`` by default.
-
-    Returns:
-        exit code: 0; 2 where the input is not usable; 1 where reading or writing failed, or a
-        checked folder is not whole;
-        75 (SIGTERM, or another process is gone) or 130 (Ctrl-C) where a sweep can go on.
+    It is 0; 2 where the input is not usable; 1 where reading or writing failed, or a checked folder
+    is not whole; 75 (SIGTERM, or another process is gone) or 130 (Ctrl-C) where a sweep can go on.
     """
     runtime.set_cpu_defaults()
     try:

@@ -1,9 +1,5 @@
 """What a run is: static configuration, traced hyper-parameters, and their validation.
 
-``Config`` holds everything that changes shapes or code; two runs with equal ``Config`` share one
-compiled program. ``HParams`` holds everything that only changes numbers; it is a pytree of scalars,
-so any of its fields can be swept inside one program by stacking along a leading axis.
-
 Each field says what it means, which values it takes, in which domains it applies and on which other
 fields that depends. ``check_fields`` and ``check_applies`` read all of it off the fields.
 """
@@ -16,12 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-Scalar = float | jax.Array
-"""A Python number, or an array of them where runs are stacked."""
+Scalar = float | jax.Array  # A Python number, or an array of them where runs are stacked
 
 CONTROL, TOKENS, FLOW = "control", "tokens", "flow"
+# What is trained, by the name of its domain
 DOMAINS = {CONTROL: "control tasks", TOKENS: "token tasks", FLOW: "flows"}
-"""What is trained, by the name of its domain."""
 
 
 class ConfigError(ValueError):
@@ -158,14 +153,8 @@ def setting(
 ) -> Any:
     """A dataclass field that carries its own meaning and valid range.
 
-    Args:
-        default: value when the user gives none.
-        help: one line for ``--help`` and the documentation.
-        check: which values it takes.
-        domains: those in which it does something.
-        applies: what else has to hold for it to do something.
-        follows: field whose value it takes where it is None.
-        integer: whether its array is of integers.
+    It is refused where it would do nothing: outside its ``domains``, and unless all of ``applies``
+    hold. Where it is None it ``follows`` another field.
     """
     metadata = {
         "help": help,
@@ -387,7 +376,7 @@ class Config:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HParams:
-    """Traced settings: scalars that only change numbers, so that a sweep can stack them."""
+    """Traced settings: scalars that only change numbers, as a pytree that a sweep can stack."""
 
     seed: Scalar = setting(0, "seed of the run", index, integer=True)
     buffer_size: Scalar = setting(
@@ -475,15 +464,6 @@ def check_applies(
     """Refuses every setting that would do nothing: one that is not at its default and has no use.
 
     What depends on the environment, task or selection itself is theirs to check.
-
-    Args:
-        config: static settings.
-        hparams: traced ones, as Python numbers.
-        domain: one of ``DOMAINS``.
-        objective: what the objective of ``config`` needs, its ``signatures.Spec``.
-
-    Raises:
-        ConfigError: for the first such setting.
     """
     case = Case(config, objective, domain)
     for settings in (config, hparams) if hparams is not None else (config,):
@@ -501,56 +481,48 @@ def check_applies(
 
 
 def check_sizes(config: Config, hparams: HParams) -> None:
-    """Checks the rules that tie fields together; raises ConfigError.
-
-    Raises:
-        ConfigError: block, buffer, batch and step counts do not fit each other, nor delay and
-            reuse.
-    """
-    block = config.block_size
-    product = f"num_envs {config.num_envs} x rollout_length {config.rollout_length} = {block}"
-    if config.total_steps % block:
-        near = max(config.total_steps // block, 1) * block
-        raise ConfigError(
-            "total_steps", config.total_steps, f"a multiple of {product}, such as {near}"
-        )
-    if config.reuse_per_batch % config.policy_delay:
-        raise ConfigError(
-            "policy_delay",
-            config.policy_delay,
-            f"a divisor of reuse_per_batch {config.reuse_per_batch}, because the delay starts anew"
-            " with each batch",
-        )
+    """Checks the rules that tie sizes and counts together; raises ConfigError."""
+    block, batch, reuse = config.block_size, config.batch_size, config.reuse_per_batch
     size, age = int(hparams.buffer_size), int(hparams.min_age)
-    if size % block or size < block:
-        near = max(size // block, 1) * block
-        raise ConfigError("buffer_size", size, f"a positive multiple of {product}, such as {near}")
-    if config.max_buffer_size is not None and (
-        config.max_buffer_size % block or config.max_buffer_size < size
-    ):
-        raise ConfigError(
+    product = f"num_envs {config.num_envs} x rollout_length {config.rollout_length} = {block}"
+    allocated, segments = config.max_buffer_size, config.advantage_mode != "stored"
+    held_back = f" beside the {age * block} held back by min_age {age}" if age else ""
+
+    def multiple(value: int) -> str:
+        return f"multiple of {product}, such as {max(value // block, 1) * block}"
+
+    rules = (
+        ("total_steps", config.total_steps % block == 0, f"a {multiple(config.total_steps)}"),
+        (
+            "policy_delay",
+            reuse % config.policy_delay == 0,
+            f"a divisor of reuse_per_batch {reuse}, because the delay starts anew with each batch",
+        ),
+        ("buffer_size", size >= block and size % block == 0, f"a positive {multiple(size)}"),
+        (
             "max_buffer_size",
-            config.max_buffer_size,
+            allocated is None or (allocated >= size and allocated % block == 0),
             f"a multiple of {product} and at least the buffer size {size}",
-        )
-    if age * block >= size:
-        raise ConfigError(
+        ),
+        (
             "min_age",
-            age,
+            age * block < size,
             f"less than the {size // block} iterations that buffer_size {size} holds",
-        )
-    if config.sampling == "shuffled" and size - age * block < config.batch_size:
-        held_back = f" beside the {age * block} held back by min_age {age}" if age else ""
-        raise ConfigError(
+        ),
+        (
             "buffer_size",
-            size,
-            f"at least batch_size {config.batch_size}{held_back}, which is drawn without"
-            " replacement (or sampling 'uniform')",
-        )
-    if config.advantage_mode != "stored" and config.batch_size % config.rollout_length:
-        raise ConfigError(
+            config.sampling != "shuffled" or size - age * block >= batch,
+            f"at least batch_size {batch}{held_back}, which is drawn without replacement"
+            " (or sampling 'uniform')",
+        ),
+        (
             "batch_size",
-            config.batch_size,
+            not segments or batch % config.rollout_length == 0,
             f"a multiple of rollout_length {config.rollout_length}, because advantage_mode"
             f" {config.advantage_mode!r} samples whole segments",
-        )
+        ),
+    )
+    values = vars(config) | {"buffer_size": size, "min_age": age}
+    for field, holds, valid in rules:
+        if not holds:
+            raise ConfigError(field, values[field], valid)

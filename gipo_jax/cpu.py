@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-FEW_COLUMNS = 8
-"""Up to this many columns a matrix counts as narrow."""
+FEW_COLUMNS = 8  # Up to this many columns a matrix counts as narrow
 
 _MANY_ROWS = 512
 

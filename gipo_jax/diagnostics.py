@@ -8,14 +8,9 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-NEAR_ZERO = 1e-3
-"""Effective weights below this count as contributing nothing."""
-
-CLIP_EPS = 0.2
-"""Half the width of PPO's interval in ``clip_fraction``, whatever the objective."""
-
-NEW_AGE, OLD_AGE = 2, 10
-"""Data is new up to age 2 and old from age 10 on, in iterations."""
+NEAR_ZERO = 1e-3  # Effective weights below this count as contributing nothing
+CLIP_EPS = 0.2  # Half the width of PPO's interval in clip_fraction, whatever the objective
+NEW_AGE, OLD_AGE = 2, 10  # Data is new up to age 2 and old from age 10 on, in iterations
 
 
 OF_MOVED = (
@@ -29,12 +24,7 @@ OF_MOVED = (
 
 
 def effective_sample_size(weight: Array, where: Array | None = None) -> Array:
-    """(sum u)^2 / (n sum u^2) in [0, 1]; 0 where every weight is 0, NaN over no samples.
-
-    Args:
-        weight: effective weights, any shape.
-        where: bool, same shape; the samples that count.
-    """
+    """(sum u)^2 / (n sum u^2) in [0, 1]; 0 where every weight is 0, NaN over no samples."""
     where = jnp.ones_like(weight, bool) if where is None else where
     chex.assert_equal_shape([weight, where])
     # Scaled by the largest, so that neither square overflows nor underflows.
@@ -96,19 +86,13 @@ def utilization(
     age: Array,
     where: Array | None = None,
 ) -> dict[str, Array]:
-    """Utilization of one batch drawn from replay.
+    """Utilization of one batch drawn from replay: the scalars of ``ratios``, and by age of the
+    data.
 
-    Args:
-        log_ratio: x, ``[batch, tokens]``.
-        advantage: A, same shape.
-        weight: effective weight u, same shape.
-        age: iterations since the sample was collected, ``[batch, 1]``.
-        where: bool, ``[batch, tokens]``; the samples that count.
-
-    Returns:
-        scalars: those of ``ratios``; ``ess`` and ``near_zero_fraction`` of new and of old data
-        apart (``_new``, ``_old``); ``old_share`` and ``old_gradient_share`` (of the sum of u and of
-        abs(u A)); ``policy_age`` and ``policy_age_max``. NaN where a group is empty.
+    ``ess`` and ``near_zero_fraction`` of new and of old data apart (``_new``, ``_old``);
+    ``old_share`` and ``old_gradient_share`` (of the sum of u and of abs(u A)); ``policy_age`` and
+    ``policy_age_max``. NaN where a group is empty. Arrays are ``[batch, tokens]``, ages in
+    iterations ``[batch, 1]``.
     """
     chex.assert_rank(log_ratio, 2)
     chex.assert_equal_shape([log_ratio, advantage, weight])

@@ -16,47 +16,27 @@ from gipo_jax.config import Config, HParams
 
 Metrics = dict[str, Array]
 
-INIT_STREAM = 2**31 - 1
-"""Stream id for the start of a run, larger than any iteration's index."""
-
-LOG_STREAM = INIT_STREAM - 1
-"""Stream id for its logged points."""
+INIT_STREAM = 2**31 - 1  # Stream id for the start of a run, larger than any iteration's index
+LOG_STREAM = INIT_STREAM - 1  # Stream id for its logged points
 
 
 class Learner(NamedTuple):
-    """What updates change.
+    """What updates change."""
 
-    Attributes:
-        params: ``{"policy": ...}``, and ``"value"`` where there is a value function.
-        opt_state: an optimizer state for each of them.
-        objective_state: state of a stateful objective, else ``()``.
-    """
-
-    params: Any
-    opt_state: Any
-    objective_state: Any
+    params: Any  # {"policy": ...}, and "value" where there is a value function
+    opt_state: Any  # an optimizer state for each of them
+    objective_state: Any  # state of a stateful objective, else ()
 
 
 class TrainState(NamedTuple):
-    """Everything a run carries from one iteration to the next.
+    """Everything a run carries from one iteration to the next."""
 
-    Attributes:
-        learner: parameters and optimizer.
-        replay: arrays ``[blocks, rollout_length, num_envs, ...]``.
-        domain_state: what belongs to the domain, such as environments in mid-episode.
-        totals: counts since the last logged point by name: sum of the ``returns`` and number of
-            the ``episodes`` that ended, how many of them ``solved`` the task, the domain's own.
-        key: the run's key, never consumed, only folded.
-        diverged_at: iteration whose updates gave non-finite parameters, -1 while none has; the
-            learner is frozen from before that iteration on.
-    """
-
-    learner: Learner
-    replay: Any
-    domain_state: Any
-    totals: dict[str, Array]
-    key: Array
-    diverged_at: Array
+    learner: Learner  # parameters and optimizer
+    replay: Any  # arrays [blocks, rollout_length, num_envs, ...]
+    domain_state: Any  # what belongs to the domain, such as environments in mid-episode
+    totals: dict[str, Array]  # since the last logged point: returns, episodes, solved, the domain's
+    key: Array  # the run's key, never consumed, only folded
+    diverged_at: Array  # iteration whose updates were not finite, and froze the learner; or -1
 
 
 def run_key(seed: Any) -> Array:
@@ -82,8 +62,8 @@ def updates_begin(config: Config, hparams: HParams) -> Any:
     return first_update(config) + hparams.min_age if first_update(config) else 0
 
 
+# How batches are drawn, by the setting sampling
 DRAWS = {"shuffled": buffer.draw_shuffled, "uniform": buffer.draw_uniform}
-"""How batches are drawn, by the setting ``sampling``."""
 
 
 def sample_indices(
@@ -130,8 +110,8 @@ def gradient_step(
 ) -> tuple[Learner, dict[str, Array]]:
     """One optimizer step of the parameter groups that have a gradient; and the gradients' norms.
 
-    Gradients are clipped to ``max_grad_norm``, those of policy and value function apart or with
-    ``joint_grad_norm`` together. The norms returned are those before clipping.
+    Gradients are clipped to ``max_grad_norm``, policy and value apart or, with ``joint_grad_norm``,
+    together; norms are those before.
     """
     # Flat: on CPU a dozen small arrays cost several times one vector of their total length.
     vectors, unravel = {}, {}
@@ -151,9 +131,8 @@ def gradient_step(
 
 
 def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
-    """Like Optax's, but finite gradients whose squares overflow keep their direction.
-
-    Optax divides by the norm, which is then infinite, and returns zeros.
+    """Like Optax's, which returns zeros for finite gradients whose squares overflow; here they keep
+    their direction.
     """
     # Norms of half-width numbers are taken in single precision.
     full = jax.tree.map(networks.at_least_single, grads)
@@ -167,10 +146,7 @@ def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
-    """Factor on the learning rates: linear warm-up from 0, then the configured decay.
-
-    Optax's schedules take their lengths as Python numbers; here the warm-up is traced.
-    """
+    """Factor on the learning rates: linear warm-up from 0, traced, then the configured decay."""
     step = jnp.asarray(iteration, jnp.float32)
     warmup = jnp.asarray(hparams.warmup_iterations, jnp.float32)
     warm = jnp.where(step < warmup, step / jnp.maximum(warmup, 1.0), 1.0)

@@ -13,11 +13,10 @@ from jax.typing import ArrayLike
 from gipo_jax import ratio_levels, signatures
 from gipo_jax.objectives import clamp_straight_through
 
+# log_ratio, advantage -> surrogate, next state: an objective with all else filled in
 SurrogateFunction = Callable[[Array, Array], tuple[Array, Any]]
-"""``log_ratio, advantage -> surrogate, next state``: an objective with all else filled in."""
 
-MAX_KL_RATIO = 20.0
-"""Ratio at which the KL penalty's gradient stops growing."""
+MAX_KL_RATIO = 20.0  # Ratio at which the KL penalty's gradient stops growing
 
 
 def bind(
@@ -29,17 +28,7 @@ def bind(
     mask: Array | None = None,
     ordered: bool = True,
 ) -> SurrogateFunction:
-    """An objective with its parameters, and with those of its inputs that it asks for.
-
-    Args:
-        spec: the objective.
-        ratio_level: see ``ratio_levels``.
-        given: its parameters, kernel and state.
-        behavior_log_prob: of each token, ``[batch, tokens]``.
-        log_ratio_start: gives that of each token, same shape, where the objective asks for it.
-        mask: bool, same shape; None without padding.
-        ordered: whether the tokens have an order.
-    """
+    """An objective with its parameters, kernel and state, and those of its inputs it asks for."""
     given = dict(given)
     if "behavior_log_prob" in spec.inputs:
         given["behavior_log_prob"] = ratio_levels.transform(behavior_log_prob, ratio_level, mask)
@@ -57,14 +46,7 @@ def bind(
 def bind_pairs(
     spec: signatures.Spec, given: Mapping[str, Any], log_ratio: Array, other_log_ratio: Array
 ) -> SurrogateFunction:
-    """An objective of pairs of responses as a function of their margins, ``[batch]`` each.
-
-    Args:
-        spec: the objective.
-        given: its parameters and state.
-        log_ratio: joint log-ratio of the right responses, ``[batch]``.
-        other_log_ratio: of the wrong ones, ``[batch]``.
-    """
+    """An objective of pairs of responses as a function of their margins; ``[batch]`` each."""
 
     def objective(margin: Array, is_pair: Array) -> tuple[Array, Any]:
         inputs = {"margin": margin, "other_log_ratio": other_log_ratio}

@@ -16,17 +16,11 @@ from gipo_jax.policy_loss import policy_loss as policy_loss
 
 
 class Terms(NamedTuple):
-    """What a loss gives beside its value.
+    """What a loss gives beside its value."""
 
-    Attributes:
-        metrics: its parts, scalars by name.
-        ess: effective sample size of the batch over its size, in [0, 1].
-        objective_state: next state of the objective.
-    """
-
-    metrics: Metrics
-    ess: Array
-    objective_state: Any
+    metrics: Metrics  # its parts, scalars by name
+    ess: Array  # effective sample size of the batch over its size, in [0, 1]
+    objective_state: Any  # next state of the objective
 
 
 def loss(
@@ -47,17 +41,10 @@ def loss(
            + kl_coef * mean KL(mu || pi)
            + value_coef * mean (V - target)^2
 
-    mu is the policy that collected the data.
-
-    Args:
-        domain: what is trained on.
-        start: state at the start of the update phase, whose policy some objectives compare with.
-        learner: the learner that this update changes; gives the objective's state.
-        params: the parameters to differentiate by.
-        batch: the sample.
-        hparams: traced settings of the run.
-        policy_scale: factor on the surrogate.
-        train_policy: false leaves the last term alone.
+    mu is the policy that collected the data. Derivatives are by ``params``; ``start`` is the state
+    at the start of the update phase, whose policy some objectives compare with, and ``learner`` the
+    one that this update changes, with the objective's state. Without ``train_policy`` the last term
+    alone is left.
     """
     scores = domain.score(params, batch, hparams)
     total, metrics = jnp.zeros(()), {}
@@ -88,21 +75,13 @@ def loss(
 
 
 class BoundObjective(NamedTuple):
-    """An objective at a batch.
+    """An objective at a batch."""
 
-    Attributes:
-        function: ``x, advantage -> surrogate, next state``, with all else filled in.
-        x: what it is a function of: log-ratios ``[batch, tokens]``, or margins ``[batch]``.
-        advantage: as the objective sees it, the shape of ``x``.
-        log_ratio: of the ratio level, ``[batch, tokens]``.
-        token_log_ratio: of each token, ``[batch, tokens]``; 0 at padding.
-    """
-
-    function: loss_terms.SurrogateFunction
-    x: Array
-    advantage: Array
-    log_ratio: Array
-    token_log_ratio: Array
+    function: loss_terms.SurrogateFunction  # x, advantage -> surrogate, next state
+    x: Array  # what it is a function of: log-ratios [batch, tokens], or margins [batch]
+    advantage: Array  # as the objective sees it, the shape of x
+    log_ratio: Array  # of the ratio level, [batch, tokens]
+    token_log_ratio: Array  # of each token, [batch, tokens]; 0 at padding
 
     def weight(self) -> tuple[Array, Array]:
         """Effective weights u and advantages, ``[batch, tokens]`` each."""

@@ -29,45 +29,26 @@ class ActionHead(NamedTuple):
 
     An action is ``num_tokens`` independent tokens. ``outputs`` has shape
     ``[..., num_tokens, output_width]``, actions and log-probabilities ``[..., num_tokens]``.
-
-    Attributes:
-        num_tokens: action dimensions; 1 for discrete actions.
-        output_width: network outputs for each token.
-        discrete: whether tokens are categories.
-        noise: ``key, leading shape -> noise`` that ``sample`` consumes.
-        sample: ``outputs, noise -> action``.
-        mode: ``outputs -> most likely action``.
-        log_prob: ``outputs, action -> log-probability`` of each token.
-        entropy: ``outputs -> entropy`` of each token, in nats.
-        kl: ``old outputs, outputs -> KL(old || new)`` of each token, in nats, exact.
-        to_env: ``action -> what the environment's step takes``.
     """
 
-    num_tokens: int
-    output_width: int
-    discrete: bool
-    noise: Callable[[Array, tuple[int, ...]], Array]
-    sample: Callable[[Array, Array], Array]
-    mode: Callable[[Array], Array]
-    log_prob: Callable[[Array, Array], Array]
-    entropy: Callable[[Array], Array]
-    kl: Callable[[Array, Array], Array]
-    to_env: Callable[[Array], Array]
+    num_tokens: int  # action dimensions; 1 for discrete actions
+    output_width: int  # network outputs for each token
+    discrete: bool  # whether tokens are categories
+    noise: Callable[[Array, tuple[int, ...]], Array]  # key, leading shape -> noise of sample
+    sample: Callable[[Array, Array], Array]  # outputs, noise -> action
+    mode: Callable[[Array], Array]  # outputs -> most likely action
+    log_prob: Callable[[Array, Array], Array]  # outputs, action -> log-probability of each token
+    entropy: Callable[[Array], Array]  # outputs -> entropy of each token, in nats
+    kl: Callable[[Array, Array], Array]  # old outputs, outputs -> KL(old || new) of each token
+    to_env: Callable[[Array], Array]  # action -> what the environment's step takes
 
 
 def make_head(config: Config, env: Environment) -> ActionHead:
-    """The head for an environment's actions.
-
-    Raises:
-        ConfigError: ``action_head`` does not fit the action space.
-    """
+    """The head for an environment's actions. Raises ConfigError."""
     if env.num_actions is not None:
         if config.action_head == "gaussian":
-            raise ConfigError(
-                "action_head",
-                config.action_head,
-                f"'auto' or 'tokens', because {env.name} has discrete actions",
-            )
+            valid = f"'auto' or 'tokens', because {env.name} has discrete actions"
+            raise ConfigError("action_head", config.action_head, valid)
         return categorical(1, env.num_actions)._replace(to_env=lambda action: action[..., 0])
 
     assert env.action_low is not None and env.action_high is not None
@@ -83,11 +64,8 @@ def make_head(config: Config, env: Environment) -> ActionHead:
             len(low), lambda action: shaped(jnp.clip(centre + half * action, low, high))
         )
     if not bounded:
-        raise ConfigError(
-            "action_head",
-            config.action_head,
-            f"'gaussian', because {env.name} has unbounded actions",
-        )
+        valid = f"'gaussian', because {env.name} has unbounded actions"
+        raise ConfigError("action_head", config.action_head, valid)
     step = (high - low) / (config.num_bins - 1)
     return categorical(len(low), config.num_bins)._replace(
         to_env=lambda action: shaped(low + step * action)
@@ -161,8 +139,7 @@ def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
     )  # fmt: skip
 
 
-LARGE_IMAGE = 36
-"""Images from this height and width on go through strided convolutions."""
+LARGE_IMAGE = 36  # Images from this height and width on go through strided convolutions
 
 
 class Precision(NamedTuple):
@@ -209,21 +186,13 @@ class Torso(nn.Module):
         return x
 
 
-# One 3 x 3 convolution, as for MinAtar (arXiv:1903.03176).
-_SMALL = ((16, 3, 1),)
-# The three convolutions of DQN on Atari (Mnih et al., Nature, 2015).
-_LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+_SMALL = ((16, 3, 1),)  # 3 x 3, as for MinAtar (arXiv:1903.03176)
+_LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # DQN on Atari (Mnih et al., Nature, 2015)
 
 
 def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: Precision) -> Array:
-    """A convolution without padding and its ReLU, ``[..., height, width, channels]``.
-
-    Args:
-        x: ``[..., height, width, channels]``.
-        channels: of the result.
-        kernel: side of its square kernel, a multiple of ``stride``.
-        stride: in both directions.
-        precision: types of numbers.
+    """A convolution and its ReLU, without padding; the side of its kernel is a multiple of the
+    stride.
     """
     # A dense layer over patches. XLA on CPU is slow at the gradient of a convolution inside a loop
     # (measured: 23 times), and at one whose kernels differ by run, as under vmap.
@@ -277,20 +246,13 @@ def norm(precision: Precision) -> nn.LayerNorm:
 class Network(NamedTuple):
     """Policy and value as pure functions of ``params = {"policy": ..., "value": ...}``.
 
-    With a shared torso its parameters are in the policy's group. Observations are floats of shape
-    ``[..., *obs_shape]``.
-
-    Attributes:
-        init: ``key -> params``.
-        policy: ``params, obs -> outputs [..., num_tokens, output_width]``.
-        value: ``params, obs -> [...]``.
-        policy_and_value: ``params, obs -> outputs, value``; a shared torso is computed once.
+    A shared torso is in the policy's group. Observations are floats ``[..., *obs_shape]``.
     """
 
-    init: Callable[[Array], Params]
-    policy: Callable[[Params, Array], Array]
-    value: Callable[[Params, Array], Array]
-    policy_and_value: Callable[[Params, Array], tuple[Array, Array]]
+    init: Callable[[Array], Params]  # key -> params
+    policy: Callable[[Params, Array], Array]  # params, obs -> outputs [..., tokens, width]
+    value: Callable[[Params, Array], Array]  # params, obs -> [...]
+    policy_and_value: Callable[[Params, Array], tuple[Array, Array]]  # both; a torso once
 
 
 def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Network:
@@ -299,9 +261,6 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     Separate towers take ``hidden_sizes`` each. A shared torso takes all but the last of them, and
     policy and value have a last hidden layer of their own. ``value_hidden_sizes`` replaces the
     value's part.
-
-    Raises:
-        ConfigError: a shared torso of no layers.
     """
     conv = len(obs_shape) == 3
     types = precision(config)

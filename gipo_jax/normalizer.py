@@ -1,9 +1,9 @@
 """Standardising observations with their running mean and standard deviation.
 
-A batch of data is collected under the moments known then and learnt from under later ones. If they
-differ much, the policy's probabilities differ too, and the log-ratio shows staleness where there is
-none. Two measures keep that small: the moments count for little at first (``PRIOR_UPDATES``), and a
-dimension that hardly varies is not blown up (``MIN_STD``).
+A batch is collected under the moments known then and learnt from under later ones. If they differ
+much, the log-ratio shows staleness where there is none. Two measures keep that small: the moments
+count for little at first (``PRIOR_UPDATES``), and a dimension that hardly varies is not blown up
+(``MIN_STD``).
 """
 
 from typing import NamedTuple
@@ -12,31 +12,21 @@ import chex
 import jax.numpy as jnp
 from jax import Array
 
-PRIOR_UPDATES = 10.0
-"""After this many updates, observations are half standardised (on a logarithmic scale)."""
+PRIOR_UPDATES = 10.0  # updates until half standardised (on a logarithmic scale)
 
-MIN_STD = 1e-2
-"""Least standard deviation that observations are divided by."""
+MIN_STD = 1e-2  # Least standard deviation that observations are divided by
 
 
-BOUND = 10.0
-"""Largest absolute value of a normalised observation."""
+BOUND = 10.0  # Largest absolute value of a normalised observation
 
 
 class Normalizer(NamedTuple):
-    """Moments of all observations seen so far.
+    """Moments of all observations seen so far."""
 
-    Attributes:
-        total: number of observations.
-        mean: ``[*obs_shape]``.
-        squares: ``[*obs_shape]``, sum of squared deviations from the mean.
-        updates: number of calls of ``update``.
-    """
-
-    total: Array
-    mean: Array
-    squares: Array
-    updates: Array
+    total: Array  # number of observations
+    mean: Array  # [*obs_shape]
+    squares: Array  # [*obs_shape], sum of squared deviations from the mean
+    updates: Array  # number of calls of update
 
 
 def init(obs_shape: tuple[int, ...]) -> Normalizer:
@@ -67,8 +57,8 @@ def normalize(normalizer: Normalizer, obs: Array) -> Array:
     """Standardises observations ``[..., *obs_shape]`` and bounds them to [-10, 10].
 
     After n updates the result is (obs - mean) / max(std, MIN_STD)^c + (1 - c) mean, with the last
-    mean bounded too and c = n / (n + PRIOR_UPDATES): from the observation itself at n = 0 to its
-    standard score, in small steps, whatever the scale and the number of observations in an update.
+    mean bounded too and c = n / (n + PRIOR_UPDATES): from the observation at n = 0 to its standard
+    score in small steps.
     """
     confidence = normalizer.updates / (normalizer.updates + PRIOR_UPDATES)
     std = jnp.sqrt(normalizer.squares / jnp.maximum(normalizer.total, 1.0))

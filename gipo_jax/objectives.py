@@ -1,10 +1,10 @@
 """Policy objectives: one plain function each, from log-ratio and advantage to surrogate.
 
 Throughout, ``log_ratio`` is x = log pi(a|s) - log mu(a|s), with mu the policy that collected the
-data, r = e^x, A is the advantage, sg stops the gradient, and the surrogate is maximised.
-Differentiated with respect to the policy it gives u * A * grad log pi, where u is the objective's
-*effective weight* (``gradient_weight``). As grad x = grad log pi, sg(c) A x stands wherever a paper
-writes sg(c) A log pi.
+data, r = e^x, ``advantage`` is A, sg stops the gradient, and the surrogate, of their shape, is
+maximised. Differentiated with respect to the policy it gives u * A * grad log pi, where u is the
+objective's *effective weight* (``gradient_weight``). As grad x = grad log pi, sg(c) A x stands
+wherever a paper writes sg(c) A log pi.
 
 An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogate`` over arrays of
 one shape, ``[batch, tokens]`` in training, where each token counts as a sample. Its signature says
@@ -12,8 +12,8 @@ what it needs:
 
 - numeric parameters with defaults become traced settings, so a sweep can vary them;
 - a parameter called ``kernel`` takes the static setting of that name;
-- parameters named in ``signatures.INPUTS`` are filled in by the training step, and computed only
-  if asked for;
+- parameters named in ``signatures.INPUTS``, of the same shape, are filled in by the training step
+  where an objective asks for them, and ``mask`` is true for the samples that count, or None;
 - a parameter called ``state`` makes the objective stateful: it returns ``(surrogate, new_state)``.
 
 What a signature cannot say goes into ``declare``. Four helpers serve objectives of your own as they
@@ -43,8 +43,7 @@ from gipo_jax.config import KERNELS, ConfigError
 from gipo_jax.gradients import straight_through
 from gipo_jax.signatures import Objective, Spec, declare
 
-KNOWN: dict[str, Objective] = {}
-"""Built-in objectives by name."""
+KNOWN: dict[str, Objective] = {}  # Built-in objectives by name
 
 
 def _built_in(**declared: Any) -> Callable[[Objective], Objective]:
@@ -68,43 +67,21 @@ def _alias(name: str, function: Objective, **declared: Any) -> Objective:
 
 
 def clamp_straight_through(x: Array, maximum: ArrayLike) -> Array:
-    """min(x, maximum) in value, but with gradient 1 everywhere.
-
-    Args:
-        x: any shape.
-        maximum: broadcast against it.
-
-    Returns:
-        the shape of ``x``. A plain minimum would stop the gradient of every clamped sample.
-    """
+    """min(x, maximum) in value, but with gradient 1 everywhere, where a minimum would stop it."""
     return straight_through(jnp.minimum(x, maximum), x)
 
 
 def ratio(log_ratio: Array, max_log_ratio: ArrayLike = 80.0) -> Array:
     """r = e^x, clamped to e^max_log_ratio so that float32 does not overflow; gradient r with it.
 
-    Args:
-        log_ratio: x, any shape.
-        max_log_ratio: bound on x. e^88 overflows; the default leaves room for a factor of 6000,
-            such as the advantage. A formula that squares r needs 40 or less.
-
-    Returns:
-        r, same shape.
+    e^88 overflows. The default leaves room for a factor of 6000, such as the advantage; a formula
+    that squares r needs 40 or less.
     """
     return jnp.exp(clamp_straight_through(log_ratio, max_log_ratio))
 
 
 def weighted_score(weight: ArrayLike, log_ratio: Array, advantage: Array) -> Array:
-    """Surrogate sg(weight) A log pi, whose effective weight is ``weight`` itself.
-
-    Args:
-        weight: u, broadcast against ``log_ratio``; it is not differentiated.
-        log_ratio: x, any shape. Its gradient is that of log pi.
-        advantage: A, same shape.
-
-    Returns:
-        surrogate, same shape.
-    """
+    """Surrogate sg(weight) A log pi, whose effective weight is ``weight`` itself."""
     _check_shapes(log_ratio, advantage)
     return stop_gradient(jnp.multiply(weight, advantage)) * log_ratio
 
@@ -116,16 +93,8 @@ def clipped_surrogate(
 
     Effective weight u = r inside the interval, its ends included, and 0 where r has left it in the
     direction of A. (``jnp.clip`` would halve the gradient at the ends, and an interval too narrow
-    for float32 is nothing but ends.)
-
-    Args:
-        ratio: r > 0, any shape.
-        advantage: A, same shape.
-        center: middle of the interval, a constant, broadcast against ``ratio``.
-        clip_eps: half its width, > 0, broadcast against ``ratio``.
-
-    Returns:
-        surrogate, same shape.
+    for float32 is nothing but ends.) ``center``, a constant, and ``clip_eps`` > 0, half the width,
+    broadcast against ``ratio`` r > 0.
     """
     _check_shapes(ratio, advantage)
     high, low = center + jnp.asarray(clip_eps), center - jnp.asarray(clip_eps)
@@ -163,15 +132,10 @@ def gipo(
     w(x) = exp(-x^2 / (2 sigma^2)), so 0 < u <= exp(sigma^2 / 2), reached at x = sigma^2.
 
     Args:
-        log_ratio: x, any shape.
-        advantage: A, same shape.
         sigma: width of the trust weight in nats, > 0.
         sigma_neg_ratio: width for A <= 0 relative to sigma, > 0; 1 is the symmetric form.
         kernel: ``gaussian``; ``laplacian``, exp(-|x| / sigma); ``cauchy``, 1 / (1 + (x / sigma)^2).
         weight_clamp: bound on |x| inside the weight only, > 0; infinity leaves it free.
-
-    Returns:
-        surrogate, same shape.
     """
     log_weight = log_trust_weight(
         log_ratio, advantage, sigma, sigma_neg_ratio, kernel, weight_clamp
@@ -188,11 +152,7 @@ def log_trust_weight(
     kernel: str = "gaussian",
     weight_clamp: ArrayLike = jnp.inf,
 ) -> Array:
-    """log w(x) of GIPO, <= 0, same shape as ``log_ratio``; arguments as in ``gipo``.
-
-    Raises:
-        ConfigError: the kernel has no such name.
-    """
+    """log w(x) of GIPO, <= 0, same shape as ``log_ratio``; arguments as in ``gipo``."""
     _check_shapes(log_ratio, advantage)
     width = jnp.multiply(sigma, jnp.where(advantage > 0, 1.0, sigma_neg_ratio))
     scaled = jnp.clip(log_ratio, -jnp.asarray(weight_clamp), weight_clamp) / width
@@ -418,10 +378,10 @@ def m2po(
 ) -> Array:
     """Clip set by a second moment: M2PO as its authors' code has it (arXiv:2510.01161).
 
-    Only samples whose update leads away from mu count: A > 0 with r > 1, or A < 0 with r < 1. tau
-    is the cap for which the mean of min(x^2, tau^2) over them is ``max_second_moment``, infinite if
-    their mean of x^2 is no larger. Then PPO's clip, above 1 + max(e^tau - 1, min_eps_high) and
-    below 1 - max(1 - e^-tau, min_eps_low). Effective weight u = r, and 0 where clipped.
+    Of the samples whose update leads away from mu (A > 0 and r > 1, or A < 0 and r < 1), tau is the
+    cap for which the mean of min(x^2, tau^2) is ``max_second_moment``, infinite if their mean of
+    x^2 is no larger. Then PPO's clip, above 1 + max(e^tau - 1, min_eps_high) and below 1 - max(1 -
+    e^-tau, min_eps_low). Effective weight u = r, and 0 where clipped.
 
     The code (github.com/Infini-AI-Lab/M2PO) rounds tau down to the nearest abs(x) of a sample that
     counts, where the same samples are clipped, but for that one. ``m2po_mask`` is the rule as
@@ -451,11 +411,10 @@ def m2po_mask(
 ) -> Array:
     """Mask set by a second moment: M2PO as published (arXiv:2510.01161), surrogate M r A.
 
-    Of the samples whose update leads away from mu (A > 0 with r > 1, or A < 0 with r < 1) the mask
-    M drops those of largest x^2, until the sum of x^2 over the rest of them, divided by the number
-    of all samples in the batch, is <= ``max_second_moment``; of equal ones the last goes first.
-    Every other sample is kept. Effective weight u = r where kept, else 0. The authors' code clips
-    instead: ``m2po``.
+    Of the samples whose update leads away from mu, as in ``m2po``, the mask M drops those of
+    largest x^2, until the sum of x^2 over the rest of them, divided by the number of all samples in
+    the batch, is <= ``max_second_moment``; of equal ones the last goes first. Effective weight u =
+    r where kept, else 0.
 
     Unverified: the rule and its full denominator are taken from descriptions of the final paper.
     """
@@ -499,25 +458,12 @@ def r2vpo(
     """Ratio-variance constraint with a dual variable (R2VPO, arXiv:2601.03320).
 
     Surrogate r A - lambda ((r - 1)^2 - delta), update direction (r A - 2 lambda r (r - 1)) grad log
-    pi, so u = r - 2 lambda r (r - 1) / A. As in ``spo``, r is clamped to
-    e^max_log_ratio.
+    pi, so u = r - 2 lambda r (r - 1) / A. As in ``spo``, r is clamped to e^max_log_ratio.
 
-    Unverified: the official lambda and delta are unknown. lambda starts at ``dual_init`` (0.04 in
-    one port), delta = 0.04 is PPO's 0.2 squared, and the dual step is projected gradient ascent,
+    Unverified: the official lambda and delta are unknown. ``state`` is lambda >= 0, which starts at
+    ``dual_init`` (0.04 in one port); ``delta`` = 0.04, the bound on the batch mean of (r - 1)^2, is
+    PPO's 0.2 squared; and the dual step is projected gradient ascent,
     lambda <- max(lambda + dual_rate (mean (r - 1)^2 - delta), 0), chosen here.
-
-    Args:
-        log_ratio: x, any shape.
-        advantage: A, same shape.
-        state: lambda, a scalar >= 0.
-        dual_init: the first lambda, >= 0; ``initial_state`` reads it.
-        dual_rate: step size of lambda, >= 0.
-        delta: bound on the batch mean of (r - 1)^2, > 0.
-        max_log_ratio: bound on x, > 0.
-        mask: true for the samples that count, same shape; None for all.
-
-    Returns:
-        surrogate, same shape, and the next lambda.
     """
     _check_shapes(log_ratio, advantage)
     r = ratio(log_ratio, max_log_ratio)
@@ -543,19 +489,9 @@ def adaptive_gipo(
 
         sigma_stale = s mean_weight / sqrt(1 - mean_weight^2),
 
-    where the mean of w_stale is ``mean_weight`` if x_k ~ N(0, s^2): E exp(-x_k^2 / (2 sigma^2)) =
-    sigma / sqrt(sigma^2 + s^2). So data as stale as the rest of its batch is always trusted alike.
-
-    Args:
-        log_ratio: x, any shape; the whole array is the batch.
-        advantage: A, same shape.
-        log_ratio_start: x_k, same shape.
-        mean_weight: mean of w_stale to aim at, in (0, 1); from 1 on w_stale is 1.
-        sigma_prox: width of w_prox in units of the ratio, > 0.
-        mask: false at padding; None where there is none.
-
-    Returns:
-        surrogate, same shape.
+    where the mean of w_stale is ``mean_weight``, in (0, 1), if x_k ~ N(0, s^2): E exp(-x_k^2 /
+    (2 sigma^2)) = sigma / sqrt(sigma^2 + s^2). So data as stale as the rest of its batch is always
+    trusted alike. From ``mean_weight`` 1 on w_stale is 1.
     """
     second_moment = jnp.mean(log_ratio_start**2, where=True if mask is None else mask)
     below_one = jnp.maximum(1 - jnp.square(mean_weight), jnp.finfo(jnp.float32).tiny)
@@ -618,20 +554,9 @@ def proximal_gipo(
     w_stale is constant within an update phase, so reuse does not change how much a sample is
     trusted. w_prox damps only what moves further away from the start of the phase. Where A > 0 or
     r <= r_k, 0 <= u <= exp(sigma_stale^2 / 2) + sigma_prox e^(-1/2). Where A < 0 and r > r_k the
-    update leads back, and u = w_stale r grows with r. docs/objectives.md derives this and what it
-    means in expectation.
+    update leads back, and u = w_stale r grows with r. docs/objectives.md derives this.
 
     At r = r_k it is GIPO; with x_k = 0 (fresh data) MASPO; with both widths infinite No-Clip.
-
-    Args:
-        log_ratio: x, any shape.
-        advantage: A, same shape.
-        log_ratio_start: x_k, same shape.
-        sigma_stale: width of w_stale in nats, > 0.
-        sigma_prox: width of w_prox in units of the ratio, > 0.
-
-    Returns:
-        surrogate, same shape.
     """
     _check_shapes(log_ratio, advantage, log_ratio_start)
     moved = ratio(log_ratio) - ratio(log_ratio_start)
@@ -751,21 +676,10 @@ def ctpo(
     """Dual clip on the ratio of the prefix, wider for later tokens (CTPO, arXiv:2605.07331).
 
     Surrogate min(r A, e^clip(x, -low, high) A), and for A < 0 at least e^dual A, with the bounds
-    clip_low t^power, clip_high t^power and clip_dual t^power in nats at token t. Effective weight
-    u = r, and 0 where clipped. Verified from the authors' code (github.com/horizon-llm/CTPO), which
-    also clamps x of a token to 20 and the sum to 10.
-
-    Args:
-        log_ratio: x of level ``prefix_product``, ``[batch, tokens]``.
-        advantage: A, same shape.
-        position: t, same shape; 0 at padding.
-        clip_low: lower bound on x at the first token, > 0.
-        clip_high: upper bound likewise.
-        clip_dual: bound on x for A < 0 likewise.
-        power: growth of the bounds with t; 0.5 is that of the standard deviation of x.
-
-    Returns:
-        surrogate, same shape.
+    clip_low t^power, clip_high t^power and clip_dual t^power in nats at token t, its ``position``;
+    x is of level ``prefix_product``, whose standard deviation grows with power 0.5. Effective
+    weight u = r, and 0 where clipped. Verified from the authors' code
+    (github.com/horizon-llm/CTPO), which also clamps x of a token to 20 and the sum to 10.
     """
     _check_shapes(log_ratio, advantage, position)
     scale = jnp.maximum(position, 1).astype(log_ratio.dtype) ** power
@@ -800,18 +714,6 @@ def cppo(
     is the 90th percentile of D in the answer, held in [budget, 2 budget]. Verified from code of the
     authors' group (github.com/Tencent-Hunyuan/UniRL), which clamps x to 20; delta is the paper's
     for dense models. The rule compares probabilities of tokens: ratio level ``token``.
-
-    Args:
-        log_ratio: x, ``[batch, tokens]``.
-        advantage: A, same shape.
-        behavior_log_prob: log mu, same shape.
-        position: t, same shape; 0 at padding.
-        delta: largest weighted divergence of a token, > 0.
-        min_weight: w of the last token, > 0.
-        budget: smallest b, > 0.
-
-    Returns:
-        surrogate, same shape.
     """
     _check_shapes(log_ratio, advantage, behavior_log_prob, position)
     log_mu, log_pi = _log_probabilities(stop_gradient(log_ratio), behavior_log_prob)
@@ -830,11 +732,11 @@ def cppo(
     return jnp.where(keep, ratio(log_ratio), 0) * advantage
 
 
+# TOPR on whole answers, its own form. Unverified against the authors' code
 topr_joint = _alias("topr_joint", topr, ratio_level="joint")
-"""TOPR on whole answers, its own form. Unverified against the authors' code."""
 
+# VESPO on whole answers, its own form. Unverified against the authors' code
 vespo_joint = _alias("vespo_joint", vespo, ratio_level="joint")
-"""VESPO on whole answers, its own form. Unverified against the authors' code."""
 
 
 # On pairs of answers.
@@ -854,21 +756,12 @@ def dpo(
     """Direct preference optimisation (DPO, arXiv:2305.18290), with GIPO's weight on stale pairs.
 
     Surrogate A sg(w) log s(beta m), s the logistic function and m the margin: log pi(right) - log
-    pi(wrong), less the same under the reference policy. The policy moves by A w beta s(-beta m)
-    (grad log pi(right) - grad log pi(wrong)). w = exp(-(x^2 + y^2) / (2 pair_sigma^2)) is the
-    product of GIPO's trust weights of both answers; with an infinite width it is DPO as published,
+    pi(wrong), less the same under the reference policy; A is 1 for a pair and 0 where there is
+    none. The policy moves by A w beta s(-beta m) (grad log pi(right) - grad log pi(wrong)).
+
+    w = exp(-(x^2 + y^2) / (2 pair_sigma^2)) is the product of GIPO's trust weights of both whole
+    answers, x of the right and y of the wrong one; with an infinite width it is DPO as published,
     to which the policy that gave the answers does not matter. The weight is this project's own.
-
-    Args:
-        log_ratio: x, log-ratio of the whole right answer to the policy that gave it, any shape.
-        advantage: A, 1 for a pair and 0 where there is none, same shape.
-        margin: m, same shape.
-        other_log_ratio: y, log-ratio of the wrong answer, same shape.
-        beta: strength of the pull to the reference policy, > 0.
-        pair_sigma: width of w in nats, > 0.
-
-    Returns:
-        surrogate, same shape.
     """
     _check_shapes(log_ratio, advantage, margin, other_log_ratio)
     squares = log_ratio**2 + other_log_ratio**2
@@ -878,27 +771,22 @@ def dpo(
 
 # Their names.
 
+# Objectives of single answers or actions; the others are of pairs
 ALL = {name: f for name, f in KNOWN.items() if signatures.spec(f).kind != "pair"}
-"""Objectives of single answers or actions; the others are of pairs."""
 
+# Those for every task
 REGISTRY = {name: f for name, f in ALL.items() if not signatures.spec(f).of_answers}
-"""Those for every task."""
 
-SEQUENCE = {name: f for name, f in ALL.items() if name not in REGISTRY}
-"""Those for tasks whose answers have several tokens."""
+SEQUENCE = {name: f for name, f in ALL.items() if name not in REGISTRY}  # for responses of tokens
 
-RENAMED = {"following_gipo": "adaptive_gipo"}
-"""Names of today by the old ones, which work for this release."""
+RENAMED = {"following_gipo": "adaptive_gipo"}  # names of today by the old ones
 
 
 def spec(objective: str | Objective) -> Spec:
     """What an objective's signature says; see ``signatures.spec``.
 
-    Args:
-        objective: a name in ``KNOWN``, several joined by ``+`` (see ``switch``), or a function.
-
-    Raises:
-        ConfigError: unknown name, or a signature that training could not call.
+    It is a name in ``KNOWN``, several joined by ``+`` (see ``switch``), or a function. Raises
+    ConfigError for an unknown name, or a signature that training could not call.
     """
     if not isinstance(objective, str):
         return signatures.spec(objective)
@@ -923,16 +811,8 @@ def switch(names: Sequence[str]) -> str:
 
     A parameter, input or state is that of all objectives that take it; a parameter for which they
     have different defaults is no setting, and each keeps its own. Under ``vmap`` all of them are
-    computed for every run.
-
-    Args:
-        names: in ``KNOWN``, two or more.
-
-    Returns:
-        the names joined by ``+``, a value of the setting ``objective``.
-
-    Raises:
-        ConfigError: an unknown name, objectives of different ratio levels, or one of pairs.
+    computed for every run. Raises ConfigError for an unknown name, objectives of different ratio
+    levels, or one of pairs.
     """
     return _switch("+".join(names)).name
 
@@ -964,9 +844,6 @@ def gradient_weight(
         log_ratio: x, any shape; the whole array is the batch of an objective of kind ``batch``.
         advantage: A, broadcast against ``log_ratio``. Where it is 0, u is that of A = -1.
         params: the objective's own parameters and inputs, and its state unless it is the first.
-
-    Returns:
-        u, the broadcast shape.
     """
     signature = spec(objective)
     log_ratio, advantage = jnp.broadcast_arrays(

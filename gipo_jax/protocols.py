@@ -11,31 +11,19 @@ from gipo_jax.config import ConfigError
 
 
 class Setting(NamedTuple):
-    """A value of a protocol.
+    """A value of a protocol."""
 
-    Attributes:
-        value: for the field or parameter that has its name.
-        source: what the experiment did, one line.
-    """
-
-    value: Any
-    source: str
+    value: Any  # for the field or parameter that has its name
+    source: str  # what the experiment did, one line
 
 
 class Protocol(NamedTuple):
-    """The settings of a published experiment.
+    """The settings of a published experiment."""
 
-    Attributes:
-        summary: one line for ``--help``.
-        source: publication and code.
-        settings: by the name of a field of ``Config`` or ``HParams``.
-        objective_params: by the name of a parameter of an objective, for those that have it.
-    """
-
-    summary: str
-    source: str
-    settings: dict[str, Setting]
-    objective_params: dict[str, Setting]
+    summary: str  # one line for --help
+    source: str  # publication and code
+    settings: dict[str, Setting]  # by the name of a field of Config or HParams
+    objective_params: dict[str, Setting]  # by the name, for objectives that have it
 
 
 _GIPO_METAWORLD = Protocol(
@@ -125,23 +113,12 @@ PROTOCOLS = {"gipo-metaworld": _GIPO_METAWORLD, "gipo-metaworld-head": _GIPO_MET
 
 
 def settings(name: str) -> dict[str, Any]:
-    """Values of a protocol by the names of fields of ``Config`` and ``HParams``.
-
-    Args:
-        name: one of ``PROTOCOLS``.
-
-    Raises:
-        ConfigError: no protocol of this name.
-    """
+    """Values of a protocol by the names of fields of ``Config`` and ``HParams``."""
     return {field: setting.value for field, setting in _find(name).settings.items()}
 
 
 def objective_params(name: str, taken: Container[str]) -> dict[str, Any]:
-    """Values of a protocol for those parameters of objectives that are ``taken``.
-
-    Raises:
-        ConfigError: no protocol of this name.
-    """
+    """Values of a protocol for those parameters of objectives that are ``taken``."""
     values = {key: setting.value for key, setting in _find(name).objective_params.items()}
     return {key: value for key, value in values.items() if key in taken}
 

@@ -26,12 +26,11 @@ from gipo_jax.config import ConfigError
 from gipo_jax.gradients import straight_through
 from gipo_jax.signatures import Spec
 
-MAX_LOG_RATIO = 1e4
-"""Bound on log-ratios; e to this power is infinite and e to its negative is 0."""
+MAX_LOG_RATIO = 1e4  # Bound on log-ratios; e to this power is infinite and e to its negative is 0
 
 
 def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
-    """The log-ratio of a level for every token.
+    """The log-ratio of a level for every token; 0 with gradient 0 at padding.
 
     Each token keeps a gradient of 1 to its own log-ratio and of 0 to all others. So an objective
     moves the policy by u A grad log pi(token t) for each token t, with its effective weight u taken
@@ -40,16 +39,11 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
     gradient at its prefixes.
 
     Args:
-        log_ratio: x, ``[..., tokens]``, in the order in which the tokens were chosen.
+        log_ratio: x, ``[..., tokens]``, in the order in which the tokens were chosen. The result is
+            bounded to +-``MAX_LOG_RATIO``, so that probabilities of 0 give finite gradients.
         level: one of ``LEVELS``.
         mask: true or 1 for the tokens of the answer, same shape; the others are padding, wherever
-            they lie, and their log-ratio may be anything, NaN included. All tokens count without
-            it.
-
-    Returns:
-        log-ratio of the level, same shape; 0 with gradient 0 at padding. It is bounded to
-        [-``MAX_LOG_RATIO``, ``MAX_LOG_RATIO``], so that a token of probability 0 under one policy,
-        log-ratio -inf or inf, gives finite losses and gradients.
+            they lie, and may be anything, NaN included. All tokens count without it.
 
     Raises:
         ConfigError: an unknown level, or a mask of another shape.
@@ -74,12 +68,7 @@ def bounded(log_ratio: Array) -> Array:
 
 
 def choose(level: str | None, spec: Spec) -> str:
-    """The level that an objective takes: the one asked for, or its own for None.
-
-    Raises:
-        ConfigError: an unknown level, or one that the objective cannot have: ``prefix_min`` where
-            it reads probabilities.
-    """
+    """The level asked for, or else the objective's own; ConfigError where it has no such level."""
     valid = dict.fromkeys(LEVELS)
     if "behavior_log_prob" in spec.inputs:
         del valid["prefix_min"]
@@ -118,6 +107,7 @@ def _prefix_min(x: Array, mask: Array) -> Array:
     return x + jnp.where(jnp.isinf(before), 0, before)
 
 
+# Name and values, of log-ratio (0 at padding) and mask, of each level
 LEVELS: dict[str, Callable[[Array, Array], Array]] = {
     "token": _token,
     "joint": _joint,
@@ -126,4 +116,3 @@ LEVELS: dict[str, Callable[[Array, Array], Array]] = {
     "prefix_geometric": _prefix_geometric,
     "prefix_min": _prefix_min,
 }
-"""Name and values, of log-ratio (0 at padding) and mask, of each level."""

@@ -11,8 +11,7 @@ from jax import Array
 from gipo_jax.environments import Environment
 from gipo_jax.networks import ActionHead
 
-Policy = Callable[[Array], Array]
-"""Observations ``[n, *obs_shape]`` as the environment gives them -> the head's outputs."""
+Policy = Callable[[Array], Array]  # observations [n, *obs_shape] -> outputs of the head
 
 
 class Transition(NamedTuple):
@@ -33,31 +32,19 @@ class Transition(NamedTuple):
 
 
 class Successes(NamedTuple):
-    """Tasks solved, where the environment says so.
+    """Tasks solved, where the environment says so."""
 
-    Attributes:
-        solved: ``[envs]``, bool, at some step of the current episode.
-        episodes: ``[envs]``, int32, episodes that ended solved since the start of the run.
-    """
-
-    solved: Array
-    episodes: Array
+    solved: Array  # [envs], bool, at some step of the current episode
+    episodes: Array  # [envs], int32, episodes that ended solved since the start of the run
 
 
 class EnvStates(NamedTuple):
-    """Environments in mid-episode.
+    """Environments in mid-episode."""
 
-    Attributes:
-        state: the environments' own states.
-        obs: ``[envs, *obs_shape]``.
-        episode_return: ``[envs]`` reward so far in the current episode.
-        successes: tasks solved; None where the environment does not say.
-    """
-
-    state: Any
-    obs: Array
-    episode_return: Array
-    successes: Successes | None = None
+    state: Any  # the environments' own states
+    obs: Array  # [envs, *obs_shape]
+    episode_return: Array  # [envs] reward so far in the current episode
+    successes: Successes | None = None  # tasks solved; None where the environment does not say
 
 
 def reset(env: Environment, key: Array, num_envs: int) -> EnvStates:
@@ -76,15 +63,7 @@ def solved_episodes(envs: EnvStates) -> Array:
 
 
 def restore(env: Environment, envs: EnvStates) -> tuple[EnvStates, int]:
-    """Goes on from stored environments; see ``Environment.restore``.
-
-    Args:
-        env: with its simulators made.
-        envs: of several runs, arrays ``[runs, ...]`` on the host.
-
-    Returns:
-        environments to go on from, and how many of them had to begin a new episode.
-    """
+    """Goes on from stored environments of several runs; and how many had to begin a new episode."""
     state, obs, restarted = env.restore(envs.state, envs.obs)
     returns: Any = np.where(restarted, np.float32(0), envs.episode_return)
     successes = envs.successes
@@ -104,11 +83,8 @@ def collect(
     length: int,
     keep_outputs: bool = False,
 ) -> tuple[EnvStates, Transition, Array, Array]:
-    """Acts for ``length`` steps in each environment.
-
-    Returns:
-        the environments afterwards, transitions ``[length, envs]``, and of the episodes that ended
-        meanwhile the sum of their returns and their number, scalars.
+    """Acts for ``length`` steps; also transitions ``[length, envs]``, and of the episodes that
+    ended the sum of their returns and their number.
     """
     num_envs = envs.obs.shape[0]
     key_noise, key_env = jax.random.split(key)
@@ -146,20 +122,12 @@ def collect(
 
 
 class Evaluation(NamedTuple):
-    """Fresh episodes, those played greedily apart from those played by sampling.
+    """Fresh episodes, those played greedily apart from those played by sampling."""
 
-    Attributes:
-        greedy: mean undiscounted return with the most likely actions.
-        sampled: with sampled actions.
-        solved_greedy: share that solved the task at some step; None where the environment does not
-            say.
-        solved_sampled: with sampled actions, likewise.
-    """
-
-    greedy: Array
-    sampled: Array
-    solved_greedy: Array | None = None
-    solved_sampled: Array | None = None
+    greedy: Array  # mean undiscounted return with the most likely actions
+    sampled: Array  # with sampled actions
+    solved_greedy: Array | None = None  # share solved at some step; None if unknown
+    solved_sampled: Array | None = None  # with sampled actions, likewise
 
 
 def evaluate(
@@ -167,10 +135,10 @@ def evaluate(
 ) -> Evaluation:
     """Plays fresh episodes, ``episodes`` (>= 1) of each kind.
 
-    Each starts from its own reset and counts once, however short. So a mean over them neither lags
-    nor prefers short episodes, as does the mean of the episodes that ended while training: of a
-    policy worth 500 for one half of the steps and 10 for the other, that makes the harmonic mean,
-    20, since 50 short episodes end in the time of a long one.
+    Each starts from its own reset and counts once, however short, so that the mean neither lags nor
+    prefers short episodes, as does that of the episodes that ended while training: of a policy
+    worth 500 in half of the steps and 10 in the other, that makes 20, since short ones end more
+    often.
     """
     env = env.for_evaluation()
     key_reset, key_steps = jax.random.split(key)

@@ -43,11 +43,7 @@ def available_cores() -> int:
 
 
 def cache_directory() -> Path:
-    """Folder for compiled programs, one per kind of processor.
-
-    Compiled CPU code uses the instructions of the machine that made it, so home folders shared by
-    different machines must not share it.
-    """
+    """Folder for compiled programs, one per kind of processor, whose instructions they use."""
     try:
         features = next(
             line for line in Path("/proc/cpuinfo").read_text().splitlines() if "flags" in line

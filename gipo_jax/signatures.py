@@ -1,9 +1,7 @@
 """What an objective's signature says: its parameters, inputs and state, read and checked here.
 
-An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogate``. Training has to
-know which of its parameters it may sweep, which inputs it wants and whether it has a state. All of
-that stands in the signature; ``declare`` adds what a signature cannot say. The formulas are in
-``objectives``.
+An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogate``; ``declare``
+adds what its signature cannot say. The formulas are in ``objectives``.
 """
 
 import dataclasses
@@ -23,6 +21,7 @@ from gipo_jax.config import RATIO_LEVELS, Config, ConfigError, HParams
 Objective = Callable[..., Any]
 InitialState = Callable[[Mapping[str, ArrayLike]], Any]
 
+# What an objective may ask for by naming it in its signature, beside log_ratio and advantage
 INPUTS = {
     "behavior_log_prob": "log mu(a|s), same shape as log_ratio",
     "log_ratio_start": "log-ratio under the policy at the start of the update phase, same shape",
@@ -30,52 +29,35 @@ INPUTS = {
     "margin": "of a pair: log pi(right) - log pi(wrong), less the same under the reference policy",
     "other_log_ratio": "of a pair: log-ratio of the wrong answer, where log_ratio is the right's",
 }
-"""What an objective may ask for by naming it in its signature, beside log_ratio and advantage."""
 
+# What an objective's weight depends on
 KINDS = {
     "per-sample": "log-ratio and advantage of the sample",
     "batch": "a statistic of the whole batch",
     "other-input": "another input of the sample",
     "pair": "a right and a wrong answer to one prompt",
 }
-"""What an objective's weight depends on."""
 
+# Names that mean a setting of the run, so that no parameter of an objective can have them
 SETTINGS = frozenset(field.name for kind in (Config, HParams) for field in dataclasses.fields(kind))
-"""Names that mean a setting of the run, so that no parameter of an objective can have them."""
 
 
 class Spec(NamedTuple):
-    """What an objective's signature says about it, and below that what it declares.
+    """What an objective's signature says about it, and below that what it declares."""
 
-    Attributes:
-        name: name in tables and file columns.
-        function: the objective itself.
-        params: traced parameters and their defaults.
-        inputs: names out of ``INPUTS`` that the function takes.
-        takes_kernel: whether it takes the static setting ``kernel``.
-        takes_mask: whether it takes ``mask``, false at padding, and None where there is none.
-        kind: one of ``KINDS``.
-        source: paper, as an arXiv number, or empty.
-        positive: parameters that must be > 0.
-        discrete_only: whether it reads probabilities, which a Gaussian head does not have.
-        initial_state: for a stateful objective, parameters -> first state; else None.
-        ratio_level: the one of ``config.RATIO_LEVELS`` that it is meant for.
-        choices: of a ``switch``, the names that its parameter ``which`` counts from 0.
-    """
-
-    name: str
-    function: Objective
-    params: dict[str, float]
-    inputs: tuple[str, ...]
-    takes_kernel: bool
-    takes_mask: bool
-    kind: str = "per-sample"
-    source: str = ""
-    positive: tuple[str, ...] = ()
-    discrete_only: bool = False
-    initial_state: InitialState | None = None
-    ratio_level: str = "token"
-    choices: tuple[str, ...] = ()
+    name: str  # name in tables and file columns
+    function: Objective  # the objective itself
+    params: dict[str, float]  # traced parameters and their defaults
+    inputs: tuple[str, ...]  # names out of INPUTS that the function takes
+    takes_kernel: bool  # whether it takes the static setting kernel
+    takes_mask: bool  # whether it takes mask, false at padding, and None where there is none
+    kind: str = "per-sample"  # one of KINDS
+    source: str = ""  # paper, as an arXiv number, or empty
+    positive: tuple[str, ...] = ()  # parameters that must be > 0
+    discrete_only: bool = False  # whether it reads probabilities, not densities
+    initial_state: InitialState | None = None  # of a stateful one, parameters -> first state
+    ratio_level: str = "token"  # the one of config.RATIO_LEVELS that it is meant for
+    choices: tuple[str, ...] = ()  # of a switch, the names that its parameter which counts from 0
 
     @property
     def of_answers(self) -> bool:
@@ -101,11 +83,7 @@ def declare(
         discrete_only: true if it reads ``behavior_log_prob`` as the log of a probability, not of a
             density; training then refuses a Gaussian head.
         initial_state: parameters -> first value of ``state``, an array or a pytree of arrays.
-        ratio_level: the ratio that the objective takes unless another is asked for, one of
-            ``config.RATIO_LEVELS``.
-
-    Raises:
-        ConfigError: the kind or the ratio level has no such name.
+        ratio_level: the one it takes unless another is asked for, of ``config.RATIO_LEVELS``.
     """
     said = dict(locals())
     if kind not in KINDS:
@@ -135,9 +113,7 @@ def _named(objective: Objective) -> Objective:
 def spec(objective: Objective) -> Spec:
     """Reads an objective's name, parameters and needs off its signature and declaration.
 
-    Raises:
-        ConfigError: the signature is one that training could not call, or a parameter has the name
-            of a setting.
+    Raises ConfigError where training could not call it, or a parameter has the name of a setting.
     """
     inner, said = _named(objective), declared(objective)
     name = getattr(inner, "__name__", type(inner).__name__)
@@ -184,11 +160,7 @@ def spec(objective: Objective) -> Spec:
 
 
 def switch(specs: Sequence[Spec]) -> Objective:
-    """An objective that is the one of index ``which`` in ``specs``; see ``objectives.switch``.
-
-    Raises:
-        ConfigError: objectives of different ratio levels, or one of pairs.
-    """
+    """An objective that is the one of index ``which`` in ``specs``; see ``objectives.switch``."""
     name = "+".join(spec.name for spec in specs)
     levels = {spec.ratio_level for spec in specs}
     if len(levels) > 1:
@@ -258,16 +230,7 @@ def check_single(spec: Spec) -> None:
 
 
 def check_params(spec: Spec, params: Mapping[str, Any]) -> None:
-    """Checks values for an objective's own parameters, Python numbers, before anything compiles.
-
-    Args:
-        spec: the objective.
-        params: any of its parameters and their values.
-
-    Raises:
-        ConfigError: an unknown parameter, or a value that is not finite (unless it is the default)
-            or not > 0 where the objective declares that it must be.
-    """
+    """Checks values for an objective's own parameters, Python numbers, before anything compiles."""
     for key, value in params.items():
         if key not in spec.params:
             known = ", ".join(spec.params) or "no parameters"
@@ -283,11 +246,7 @@ def check_params(spec: Spec, params: Mapping[str, Any]) -> None:
 
 
 def first_state(spec: Spec, params: Mapping[str, ArrayLike]) -> Any:
-    """First state of a stateful objective, arrays of definite types; ``()`` for any other.
-
-    Raises:
-        ConfigError: ``initial_state`` fails.
-    """
+    """First state of a stateful objective, arrays of definite types; ``()`` for any other."""
     if spec.initial_state is None:
         return ()
     try:
@@ -302,17 +261,8 @@ def first_state(spec: Spec, params: Mapping[str, ArrayLike]) -> Any:
 def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tuple[Array, Any]:
     """Calls an objective and checks what it returns, since any user may have written it.
 
-    Args:
-        spec: the objective.
-        log_ratio: x, any shape.
-        advantage: A, same shape.
-        given: all that the objective takes beside these.
-
-    Returns:
-        surrogate, same shape, and the next state, ``()`` where there is none.
-
-    Raises:
-        ConfigError: the surrogate or the state is not what it has to be.
+    ``given`` is all that it takes beside log-ratio and advantage, which have one shape. Returns the
+    surrogate, of that shape, and the next state, ``()`` where there is none.
     """
     name = f"objective {spec.name}"
     result, state = spec.function(log_ratio, advantage, **given), ()

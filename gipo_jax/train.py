@@ -62,16 +62,9 @@ open_env = domains.open_env
 def train_step(
     domain: Domain, state: TrainState, hparams: HParams, iteration: int | Array
 ) -> tuple[TrainState, Metrics]:
-    """One iteration: collect, store, learn.
+    """One iteration: collect, store, learn; and means over its updates of losses and norms.
 
-    Args:
-        domain: what is trained on.
-        state: state before the iteration.
-        hparams: traced settings of the run.
-        iteration: index from 0; under ``vmap`` the same for all runs.
-
-    Returns:
-        state after it, and means over its updates of the losses and gradient norms.
+    Under ``vmap`` the iteration, from 0, is the same for all runs.
     """
     key = jax.random.fold_in(state.key, iteration)
     key_collect, key_learn, key_use = jax.random.split(key, 3)
@@ -212,16 +205,8 @@ def train_and_log(
 ) -> tuple[TrainState, Metrics]:
     """Iterations ``start .. stop - 1``, then evaluation and diagnostics: one logged point.
 
-    Args:
-        domain: what is trained on.
-        state: state before iteration ``start``.
-        hparams: traced settings of the run.
-        start: first iteration; under ``vmap`` the same for all runs, as ``stop``.
-        stop: one past the last iteration, > ``start``.
-
-    Returns:
-        state, and float32 scalars by name. NaN where undefined, such as the mean return of no
-        episodes.
+    Under ``vmap`` start and stop are the same for all runs. Metrics are float32 scalars by name,
+    NaN where undefined, such as the mean return of no episodes.
     """
     state = state._replace(totals=jax.tree.map(jnp.zeros_like, state.totals))
     compares = "log_ratio_start" in domain.objective.inputs
@@ -332,15 +317,7 @@ def whole_run(domain: Domain) -> Callable[[HParams], tuple[TrainState, Metrics]]
 
 
 def make(config: Config, env: Any = None) -> Domain:
-    """Builds what a static configuration trains on, without compiling anything.
-
-    Args:
-        config: the configuration.
-        env: as in ``make_train``.
-
-    Raises:
-        ConfigError: a setting is not usable; see the message.
-    """
+    """Builds what a static configuration trains on, without compiling anything."""
     return domains.make(config, env)
 
 

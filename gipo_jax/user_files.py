@@ -17,15 +17,9 @@ def is_reference(name: str) -> bool:
 
 
 def load(field: str, reference: str, what: str) -> Any:
-    """What ``path/to/file.py:name`` names. A file runs once a process.
+    """What ``path/to/file.py:name`` names; ``what`` is FUNCTION or the like, for messages.
 
-    Args:
-        field: the setting, for messages.
-        reference: file and name in it.
-        what: what the name should be of, such as FUNCTION, for messages.
-
-    Raises:
-        ConfigError: no such file or name, or running the file fails.
+    A file runs once a process. Raises ConfigError where that fails, or there is no such name.
     """
     path, _, name = reference.rpartition(":")
     file, form = Path(path).expanduser().resolve(), f"FILE.py:{what}"
@@ -50,10 +44,7 @@ def load(field: str, reference: str, what: str) -> Any:
 
 
 def located(error: BaseException, file: Path) -> str | None:
-    """Where in a user's file an error arose, and what it says, in one line.
-
-    None where no code of the file was running.
-    """
+    """Where in a user's file an error arose and what it says; None where none of it was running."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == file]
     if not frames and not isinstance(error, SyntaxError):
         return None
@@ -106,11 +97,7 @@ class Reference(NamedTuple):
         return cls(kind, stored[kind], stored.get("file"), stored.get("sha256"))
 
     def find(self, field: str, given: Any, called: str | None) -> Any:
-        """What it stands for: ``given``, called so, or FILE.py:NAME in a file as it was.
-
-        Raises:
-            ConfigError: the file has changed, or nothing of the name is given.
-        """
+        """What it stands for: ``given``, called so, or FILE.py:NAME in a file as it was."""
         if given is not None and called == self.name:
             return given
         texts = [self.name] if self.kind == "reference" else []

@@ -9,6 +9,13 @@ _FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=false".strip()
 
+# Most programs of the tests run for moments, and compile in half of the time without optimizations;
+# half of what is left is saved by kernels of an older and simpler path. Not so those that are
+# marked as optimized.
+_OLD_KERNELS = " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] += _OLD_KERNELS
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+
 # Tests that train the same program compile it once; commands that tests start share it too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="gipo_jax-tests-")
@@ -85,9 +92,8 @@ _options_of_users = compiler.get_compile_options
 
 def _options(*arguments: Any, **settings: Any) -> Any:
     options = _options_of_users(*arguments, **settings)
-    if jax.config.read("jax_disable_most_optimizations"):
-        # Half of the time that is left: kernels by an older and simpler path.
-        options.env_option_overrides += [("xla_cpu_use_fusion_emitters", False)]
+    if not jax.config.read("jax_disable_most_optimizations"):
+        options.env_option_overrides += [("xla_cpu_use_fusion_emitters", True)]
     return options
 
 
@@ -105,14 +111,16 @@ def _optimize_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _optimize(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compiles as for users what is marked as optimized, and the rest with few optimizations.
-
-    Most programs of the tests run for moments, and compile in half of the time without.
-    """
+    """Compiles as for users, in this process and in those it starts, what is marked so."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
     before = jax.config.read("jax_disable_most_optimizations")
-    few = request.node.get_closest_marker("optimized") is None
-    jax.config.update("jax_disable_most_optimizations", few)
-    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(_OLD_KERNELS, ""))
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 

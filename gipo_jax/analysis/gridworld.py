@@ -2,8 +2,7 @@
 
 States S0 top-left, S1 top-right, S2 bottom-left; the goal, bottom-right, is absorbing. Actions up,
 down, left, right are deterministic, and a step off the grid stays. A step from a non-goal state
-costs 1. Values come from a linear solve and expectations from sums over four actions. All of it is
-exact but for the rounding of float64, effective weights included.
+costs 1. All is exact but for the rounding of float64, effective weights included.
 """
 
 from typing import NamedTuple
@@ -20,8 +19,8 @@ Floats = NDArray[np.floating]
 
 ACTIONS = ("up", "down", "left", "right")
 GOAL = 3
+# State reached from each non-goal state by each action, [3, 4]
 NEXT_STATE = np.array([[0, 2, 0, 1], [1, GOAL, 0, 1], [0, 2, 2, GOAL]])
-"""State reached from each non-goal state by each action, ``[3, 4]``."""
 
 
 def softmax(logits: ArrayLike) -> Floats:
@@ -35,41 +34,29 @@ def _mixture(uniform: float, right: float, down: float) -> Floats:
     return np.tile(row, (3, 1))
 
 
+# The paper's target policy, [3, 4]: leans to down and right in every state
 TARGET: Floats = np.tile(softmax([0, 1, 0, 1]), (3, 1))
-"""The paper's target policy, ``[3, 4]``: leans to down and right in every state."""
 
+# The paper's three behaviour policies, [3, 4] each; A is uniform, C nearest to the target
 BEHAVIORS: dict[str, Floats] = {
     "A": _mixture(1.0, 0.0, 0.0),
     "B": _mixture(0.4, 0.3, 0.3),
     "C": _mixture(0.2, 0.4, 0.4),
 }
-"""The paper's three behaviour policies, ``[3, 4]`` each; A is uniform, C nearest to the target."""
 
 
 class VectorStudy(NamedTuple):
-    """Bias and variance of the gradient with respect to all twelve logits.
+    """Bias and variance of the gradient with respect to all twelve logits."""
 
-    Attributes:
-        bias: Euclidean distance between the estimator's mean and No-Clip's.
-        variance: trace of the estimator's covariance, for one sample.
-        bias_on_policy: distance between the estimator's mean and the gradient that the target's own
-            states and actions give. No-Clip has this bias too: no per-sample ratio corrects for the
-            states that the behaviour visits.
-        zero_gradient: whether every sample's gradient is exactly zero.
-    """
-
-    bias: float
-    variance: float
+    bias: float  # Euclidean distance between the estimator's mean and No-Clip's
+    variance: float  # trace of the estimator's covariance, for one sample
+    # From the gradient of the target's own states: no per-sample ratio corrects for those visited.
     bias_on_policy: float
-    zero_gradient: bool
+    zero_gradient: bool  # whether every sample's gradient is exactly zero
 
 
 def values(policy: ArrayLike, gamma: float = 0.9) -> tuple[Floats, Floats]:
-    """Exact V ``[3]`` and advantage ``[3, 4]`` of a policy ``[3, 4]``, gamma in [0, 1).
-
-    Raises:
-        ConfigError: the policy is no table of probabilities, or gamma is outside [0, 1).
-    """
+    """Exact V ``[3]`` and advantage ``[3, 4]`` of a policy ``[3, 4]``, gamma in [0, 1)."""
     policy = _check_table("policy", policy)
     if not 0 <= gamma < 1:
         raise ConfigError("gamma", gamma, "a number in [0, 1)")
@@ -83,10 +70,7 @@ def state_distribution(policy: ArrayLike, start: int = 0) -> Floats:
     """Share of an episode's steps spent in each non-goal state, ``[3]``, beginning at ``start``.
 
     Undiscounted: it is the distribution of states in a replay buffer that the policy filled.
-
-    Raises:
-        ConfigError: no table of probabilities, no such state, or a policy that may never reach the
-            goal from ``start``.
+    Raises ConfigError where the policy may never reach the goal.
     """
     policy = _check_table("policy", policy)
     _check_index("start", start, 3)
@@ -107,7 +91,7 @@ def sample_gradients(
     action: int = 3,
     gamma: float = 0.9,
 ) -> Floats:
-    """g(a) = u A d log pi(a|state) / d logit(state, action), ``[4]``: one value per sampled action.
+    """g(a) = u A d log pi(a|state) / d logit(state, action) of each action, ``[4]``.
 
     Arguments and errors as in ``bias_variance``.
     """
@@ -140,9 +124,6 @@ def bias_variance(
         action: column of the logit, in [0, 4).
         gamma: discount, in [0, 1).
 
-    Returns:
-        (bias, variance).
-
     Raises:
         ConfigError: a table, index or discount outside its range.
 
@@ -168,13 +149,10 @@ def vector_bias_variance(
     gamma: float = 0.9,
     start: int = 0,
 ) -> VectorStudy:
-    """The same study for all logits at once, over the states that the behaviour policy visits.
+    """The same study for all twelve logits at once, over the states that the behaviour visits.
 
     A sample is (state, action) with the state from ``state_distribution(behavior, start)`` and the
-    action from ``behavior``; its gradient has an entry for each of the twelve logits.
-
-    Raises:
-        ConfigError: as in ``bias_variance`` and ``state_distribution``.
+    action from ``behavior``.
     """
     target, behavior = _check_table("target", target), _check_table("behavior", behavior)
     _, advantage = values(target, gamma)

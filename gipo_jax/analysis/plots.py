@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import textwrap
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from gipo_jax.analysis import stats
 from gipo_jax.sweep import results
 
-WIDTH = 7.0
-"""Width of a figure in inches: a page's text width."""
-
-PANEL = 2.15
-"""Height of a row of panels in inches."""
-
-Drawn = tuple[Figure, pd.DataFrame]
-"""A figure and the numbers it shows."""
+WIDTH = 7.0  # Width of a figure in inches: a page's text width
+PANEL = 2.15  # Height of a row of panels in inches
+Drawn = tuple[Figure, pd.DataFrame]  # A figure and the numbers it shows
 
 INTERVAL_CAPTION = "shading and bars: 95 % bootstrap interval over seeds"
 
@@ -60,19 +55,12 @@ _STYLE: Any = {
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """How a method is drawn.
+    """How a method is drawn."""
 
-    Attributes:
-        color: hexadecimal RGB.
-        marker: matplotlib marker.
-        linestyle: matplotlib line style.
-        label: name in legends.
-    """
-
-    color: str
-    marker: str
-    linestyle: Any
-    label: str
+    color: str  # hexadecimal RGB
+    marker: str  # matplotlib marker
+    linestyle: Any  # matplotlib line style
+    label: str  # name in legends
 
 
 _OBJECTIVES = {
@@ -89,11 +77,9 @@ _SIGMA_STYLES = ((0, (1, 1)), (0, (5, 1.5)), "-", (0, (6, 1, 1, 1)))
 
 
 def look(objective: str, sigma: float | None = None) -> Look:
-    """How an objective is drawn, the same in every figure; sigmas of GIPO are shades of its blue.
+    """How an objective is drawn, the same in every figure.
 
-    Args:
-        objective: its name; unknown names get a look of their own that depends on the name alone.
-        sigma: width, to tell several of them apart.
+    Several sigmas of GIPO are shades of its blue. The look of an unknown name depends on it alone.
     """
     if objective in _OBJECTIVES:
         base = _OBJECTIVES[objective]
@@ -159,15 +145,10 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def summarize(frame: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
-    """Mean over seeds and its 95 % bootstrap interval, for every combination of ``by``.
+    """Mean over seeds and its 95 % bootstrap interval, for every combination of ``by``, in order.
 
-    Args:
-        frame: rows of single runs; those without a finite ``value`` are left out.
-        by: columns that tell the combinations apart.
-        value: column averaged.
-
-    Returns:
-        Columns ``by``, ``mean``, ``low``, ``high``, ``seeds`` (rows averaged), ordered by ``by``.
+    Columns are ``by``, ``mean``, ``low``, ``high`` and ``seeds``, the rows averaged; rows of
+    ``frame``, single runs, without a finite ``value`` are left out.
     """
     rows = []
     finite = frame[np.isfinite(frame[value].to_numpy(float))]
@@ -243,6 +224,7 @@ def thousands(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short_number(v)))
 
 
+# Columns of runs.csv that do not tell methods apart
 _RESULTS = {
     "run",
     "env",
@@ -254,17 +236,13 @@ _RESULTS = {
     "final_return",
     "eval_return",
 }
-"""Columns of runs.csv that do not tell methods apart."""
 
 
 def methods(runs: pd.DataFrame) -> tuple[pd.Series, dict[str, Look]]:
-    """Names the method of each run: its objective, and whatever else was swept for that objective.
+    """Names the method of each run, and gives the look of each name in order of first appearance.
 
-    Args:
-        runs: as ``results.read_runs`` gives them.
-
-    Returns:
-        the name for every row, and the look of every name, in order of first appearance.
+    A method is its objective, and whatever else was swept for that objective. ``runs`` are as
+    ``results.read_runs`` gives them.
     """
     names: dict[Any, str] = {}
     looks: dict[str, Look] = {}
@@ -301,19 +279,11 @@ def _lighter(color: str, steps: int) -> str:
 
 
 def draw_sweep(directory: str | Path) -> list[Path]:
-    """Draws what a sweep measured, from its folder alone.
+    """Draws what a sweep measured into ``figures/`` of its folder, and returns the files written.
 
-    Learning curves; final return against buffer size; and, against buffer size, the effective
-    sample size, the share of samples with a weight near zero, and the age of the data.
-
-    Args:
-        directory: a sweep's folder; figures go to its ``figures/``.
-
-    Returns:
-        the files written, PNG and PDF.
-
-    Raises:
-        results.ResultsError: the folder holds no sweep, or nothing to draw yet.
+    Figures are learning curves; final return against buffer size; and, against buffer size, the
+    effective sample size, the share of samples with a weight near zero, and the age of the data.
+    Raises ``results.ResultsError`` where the folder holds no sweep, or nothing to draw yet.
     """
     directory = Path(directory)
     runs, metrics = results.read_runs(directory), results.read_metrics(directory)
@@ -329,14 +299,7 @@ def draw_sweep(directory: str | Path) -> list[Path]:
 def sweep_figures(
     runs: pd.DataFrame, metrics: pd.DataFrame
 ) -> Iterator[tuple[str, Figure, pd.DataFrame]]:
-    """The figures of ``draw_sweep``, one after the other.
-
-    Args:
-        runs, metrics: as ``results.read_runs`` and ``results.read_metrics`` give them.
-
-    Yields:
-        name, figure, and the numbers it shows.
-    """
+    """The figures of ``draw_sweep`` one by one: name, figure, and the numbers it shows."""
     names, looks = methods(runs)
     runs = runs.assign(method=names)
     columns = ["run", "env", "method", "buffer_size", "seed"]
@@ -361,15 +324,12 @@ def _draw_curves(metrics: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
         for column, size in enumerate(sizes):
             axis = axes[row, column]
             chosen = table[(table.env == env) & (table.buffer_size == size)]
-            for method, appearance in looks.items():
-                line = chosen[chosen.method == method]
-                band(axis, line.env_steps, line, appearance)
+            _lines(band, axis, "env_steps", chosen, looks)
             axis.set_title(f"{env}, buffer {short_number(size)}")
             thousands(axis)
             axis.set_xlabel("environment steps")
         axes[row, 0].set_ylabel("episode return")
-    caption = f"Mean return of training episodes; {_seeds(metrics)}{INTERVAL_CAPTION}."
-    finish(figure, caption, legend(looks.values(), markers=False), columns=_legend_columns(figure))
+    _explain(figure, "Mean return of training episodes", metrics, legend(looks.values(), False))
     return figure, table
 
 
@@ -381,16 +341,13 @@ def _draw_returns(runs: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
     figure, axes = panels(rows, columns, width=min(WIDTH, 0.6 + 3.2 * columns), height=2.6)
     table = summarize(runs, ["env", "method", "buffer_size"], "final_return")
     for axis, env in zip(axes.flat, envs, strict=False):
-        for method, appearance in looks.items():
-            line = table[(table.env == env) & (table.method == method)]
-            points(axis, line.buffer_size, line, appearance)
+        _lines(points, axis, "buffer_size", table[table.env == env], looks)
         log_sizes(axis, runs[runs.env == env].buffer_size, "buffer size (transitions, log scale)")
         axis.set(title=env, ylabel="final return")
     for axis in axes.flat[len(envs) :]:
         axis.remove()
     final = "Mean return in the last logged points (a tenth of training or more)"
-    caption = f"{final}; {_seeds(runs)}{INTERVAL_CAPTION}."
-    finish(figure, caption, legend(looks.values()), columns=_legend_columns(figure))
+    _explain(figure, final, runs, legend(looks.values()))
     return figure, table
 
 
@@ -413,16 +370,13 @@ def _draw_utilization(metrics: pd.DataFrame, looks: dict[str, Look]) -> Drawn:
             part = late[late.env == env]
             table = summarize(part, ["method", "buffer_size"], name)
             tables.append(table.assign(env=env, metric=name))
-            for method, appearance in looks.items():
-                line = table[table.method == method]
-                points(axis, line.buffer_size, line, appearance)
+            _lines(points, axis, "buffer_size", table, looks)
             log_sizes(axis, part.buffer_size, "buffer size (transitions)")
             axis.set_title(env)
             axis.set_ylabel(label)
             axis.set_ylim(bottom=0)
         axes[row, 0].set_ylim(0, 1.03)
-    caption = f"Means over the second half of training; {_seeds(metrics)}{INTERVAL_CAPTION}."
-    finish(figure, caption, legend(looks.values()), columns=_legend_columns(figure))
+    _explain(figure, "Means over the second half of training", metrics, legend(looks.values()))
     return figure, pd.concat(tables, ignore_index=True)
 
 
@@ -441,14 +395,22 @@ def legend(looks: Iterable[Look], markers: bool = True) -> list[Line2D]:
     ]
 
 
-def _legend_columns(figure: Figure) -> int:
-    return max(2, int(figure.get_figwidth() / 1.35))
-
-
 def _unique(frame: pd.DataFrame, column: str) -> list[Any]:
     return frame[column].drop_duplicates().tolist()
 
 
-def _seeds(frame: pd.DataFrame) -> str:
+def _lines(
+    draw: Callable[..., Any], axes: Axes, x: str, table: pd.DataFrame, looks: dict[str, Look]
+) -> None:
+    """A line for each method over a column of a table, by ``band`` or ``points``."""
+    for method, appearance in looks.items():
+        line = table[table.method == method]
+        draw(axes, line[x], line, appearance)
+
+
+def _explain(figure: Figure, what: str, frame: pd.DataFrame, handles: Sequence[Any]) -> None:
+    """Says what a figure shows, over how many seeds, and with which interval."""
     count = frame["seed"].nunique()
-    return f"{count} seeds, " if count > 1 else "1 seed, "
+    seeds = f"{count} seeds" if count > 1 else "1 seed"
+    columns = max(2, int(figure.get_figwidth() / 1.35))
+    finish(figure, f"{what}; {seeds}, {INTERVAL_CAPTION}.", handles, columns)

@@ -2,10 +2,8 @@
 
 A policy that is optimised on a buffer looks better on that same buffer than it is. The excess of
 its importance-sampling estimate over its true return, relative to the true return, is the reuse
-bias. Here tasks are finite, so that the true return is a sum and not another estimate.
-
-A policy is given by its log-probabilities in every state, ``[states, actions]``. Everything is a
-pure function that ``jit`` and ``vmap`` take.
+bias; tasks here are finite, so that the true return is a sum. A policy is given by its
+log-probabilities in every state, ``[states, actions]``.
 """
 
 from collections.abc import Callable
@@ -20,42 +18,27 @@ from jax.typing import ArrayLike
 from gipo_jax import ratio_levels
 
 Params = Any
+# params, obs [states, features] -> logits [states, actions]
 Policy = Callable[[Params, Array], Array]
-"""``params, obs [states, features] -> logits [states, actions]``."""
 
 
 class Task(NamedTuple):
-    """A finite task: steps are deterministic, and every episode has the same length.
+    """A finite task: steps are deterministic, and every episode has the same length."""
 
-    Attributes:
-        start: probability of each first state, ``[states]``.
-        next_state: state that an action leads to, ``[states, actions]``; anything after the last
-            step.
-        reward: of a state and an action, ``[states, actions]``.
-        obs: what a policy sees of each state, ``[states, features]``.
-        length: steps of an episode.
-    """
-
-    start: Array
-    next_state: Array
-    reward: Array
-    obs: Array
-    length: int
+    start: Array  # probability of each first state, [states]
+    next_state: Array  # where an action leads, [states, actions]; anything at the end
+    reward: Array  # of a state and an action, [states, actions]
+    obs: Array  # what a policy sees of each state, [states, features]
+    length: int  # steps of an episode
 
 
 class Buffer(NamedTuple):
-    """Episodes of a behaviour policy.
+    """Episodes of a behaviour policy."""
 
-    Attributes:
-        state, action: ``[episodes, length]``.
-        behavior_log_prob: log mu of each action, same shape.
-        episode_return: sum of an episode's rewards, ``[episodes]``.
-    """
-
-    state: Array
+    state: Array  # [episodes, length]
     action: Array
-    behavior_log_prob: Array
-    episode_return: Array
+    behavior_log_prob: Array  # log mu of each action, same shape
+    episode_return: Array  # sum of an episode's rewards, [episodes]
 
 
 def true_return(task: Task, log_probs: Array) -> Array:
@@ -90,10 +73,7 @@ def weighted_returns(log_probs: Array, buffer: Buffer) -> Array:
 
 
 def estimated_return(log_probs: Array, buffer: Buffer) -> Array:
-    """Ordinary importance sampling: the mean of W G, a scalar.
-
-    It is unbiased for a policy that was chosen without looking at the buffer.
-    """
+    """Mean of W G, unbiased for a policy that was chosen without looking at the buffer."""
     return jnp.mean(weighted_returns(log_probs, buffer))
 
 
@@ -117,18 +97,8 @@ def optimize(
 
     With plain importance sampling at the joint level, and an episode's return as its advantage, the
     surrogate is ``estimated_return`` itself. With ``biris`` it is that minus alpha times the mean
-    of abs(W - 1), as in the paper.
-
-    Args:
-        task: gives the policy its observations; its rewards are not looked at.
-        policy: see ``Policy``.
-        params: first parameters.
-        buffer: the data.
-        objective: maps log-ratio and advantage, ``[episodes, length]``, to the surrogate.
-        advantage: of each episode, ``[episodes]``; all of its steps share it.
-        learning_rate: Adam's.
-        ratio_level: one of ``ratio_levels.LEVELS``.
-        updates: number of updates.
+    of abs(W - 1), as in the paper. ``objective`` takes log-ratio and advantage ``[episodes,
+    length]``; all steps of an episode share its advantage ``[episodes]``.
     """
     per_step = jnp.broadcast_to(advantage[:, None], buffer.action.shape)
     adam = optax.scale_by_adam()

@@ -28,38 +28,25 @@ from gipo_jax.config import ConfigError
 
 Floats = NDArray[np.floating]
 
+# Advantage of a token: the answer's reward minus the mean reward under the behavior policy, the
+# same for all tokens (terminal, what a group of answers to one prompt estimates); or Q - V of the
+# target or of the behavior policy at its prefix
 ADVANTAGES = ("terminal", "target", "behavior")
-"""Advantage of a token: the answer's reward minus the mean reward under the behavior policy, the
-same for all tokens (``terminal``, what a group of answers to one prompt estimates); or Q - V of the
-target or of the behavior policy at its prefix."""
 
 MAX_STEPS = 10
-BATCH = 2**14
-"""Answers in the batch of which an objective may take a statistic."""
+BATCH = 2**14  # Answers in the batch of which an objective may take a statistic
 
 
 class Study(NamedTuple):
-    """What the gradient of one answer is in the mean, and how far it scatters.
+    """What the gradient of one answer is in the mean, and how far it scatters."""
 
-    Attributes:
-        mean: expected gradient, ``[parameters]``.
-        truth: gradient of the expected reward of the target policy, ``[parameters]``.
-        bias: Euclidean distance between the two.
-        relative_bias: bias over the length of the truth.
-        cosine: of the angle between the two; NaN for a mean of 0. A learning rate can mend a
-            length, but no angle.
-        variance: trace of the covariance of one answer's gradient; that of the mean of n answers
-            is this over n.
-        zero_gradient: whether every answer's gradient is exactly zero.
-    """
-
-    mean: Floats
-    truth: Floats
-    bias: float
-    relative_bias: float
-    cosine: float
-    variance: float
-    zero_gradient: bool
+    mean: Floats  # expected gradient, [parameters]
+    truth: Floats  # gradient of the expected reward of the target policy, [parameters]
+    bias: float  # Euclidean distance between the two
+    relative_bias: float  # bias over the length of the truth
+    cosine: float  # of the angle between the two, which no learning rate mends; NaN for 0
+    variance: float  # trace of the covariance of one answer's gradient
+    zero_gradient: bool  # whether every answer's gradient is exactly zero
 
 
 def study(
@@ -89,8 +76,7 @@ def study(
             with its parameters. By default each logit is a parameter of its own.
 
     Raises:
-        ConfigError: an argument of the wrong shape or outside its range, no such name, or a ratio
-            level that the objective cannot have.
+        ConfigError: an argument, shape or level that is not usable.
 
     >>> even = np.full((3, 2), 0.5)
     >>> result = study(even, even, [0, 0, 0, 1], "no_clip")
@@ -139,7 +125,6 @@ def advantage_of(policy: ArrayLike, reward: ArrayLike) -> Floats:
     """Q - V of a policy for each token of each answer, ``[2^steps, steps]``.
 
     Q and V are the expected reward of what follows the prefix with and without the token.
-    Arguments and errors as in ``study``.
     """
     policy = _check_policy("policy", policy)
     reward, _ = _check_sizes(policy, policy, reward, None)
@@ -153,10 +138,7 @@ def advantage_of(policy: ArrayLike, reward: ArrayLike) -> Floats:
 
 
 def log_prob(policy: ArrayLike) -> Floats:
-    """Log-probability of each token of each answer, ``[2^steps, steps]``.
-
-    Arguments and errors as in ``study``.
-    """
+    """Log-probability of each token of each answer, ``[2^steps, steps]``."""
     policy = _check_policy("policy", policy)
     steps = _steps(policy)
     return np.log(policy[_nodes(steps), answers(steps)])

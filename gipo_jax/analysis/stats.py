@@ -72,9 +72,6 @@ def bootstrap(
         confidence: coverage, in (0, 1).
         seed: the bootstrap's own.
 
-    Returns:
-        Estimate on the scores themselves, and the interval.
-
     Raises:
         ValueError: no scores, or a score that is not finite.
     """
@@ -92,13 +89,7 @@ def paired_difference(
     confidence: float = CONFIDENCE,
     seed: int = BOOTSTRAP_SEED,
 ) -> Interval:
-    """Statistic of ``first - second`` run by run on shared seeds, with its bootstrap interval.
-
-    Args:
-        first, second: ``[seeds, tasks]``; row n of both is the same seed.
-
-    Other arguments and errors as in ``bootstrap``.
-    """
+    """Statistic of ``first - second``, whose rows are the same seeds; else as in ``bootstrap``."""
     first, second = _matrix(first), _matrix(second)
     if first.shape != second.shape:
         raise ValueError(f"shapes {first.shape} and {second.shape} differ: seeds must be shared")
@@ -119,8 +110,6 @@ def p_value(
 
     Twice the smaller share of resamples on either side of zero, at least ``1 / resamples``; it is
     below 0.05 about where the 95 % interval of ``paired_difference`` leaves zero out.
-
-    Arguments and errors as in ``paired_difference``.
     """
     difference = _matrix(first) - _matrix(second)
     drawn = np.asarray(
@@ -155,10 +144,7 @@ def improvement_probability(
 ) -> Interval:
     """P(a run of ``first`` beats a run of ``second``), averaged over tasks; ties count one half.
 
-    Args:
-        first, second: ``[seeds, tasks]``; the numbers of seeds may differ.
-
-    Other arguments and errors as in ``bootstrap``. 0.5 means no difference.
+    0.5 means no difference. The numbers of seeds may differ; the rest as in ``bootstrap``.
     """
     first, second = _matrix(first), _matrix(second)
     if first.shape[1] != second.shape[1]:
@@ -183,14 +169,9 @@ def performance_profile(
     confidence: float = CONFIDENCE,
     seed: int = BOOTSTRAP_SEED,
 ) -> tuple[Floats, Floats, Floats]:
-    """Share of runs whose score exceeds each threshold, with its pointwise bootstrap interval.
+    """Share of runs whose score exceeds each of ``thresholds [n]``, with its pointwise interval.
 
-    Args:
-        scores: ``[seeds, tasks]``.
-        thresholds: ``[n]``.
-
-    Returns:
-        (share, low, high), ``[n]`` each. Errors as in ``bootstrap``.
+    Returns (share, low, high), ``[n]`` each; the rest as in ``bootstrap``.
     """
     scores = _matrix(scores)
     thresholds = np.asarray(thresholds, float)
@@ -205,13 +186,8 @@ def normalize(scores: ArrayLike) -> Floats:
     """Min-max normalisation per task over the methods' means: worst mean 0, best mean 1.
 
     The scale depends on the set of methods compared, and single runs may fall outside [0, 1]. Where
-    all means of a task are equal, every run of it scores 0.5.
-
-    Args:
-        scores: ``[methods, seeds, tasks]``.
-
-    Returns:
-        The same shape.
+    all means of a task are equal, every run of it scores 0.5. Shapes are ``[methods, seeds,
+    tasks]``.
     """
     scores = np.asarray(scores, float)
     means = scores.mean(axis=1)
@@ -221,13 +197,9 @@ def normalize(scores: ArrayLike) -> Floats:
 
 
 def wins(scores: ArrayLike) -> Floats:
-    """Games won by row method against column method, over same-seed pairs on every task.
+    """Games won by row against column method over same-seed pairs on every task, ties half each.
 
-    Args:
-        scores: ``[methods, seeds, tasks]``, seeds shared.
-
-    Returns:
-        ``[methods, methods]``, diagonal 0; a tie is half a win for each.
+    ``scores [methods, seeds, tasks]`` -> ``[methods, methods]``, diagonal 0.
     """
     scores = np.asarray(scores, float)
     difference = scores[:, None] - scores[None]
@@ -237,20 +209,14 @@ def wins(scores: ArrayLike) -> Floats:
 
 
 def elo(games: ArrayLike, *, prior_draws: float = 0.0) -> Floats:
-    """Ratings of the Bradley-Terry model by maximum likelihood; mean 1000, scale 400.
+    """Ratings ``[methods]`` of the Bradley-Terry model by maximum likelihood; mean 1000, scale 400.
 
     Row beats column with probability 1 / (1 + 10^((rating_column - rating_row) / 400)).
 
     Args:
         games: games won by row against column, ``[methods, methods]``, as ``wins`` gives them.
         prior_draws: drawn games added to every pair, >= 0. A method that won or lost every game has
-            no finite rating without some.
-
-    Returns:
-        Ratings ``[methods]``.
-
-    Raises:
-        ValueError: the likelihood has no maximum and ``prior_draws`` is 0.
+            no finite rating without some, which raises ValueError.
 
     >>> elo([[0, 3], [1, 0]]).round(2).tolist()
     [1095.42, 904.58]
@@ -288,10 +254,7 @@ def elo_interval(
 ) -> list[Interval]:
     """Elo of each method with its interval; a bootstrap draw keeps the seeds of all methods paired.
 
-    Args:
-        scores: ``[methods, seeds, tasks]``, seeds shared.
-
-    Other arguments as in ``elo`` and ``bootstrap``.
+    ``scores [methods, seeds, tasks]``, seeds shared; the rest as in ``elo`` and ``bootstrap``.
     """
     scores = np.asarray(scores, float)
     rating = elo(wins(scores), prior_draws=prior_draws)

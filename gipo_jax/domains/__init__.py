@@ -1,12 +1,9 @@
-"""What the loop trains on: control, responses of tokens, and the denoising steps of flows.
-
-- ``interface``: what the loop asks of each.
-- ``control``: environments, ``tokens``: tasks of prompts and responses, ``flow``: 2-D densities.
-"""
+"""What the loop trains on: control, responses of tokens, and the denoising steps of flows."""
 
 from typing import Any
 
-from gipo_jax.config import CONTROL, FLOW, TOKENS, Config, HParams
+from gipo_jax import objectives
+from gipo_jax.config import CONTROL, FLOW, TOKENS, Config, HParams, check_applies
 from gipo_jax.domains import control, flow, tokens
 from gipo_jax.domains.control import open_env
 from gipo_jax.domains.interface import Batch, Collected, Domain, Scores
@@ -24,18 +21,13 @@ def kind(config: Config) -> str:
 
 
 def make(config: Config, env: Any = None) -> Domain:
-    """What a configuration trains on.
-
-    Args:
-        config: the configuration.
-        env: environment or task in place of the one that ``config.env`` names.
-
-    Raises:
-        ConfigError: a setting is not usable, or would do nothing.
-    """
+    """What a configuration trains on, in ``env`` if given. Raises ConfigError."""
     return _MODULES[kind(config)].make(config, env)
 
 
 def check_hparams(config: Config, hparams: HParams) -> None:
     """Refuses traced settings that would do nothing. Raises ConfigError."""
-    _MODULES[kind(config)].check_hparams(config, hparams)
+    domain, objective = kind(config), objectives.spec(config.objective)
+    check_applies(config, hparams, domain=domain, objective=objective)
+    if domain == TOKENS:
+        tokens.check_hparams(config, hparams)

@@ -32,15 +32,10 @@ Where they are simulated outside JAX there are none, since they cost as much as 
 
 
 class State(NamedTuple):
-    """What control carries from one iteration to the next.
+    """What control carries from one iteration to the next."""
 
-    Attributes:
-        normalizer: moments of the observations, fixed within an iteration.
-        envs: environments in mid-episode.
-    """
-
-    normalizer: Normalizer
-    envs: rollouts.EnvStates
+    normalizer: Normalizer  # moments of the observations, fixed within an iteration
+    envs: rollouts.EnvStates  # environments in mid-episode
 
 
 class Row(NamedTuple):
@@ -225,19 +220,15 @@ class Control(Domain):
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
-        config, env, head = self.config, self.env, self.head
-
-        def like(shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
-            return jax.ShapeDtypeStruct((config.rollout_length, config.num_envs, *shape), dtype)
-
-        obs, token = like(env.obs_shape, env.obs_dtype), (head.num_tokens,)
-        row = Row(obs, like(token, jnp.int32 if head.discrete else jnp.float32), like(token))
-        if config.kl == "exact":
-            row = row._replace(behavior_outputs=like((*token, head.output_width)))
-        if config.advantage_mode == "stored":
-            return row._replace(advantage=like(()), value_target=like(()))
-        flag = like((), jnp.bool_)
-        return row._replace(reward=like(()), terminated=flag, truncated=flag, final_obs=obs)
+        head, one, flag = self.head, self.like(), self.like(dtype=jnp.bool_)
+        obs = self.like(*self.env.obs_shape, dtype=self.env.obs_dtype)
+        action = self.like(head.num_tokens, dtype=jnp.int32 if head.discrete else jnp.float32)
+        row = Row(obs, action, self.like(head.num_tokens))
+        if self.config.kl == "exact":
+            row = row._replace(behavior_outputs=self.like(head.num_tokens, head.output_width))
+        if self.config.advantage_mode == "stored":
+            return row._replace(advantage=one, value_target=one)
+        return row._replace(reward=one, terminated=flag, truncated=flag, final_obs=obs)
 
 
 def make(config: Config, env: environments.Environment | None = None) -> Control:
@@ -260,12 +251,6 @@ def make(config: Config, env: environments.Environment | None = None) -> Control
     return domain
 
 
-def check_hparams(config: Config, hparams: HParams) -> None:
-    """Refuses traced settings that would do nothing. Raises ConfigError."""
-    objective = objectives.spec(config.objective)
-    check_applies(config, hparams, domain=CONTROL, objective=objective)
-
-
 def _scaled(obs: Array) -> Array:
     """Observations as numbers, bytes from 0 to 1."""
     scale = 255.0 if obs.dtype == jnp.uint8 else 1.0
@@ -279,12 +264,6 @@ def _start_keys(key: Array) -> tuple[Array, Array]:
 
 
 def open_env(config: Config, seeds: Iterable[int], devices: int = 1) -> environments.Environment:
-    """The environment of some runs, with its simulators made; see ``Environment.open``.
-
-    Args:
-        config: static settings.
-        seeds: of the runs that will start in it, each as often as there are such runs.
-        devices: devices that share the runs evenly, in order.
-    """
+    """The environment of runs of these seeds with its simulators made; see ``Environment.open``."""
     keys = jnp.stack([_start_keys(run_key(seed))[1] for seed in seeds])
     return environments.make(config).open(keys, devices)

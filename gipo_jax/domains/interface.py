@@ -4,6 +4,8 @@ import abc
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from gipo_jax.config import Config, HParams
@@ -12,99 +14,60 @@ from gipo_jax.signatures import Spec
 
 
 class Batch(NamedTuple):
-    """A sample of replay with its targets. Tokens of control are the dimensions of an action.
+    """A sample of replay with its targets. Tokens of control are the dimensions of an action."""
 
-    Attributes:
-        data: what ``Domain.score`` reads.
-        behavior_log_prob: log mu of each token, ``[batch, tokens]``.
-        advantage: ``[batch]``.
-        age: iterations since collection, ``[batch]``.
-        value_target: ``[batch]``; None without a value function.
-        mask: false at padding, ``[batch, tokens]``; None where every token counts.
-        surrogate_weight: factor on the surrogate, ``[batch, 1]`` or ``[1, tokens]``, for pairs
-            ``[batch]``; None for 1.
-        token_weight: factor on entropy and KL, ``[batch, 1]``; None for 1.
-        counts: added to ``TrainState.totals`` by an update that uses the batch, by name.
-    """
-
-    data: Any
-    behavior_log_prob: Array
-    advantage: Array
-    age: Array
-    value_target: Any = None
-    mask: Any = None
-    surrogate_weight: Any = None
-    token_weight: Any = None
+    data: Any  # what Domain.score reads
+    behavior_log_prob: Array  # log mu of each token, [batch, tokens]
+    advantage: Array  # [batch]
+    age: Array  # iterations since collection, [batch]
+    value_target: Any = None  # [batch]; None without a value function
+    mask: Any = None  # false at padding, [batch, tokens]; None where every token counts
+    surrogate_weight: Any = None  # factor, [batch, 1], [1, tokens], or of pairs [batch]
+    token_weight: Any = None  # factor on entropy and KL, [batch, 1]; None for 1
+    # added to TrainState.totals by an update that uses the batch, by name
     counts: Metrics = {}  # noqa: RUF012
 
 
 class Scores(NamedTuple):
-    """A batch under some parameters: log-ratios, entropy, KL and value.
+    """A batch under some parameters: log-ratios, entropy, KL and value."""
 
-    Attributes:
-        log_ratio: log pi - log mu of each token, ``[batch, tokens]``; anything at padding.
-        entropy: of each token's distribution in nats, same shape; None where it is not used.
-        kl: exact KL(mu || pi) of each token, same shape; None where it is estimated.
-        value: V, ``[batch]``; None without a value function.
-        margin: of pairs of responses, log pi(right) - log pi(wrong), less the same under the
-            reference policy, ``[batch]``; else None.
-        other_log_ratio: of pairs, joint log-ratio of the wrong response, ``[batch]``; else None.
-    """
-
-    log_ratio: Array
-    entropy: Array | None = None
-    kl: Array | None = None
-    value: Array | None = None
-    margin: Array | None = None
-    other_log_ratio: Array | None = None
+    log_ratio: Array  # log pi - log mu of each token, [batch, tokens]; anything at padding
+    entropy: Array | None = None  # of each token in nats, same shape; None if not used
+    kl: Array | None = None  # exact KL(mu || pi) of each token; None if estimated
+    value: Array | None = None  # V, [batch]; None without a value function
+    margin: Array | None = None  # of pairs of responses, see signatures.INPUTS, [batch]
+    other_log_ratio: Array | None = None  # of pairs, of the wrong response, [batch]
 
 
 class Collected(NamedTuple):
-    """What an iteration collects.
+    """What an iteration collects."""
 
-    Attributes:
-        rows: for replay, arrays ``[rollout_length, num_envs, ...]``.
-        domain_state: the domain's state from the next iteration on.
-        counts: added to ``TrainState.totals``, by name.
-    """
-
-    rows: Any
-    domain_state: Any
-    counts: Metrics
+    rows: Any  # for replay, arrays [rollout_length, num_envs, ...]
+    domain_state: Any  # the domain's state from the next iteration on
+    counts: Metrics  # added to TrainState.totals, by name
 
 
 class Domain(abc.ABC):
-    """One kind of training data under the loop of ``gipo_jax.train``; every method is pure.
-
-    Attributes:
-        config: the configuration.
-        env: its environment, or task.
-        objective: what its objective needs.
-        ratio_level: see ``ratio_levels``.
-        block: shapes and types of an iteration's rows, ``[rollout_length, num_envs, ...]``.
-        standardize: whether advantages are standardised in each batch.
-        eval_episodes: episodes of an evaluation, 0 for none.
-        activations: about how many numbers an update keeps for each sample, to plan memory.
-        host: whether its environments are simulated outside JAX, and so cannot be vmapped.
-        resume_gap: why a stopped run would not go on exactly; None where it does.
-        gather_once: whether all batches of an iteration are small enough to gather at once.
-        ordered: whether tokens have an order, and so a ``position``.
-        own_totals: names that it adds to ``TrainState.totals``.
-    """
+    """One kind of training data under the loop of ``gipo_jax.train``; every method is pure."""
 
     config: Config
-    env: Any
-    objective: Spec
-    ratio_level: str
-    block: Any
-    standardize: bool
-    eval_episodes: int
-    activations: int
-    host = False
-    resume_gap: str | None = None
-    gather_once = True
-    ordered = True
-    own_totals: tuple[str, ...] = ()
+    env: Any  # environment, or task
+    objective: Spec  # what the objective needs
+    ratio_level: str  # see ratio_levels
+    block: Any  # shapes and types of an iteration's rows, [rollout_length, num_envs, ...]
+    standardize: bool  # whether advantages are standardised in each batch
+    eval_episodes: int  # episodes of an evaluation, 0 for none
+    activations: int  # about how many numbers an update keeps for each sample, to plan memory
+    host = False  # whether environments are simulated outside JAX, and so cannot be vmapped
+    resume_gap: str | None = None  # why a stopped run would not go on exactly; None where it does
+    gather_once = True  # whether all batches of an iteration are small enough to gather at once
+    ordered = True  # whether tokens have an order, and so a position
+    own_totals: tuple[str, ...] = ()  # names that it adds to TrainState.totals
+
+    def like(self, *shape: int, dtype: Any = jnp.float32) -> Any:
+        """A shape in ``block``."""
+        full = (self.config.rollout_length, self.config.num_envs, *shape)
+        return jax.ShapeDtypeStruct(full, dtype)
 
     @abc.abstractmethod
     def init(self, hparams: HParams, key: Array) -> tuple[Any, Any]:
@@ -119,11 +82,7 @@ class Domain(abc.ABC):
         """Ends the simulators of ``open``; programs compiled with them must not run again."""
 
     def restore(self, state: TrainState) -> tuple[TrainState, int]:
-        """Brings simulators to stored states of their runs, arrays ``[runs, ...]`` on the host.
-
-        Returns:
-            states to go on from, and how many environments had to begin a new episode.
-        """
+        """Brings simulators to states ``[runs, ...]`` on the host; also how many began anew."""
         return state, 0
 
     @abc.abstractmethod

@@ -36,16 +36,10 @@ __all__ = [
 
 
 def make(config: Config) -> Environment:
-    """Builds the environment a configuration names.
+    """Builds the environment that ``config.env`` names, or is, a gymnax environment object.
 
     A name is gymnax's, or else EnvPool's, which can have options: ``NAME:option=value,...``.
-
-    Args:
-        config: uses ``env`` (a name or a gymnax environment object), ``num_envs``,
-            ``max_episode_steps`` and ``truncation_is_termination``.
-
-    Raises:
-        ConfigError: no such environment, or spaces that no network here reads.
+    Raises ConfigError for no such environment, or spaces that no network here reads.
     """
     if not isinstance(config.env, str) or config.env in gymnax.registered_envs:
         # A training function may be made under a trace; bounds of spaces stay numbers there.

@@ -3,21 +3,18 @@
 EnvPool gives XLA two foreign functions, one that hands actions to a pool of simulators and one that
 takes results from it, so that acting stays a ``lax.scan`` without a callback. What follows from it:
 
-- A pool belongs to a compiled program, which holds its address. It is made before the program is
-  (``Environment.open``) and lives until ``Environment.close``.
-- A pool's random numbers are seeded when it is made, one seed for each environment, derived from
-  the key that ``reset`` is later called with. ``reset`` looks up the environments made for its key.
+- A program holds its pool's address. A pool is made before it (``Environment.open``) and lives
+  until ``Environment.close``.
+- A pool is seeded when it is made, from the keys that ``reset`` is later called with, and ``reset``
+  looks up the environments made for its key.
 - The calls change the pool, so they must happen in order: each passes on a token that the next one
   takes. ``vmap`` over them is impossible.
 
 EnvPool resets an environment in the step after the one that ended its episode. Here ``step`` makes
-that extra step itself, so every environment keeps the contract of the interface: ``final_obs`` is
-where the episode ended, ``obs`` is the next one's first, and no reward of a reset is seen.
+that extra step itself, so that ``obs`` and ``final_obs`` are as everywhere.
 
-Evaluation has simulators of its own, made anew at each logged point and ended with their one
-episode (``Environment.for_evaluation``). Their seeds follow from the run's key and the point, so a
-resumed run repeats them to the bit without a word of them in a checkpoint. They are stepped all at
-once by a callback, which costs little beside as many steps.
+An evaluation has simulators of its own, made anew and ended with their one episode, which a
+callback steps. Seeds follow from the run's key and the point, so a resumed run repeats them.
 """
 
 import functools
@@ -45,24 +42,14 @@ class PoolError(RuntimeError):
 
 
 class PoolState(NamedTuple):
-    """State of the ``envs`` environments of a run.
+    """State of the ``envs`` environments of a run."""
 
-    Attributes:
-        token: ``[1, 8]`` uint8, passed from call to call; its value means nothing.
-        ids: ``[envs]`` int32, which environments of the pool they are.
-        seeds: ``[envs]`` int32, what they were seeded with.
-        resets: ``[envs]`` int32, resets so far, the first one included.
-        elapsed: ``[envs]`` int32, steps of the current episode.
-        actions: ``[max_episode_steps, envs, *action_shape]``, those of the current episode; None
-            where resuming does not need them.
-    """
-
-    token: Array
-    ids: Array
-    seeds: Array
-    resets: Array
-    elapsed: Array
-    actions: Array | None
+    token: Array  # [1, 8] uint8, passed from call to call; its value means nothing
+    ids: Array  # [envs] int32, which environments of the pool they are
+    seeds: Array  # [envs] int32, what they were seeded with
+    resets: Array  # [envs] int32, resets so far, the first one included
+    elapsed: Array  # [envs] int32, steps of the current episode
+    actions: Array | None  # of the current episode, [max_episode_steps, envs, ...], to resume
 
 
 class _Result(NamedTuple):
@@ -77,11 +64,7 @@ class _Result(NamedTuple):
 
 
 def names() -> list[str] | None:
-    """All environments that EnvPool registers; None when it is not installed.
-
-    Raises:
-        ConfigError: it is installed and cannot be imported.
-    """
+    """All environments that EnvPool registers; None when it is not installed."""
     try:
         import envpool
     except ModuleNotFoundError as error:
@@ -107,30 +90,21 @@ def make(config: Config) -> Environment:
 
 
 class Task(NamedTuple):
-    """What there is to know of one of EnvPool's environments before a pool of it is made.
+    """What there is to know of one of EnvPool's environments before a pool of it is made."""
 
-    Attributes:
-        name: EnvPool's, with the options that were given.
-        options: for ``envpool.make``, which takes ``base_name(name)``.
-        encode: leaves of observations, ``[n, ...]`` each, and the module that computes with them
-            (``numpy`` or ``jax.numpy``) to an array ``[n, *obs_shape]``.
-        action_dtype: type that EnvPool takes.
-        resume_gap: why a stopped run does not go on exactly, or None.
-    """
-
-    name: str
-    options: dict[str, Any]
-    encode: Callable[[Sequence[Any], Any], Any]
+    name: str  # EnvPool's, with the options that were given
+    options: dict[str, Any]  # for envpool.make, which takes base_name(name)
+    encode: Callable[[Sequence[Any], Any], Any]  # leaves [n, ...], numpy module -> [n, *obs_shape]
     obs_shape: tuple[int, ...]
     obs_dtype: np.dtype
     action_shape: tuple[int, ...]
-    action_dtype: np.dtype
+    action_dtype: np.dtype  # type that EnvPool takes
     num_actions: int | None
     action_low: np.ndarray | None
     action_high: np.ndarray | None
     max_episode_steps: int
     reports_success: bool
-    resume_gap: str | None
+    resume_gap: str | None  # why a stopped run does not go on exactly, or None
 
 
 # Replaying an episode's actions after as many resets gives the same bits here; tested in
@@ -145,11 +119,7 @@ _LONGEST_REPLAY = 100_000
 
 
 def read_task(config: Config) -> Task:
-    """Looks an environment up.
-
-    Raises:
-        ConfigError: EnvPool cannot make it, or its spaces are of a kind that nothing here reads.
-    """
+    """Looks an environment up. Raises ConfigError where EnvPool, or nothing here, can use it."""
     import envpool
     from envpool.registration import registry
     from gymnasium import spaces
@@ -221,11 +191,7 @@ _NOT_OPTIONS = (
 
 
 def _read_options(name: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Options in a name, ``NAME:option=value,...``, as the type of their default.
-
-    Raises:
-        ConfigError: an option that the environment does not have, or not with this value.
-    """
+    """Options in a name, ``NAME:option=value,...``, as the type of their default."""
     base, _, given = name.partition(":")
     known = {
         option: default
@@ -307,19 +273,9 @@ def _make_pool(task: Task, seeds: np.ndarray, threads: int, **settings: int) -> 
 
 
 class _Pool:
-    """Simulators of some runs, ``envs`` for each, in one EnvPool.
-
-    It answers for one environment at a time, so that any of them can be stepped without the rest.
-    """
+    """Simulators of some runs in one EnvPool, which answers for one environment at a time."""
 
     def __init__(self, task: Task, seeds: np.ndarray, threads: int) -> None:
-        """Makes the simulators.
-
-        Args:
-            task: what to simulate.
-            seeds: ``[runs, envs]`` int32.
-            threads: that simulate.
-        """
         self._task = task
         self._pool = _make_pool(task, seeds, threads, batch_size=1)
         # The foreign functions take and give what EnvPool says only where double precision exists:
@@ -400,12 +356,8 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
         branches = [functools.partial(call, pool) for pool in pools]
         return jax.lax.switch(device(), branches, *arguments)
 
-    def send(token: Array, id: Array, action: Array) -> Array:
-        return on_device(_Pool.send, token, id, action)
-
-    def recv(token: Array) -> tuple[Array, _Result]:
-        return on_device(_Pool.recv, token)
-
+    send = functools.partial(on_device, _Pool.send)
+    recv = functools.partial(on_device, _Pool.recv)
     unbatched = _unbatched(task)
 
     def start(device: np.ndarray, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -444,13 +396,10 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
             sent = jax.lax.cond(due, send, lambda token, *_: token, token, id, action)
             return sent, None
 
-        def recv_next(token: Array, _: None) -> tuple[Array, _Result]:
-            return recv(token)
-
         token, _ = jax.lax.scan(
             lambda token, inputs: (send(token, *inputs), None), token, (ids, action)
         )
-        token, result = jax.lax.scan(recv_next, token, None, num_envs)
+        token, result = jax.lax.scan(lambda token, _: recv(token), token, None, num_envs)
         if num_envs > 1:
             # Whoever is done first answers first.
             result = jax.tree.map(lambda x: x[jnp.argsort(result.id)], result)
@@ -515,18 +464,11 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
     def of_one_episode() -> tuple[Callable[..., Any], Callable[..., Any]]:
         return _of_one_episode(task, runtime.available_cores() // max(len(pools), 1))
 
+    spaces = {name: value for name, value in task._asdict().items() if name in Environment._fields}
     return Environment(
-        name=task.name,
+        **spaces,
         reset=reset,
         step=step if pools else closed_step,
-        obs_shape=task.obs_shape,
-        obs_dtype=task.obs_dtype,
-        action_shape=task.action_shape,
-        num_actions=task.num_actions,
-        action_low=task.action_low,
-        action_high=task.action_high,
-        max_episode_steps=task.max_episode_steps,
-        reports_success=task.reports_success,
         simulator=Simulator(
             open=open,
             close=close,
@@ -546,10 +488,7 @@ class _Episodes:
         self.obs = np.array(task.encode(jax.tree.leaves(self._pool.reset()[0]), np))
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Steps those in mid-episode: obs, reward, terminated, truncated and success ``[n, ...]``.
-
-        The others keep their last observation; all else of theirs is zero.
-        """
+        """Steps those in mid-episode; observations of others stay, and all else of theirs is 0."""
         ids = np.flatnonzero(self.running).astype(np.int32)
         obs, reward, terminated, truncated, info = self._pool.step(action[ids], ids)
         ids = info["env_id"]
@@ -567,10 +506,7 @@ class _Episodes:
 def _of_one_episode(
     task: Task, threads: int
 ) -> tuple[Callable[[Array, int], tuple[Array, Array]], Callable[[Array, Array, Array], Step]]:
-    """``reset`` and ``step`` of simulators made at each ``reset``, for one episode.
-
-    Their state is the number by which the host finds them.
-    """
+    """``reset`` and ``step`` of simulators made at each ``reset``; their state is a number."""
     playing: dict[int, _Episodes] = {}
     numbers = itertools.count()
     unbatched = _unbatched(task)

@@ -9,59 +9,36 @@ from jax import Array
 
 
 class Step(NamedTuple):
-    """One step of ``envs`` environments. ``obs`` follows an automatic reset, ``final_obs`` not.
+    """One step of ``envs`` environments. ``obs`` follows an automatic reset, ``final_obs`` not."""
 
-    Attributes:
-        state: states after any reset.
-        obs: ``[envs, *obs_shape]``, what the next action is chosen from.
-        reward: ``[envs]``, float32.
-        terminated: ``[envs]``, bool; the episode ended by its own rules.
-        truncated: ``[envs]``, bool; the time limit cut it, and it did not terminate.
-        final_obs: ``[envs, *obs_shape]``, the observation the step led to.
-        success: ``[envs]``, bool, the task is solved now; None where success is not reported.
-    """
-
-    state: Any
-    obs: Array
-    reward: Array
-    terminated: Array
-    truncated: Array
-    final_obs: Array
-    success: Array | None = None
+    state: Any  # states after any reset
+    obs: Array  # [envs, *obs_shape], what the next action is chosen from
+    reward: Array  # [envs], float32
+    terminated: Array  # [envs], bool; the episode ended by its own rules
+    truncated: Array  # [envs], bool; the time limit cut it, and it did not terminate
+    final_obs: Array  # [envs, *obs_shape], the observation the step led to
+    success: Array | None = None  # [envs], bool, solved now; None where unknown
 
 
 class Environment(NamedTuple):
     """A batch of environments of one kind, as functions to jit.
 
-    Attributes:
-        name: its name in the library it comes from.
-        reset: ``key, num_envs -> obs [num_envs, *obs_shape], state``.
-        step: ``keys [envs], state, action [envs, *action_shape] -> Step``.
-        obs_shape: shape of an observation; an image is ``[height, width, channels]``.
-        obs_dtype: type observations are stored in; ``uint8`` counts from 0 to 255.
-        action_shape: shape of an action.
-        num_actions: number of discrete actions; None with a Box.
-        action_low: ``[action_dim]`` lower bounds of a Box; None with discrete actions.
-        action_high: upper bounds likewise.
-        max_episode_steps: time limit in steps.
-        reports_success: whether ``Step.success`` is there.
-        simulator: what an environment outside JAX needs besides; None for one that is pure JAX.
-
     The methods know about simulators, so that callers need not ask: in pure JAX they do nothing.
     """
 
-    name: str
-    reset: Callable[[Array, int], tuple[Array, Any]]
+    name: str  # its name in the library it comes from
+    reset: Callable[[Array, int], tuple[Array, Any]]  # key, num_envs -> obs, state
+    # keys [envs], state, action [envs, *action_shape] -> Step
     step: Callable[[Array, Any, Array], Step]
-    obs_shape: tuple[int, ...]
-    obs_dtype: Any
-    action_shape: tuple[int, ...]
-    num_actions: int | None
-    action_low: np.ndarray | None
-    action_high: np.ndarray | None
-    max_episode_steps: int
-    reports_success: bool = False
-    simulator: "Simulator | None" = None
+    obs_shape: tuple[int, ...]  # shape of an observation; an image is [height, width, channels]
+    obs_dtype: Any  # type observations are stored in; uint8 counts from 0 to 255
+    action_shape: tuple[int, ...]  # shape of an action
+    num_actions: int | None  # number of discrete actions; None with a Box
+    action_low: np.ndarray | None  # [action_dim] lower bounds of a Box; None with discrete actions
+    action_high: np.ndarray | None  # upper bounds likewise
+    max_episode_steps: int  # time limit in steps
+    reports_success: bool = False  # whether Step.success is there
+    simulator: "Simulator | None" = None  # None for one that is pure JAX
 
     @property
     def host(self) -> bool:
@@ -77,15 +54,13 @@ class Environment(NamedTuple):
         """Makes its simulators, before a program with them is compiled.
 
         Args:
-            keys: ``[runs]``, the keys that ``reset`` will be called with, each as often as it is
-                here.
+            keys: ``[runs]``, the keys that ``reset`` will be called with, each as often as here.
             devices: devices that share the runs evenly, in order. Each has simulators of its own.
             axis: with several devices, the mesh axis that ``jax.shard_map`` runs them along.
 
         Returns:
-            the same environment, whose ``reset`` and ``step`` may be compiled. Every key starts
-            once: a second ``reset`` with it raises ``envpool_env.PoolError``, because a simulator
-            cannot go back to its first random numbers.
+            the same environment, to compile with. Every key starts once: a second ``reset`` with it
+            raises ``envpool_env.PoolError``, for a simulator has no way back to its first numbers.
 
         Raises:
             ConfigError: the runs cannot be shared evenly. So does ``reset``, when it is traced on a
@@ -106,13 +81,11 @@ class Environment(NamedTuple):
         new episode.
 
         Args:
-            state: stored states of the runs that ``open`` had the keys of, in order, arrays
-                ``[runs, ...]`` on the host.
+            state: stored states of the runs whose keys ``open`` had, ``[runs, ...]`` on the host.
             obs: their observations, ``[runs, envs, *obs_shape]``.
 
         Returns:
-            state and observations to go on from, and ``[runs, envs]`` bool: which began a new
-            episode.
+            state and observations to go on from, and which began anew, bool ``[runs, envs]``.
         """
         if self.simulator is None:
             return state, obs, np.zeros(np.shape(obs)[:2], bool)
@@ -121,8 +94,7 @@ class Environment(NamedTuple):
     def for_evaluation(self) -> "Environment":
         """The environment to play one fresh episode in, at any time and without ``open``.
 
-        Outside JAX, each ``reset`` makes simulators whose random numbers follow from its key, and
-        they end with the last of their episodes.
+        Outside JAX, each ``reset`` makes simulators that its key seeds and their last episode ends.
         """
         if self.simulator is None:
             return self
@@ -131,10 +103,7 @@ class Environment(NamedTuple):
 
 
 class Simulator(NamedTuple):
-    """What an environment outside JAX needs besides; see the methods of ``Environment``.
-
-    ``of_one_episode`` makes the ``reset`` and ``step`` to evaluate with.
-    """
+    """What an environment outside JAX needs besides; see the methods of ``Environment``."""
 
     open: Callable[[Array, int, str], Environment]
     close: Callable[[], None]
@@ -144,15 +113,10 @@ class Simulator(NamedTuple):
 
 
 class Single(NamedTuple):
-    """One environment, without the leading axis.
+    """One environment, without the leading axis."""
 
-    Attributes:
-        reset: ``key -> obs [*obs_shape], state``.
-        step: ``key, state, action [*action_shape] -> Step`` of arrays without ``envs``.
-    """
-
-    reset: Callable[[Array], tuple[Array, Any]]
-    step: Callable[[Array, Any, Array], Step]
+    reset: Callable[[Array], tuple[Array, Any]]  # key -> obs [*obs_shape], state
+    step: Callable[[Array, Any, Array], Step]  # the same without the axis of environments
 
 
 def single(env: Environment) -> Single:

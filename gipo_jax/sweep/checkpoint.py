@@ -1,9 +1,8 @@
 """Checkpoints of a running sweep: all arrays and the progress, written whole or not at all.
 
-A checkpoint is a folder: arrays as Orbax stores them, and the progress in JSON. It gets its final
-name, a number, only when complete, and the last two are kept. All processes write their parts of
-the arrays, process 0 everything else. Orbax reads flipped bits back without a word, so every file
-has a checksum of ours, by which a damaged checkpoint is found and passed over.
+A checkpoint is a folder of arrays as Orbax stores them, and the progress in JSON; it gets its
+number as name when complete. All processes write their parts of the arrays, process 0 all else.
+Orbax reads flipped bits back without a word, so every file has a checksum of ours.
 """
 
 import contextlib
@@ -24,8 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from gipo_jax.sweep import cluster
 from gipo_jax.sweep.results import ResultsError, write_atomic
 
-FORMAT = 3
-"""Version of what a checkpoint holds; another version is refused."""
+FORMAT = 3  # Version of what a checkpoint holds; another version is refused
 
 KEEP = 2
 
@@ -40,11 +38,7 @@ class CheckpointError(ResultsError):
 
 
 def save(directory: Path, number: int, progress: dict[str, Any], state: Any | None) -> Path:
-    """Writes the checkpoint of a number higher than the newest one's; all processes call it.
-
-    ``progress``, that of process 0, goes to JSON, and ``state`` is a pytree of arrays or None.
-    Raises CheckpointError where it cannot be written; earlier checkpoints are as they were.
-    """
+    """Writes the checkpoint of a number higher than the newest one's; all processes call it."""
     path = directory / f"{number:08d}"
     temporary = directory / f"{_TEMPORARY}{path.name}"
     try:
@@ -79,10 +73,7 @@ def numbers(directory: Path) -> list[int]:
 
 
 def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
-    """Number of the newest whole checkpoint, if any; ``warn`` gets a line for each damaged one.
-
-    Raises CheckpointError where all are damaged.
-    """
+    """Number of the newest whole checkpoint, if any; ``warn`` gets a line for each damaged one."""
     present = numbers(directory)
     for number in reversed(present):
         path = directory / f"{number:08d}"
@@ -98,7 +89,7 @@ def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """The progress in a whole checkpoint; raises CheckpointError where it is of another version."""
+    """The progress in a whole checkpoint of this format."""
     stored = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
     if stored["format"] != FORMAT:
         raise CheckpointError(
@@ -128,9 +119,6 @@ def read_arrays(path: Path, like: Any) -> Any:
     of which reads only its own part; the others become NumPy arrays. The first axis may differ from
     the stored one, since a layout fills up with runs that are not there: what is too much is left
     out, and what is missing is zero, on devices only.
-
-    Raises:
-        CheckpointError: other shapes or names are stored, so another version wrote it.
     """
     wanted = _named(like)
     plain = {name: _plain_shape(leaf) for name, leaf in wanted.items()}

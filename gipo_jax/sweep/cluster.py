@@ -14,17 +14,10 @@ from jax.experimental import multihost_utils
 
 from gipo_jax.config import ConfigError
 
-START_SECONDS = 120
-"""Time that processes may need to find each other."""
-
-HEARTBEAT_SECONDS = 30
-"""Silence after which a process counts as dead; JAX then ends the others."""
-
-SHUTDOWN_SECONDS = 30
-"""Time that a process which ends well waits for the others."""
-
-LOST_CODE = 75
-"""Exit code where another process is gone: try again later."""
+START_SECONDS = 120  # Time that processes may need to find each other
+HEARTBEAT_SECONDS = 30  # Silence after which a process counts as dead; JAX then ends the others
+SHUTDOWN_SECONDS = 30  # Time that a process which ends well waits for the others
+LOST_CODE = 75  # Exit code where another process is gone: try again later
 
 T = TypeVar("T")
 
@@ -38,9 +31,6 @@ def start(
 
     Where JAX knows the cluster (Slurm, Open MPI, TPU pods, Kubernetes) it finds out the arguments:
     ``host:port`` of process 0, the number of processes and the index of this one.
-
-    Raises:
-        ConfigError: the processes could not find each other.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM, which is the sweep's.

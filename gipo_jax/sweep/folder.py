@@ -1,8 +1,4 @@
-"""The folder of a sweep, written: tables, final parameters, checkpoints.
-
-All processes hold the same ``Folder`` and call it alike. Arrays are written by all together, the
-rest by process 0.
-"""
+"""The folder of a sweep, written: all processes call it alike, and process 0 writes the text."""
 
 import contextlib
 import csv
@@ -31,11 +27,7 @@ from gipo_jax.sweep.results import ResultsError, write_atomic
 
 
 class Folder:
-    """The folder of a sweep: how far the sweep is (``progress``), and its files.
-
-    ``encoded`` are the runs as JSON, ``settings`` all settings of each by name, and ``latest`` the
-    newest training return of each run since ``open``, where there is one.
-    """
+    """The folder of a sweep: how far the sweep is (``progress``), and its files."""
 
     def __init__(self, directory: Path, runs: Sequence[Run], resume: bool) -> None:
         """Checks that the folder can take the sweep, or holds it already; touches nothing."""
@@ -275,7 +267,6 @@ def summaries(metrics: Path | IO[str], iterations: Sequence[int]) -> list[dict[A
 
     ``final_return`` is the mean training return of the episodes that ended in the last logged
     points, as many as cover at least a tenth of training; NaN when none ended there.
-    ``iterations`` are those of each run in all.
     """
     floats = ["episode_return", "episodes", "eval_return"]
     wanted = ["run", "iteration", "env_steps", *floats]

@@ -21,17 +21,11 @@ _CONFIG_DEFAULTS = Config()
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run of a sweep.
+    """One training run of a sweep."""
 
-    Attributes:
-        name: what tells it from the others, for people.
-        config: static settings; ``max_buffer_size`` is left to the sweep when None.
-        hparams: traced settings, Python numbers, as made by ``train.make_hparams``.
-    """
-
-    name: str
-    config: Config
-    hparams: HParams
+    name: str  # what tells it from the others, for people
+    config: Config  # static settings; max_buffer_size is left to the sweep when None
+    hparams: HParams  # traced settings, Python numbers, as made by train.make_hparams
 
 
 def expand(
@@ -48,8 +42,7 @@ def expand(
         seeds: number of seeds, >= 1: ``seed_offset .. seed_offset + seeds - 1``.
         seed_offset: first seed, >= 0.
         objective_args: parameters of objectives; each goes to the objectives that have it.
-        protocol: settings of a published experiment by one name, see ``protocols``; ``settings``
-            win over them.
+        protocol: settings of a published experiment, see ``protocols``; ``settings`` win over them.
         settings: fields of ``Config`` and ``HParams``, and parameters of objectives where no field
             has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple).
 
@@ -106,12 +99,12 @@ def env_name(env: Any) -> str:
     return env if isinstance(env, str) else str(env.name)
 
 
+# How settings that may be objects are called, in tables and for people
 _CALLED: dict[str, Callable[[Any], str]] = {
     "env": env_name,
     "objective": lambda objective: objectives.spec(objective).name,
     "selection": selection.name_of,
 }
-"""How settings that may be objects are called, in tables and for people."""
 
 
 def program_name(config: Config) -> str:
@@ -141,16 +134,7 @@ def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def decode(
     groups: Iterable[Mapping[str, Any]], env: Any = None, objective: Any = None
 ) -> list[Run]:
-    """Runs from ``encode``'s JSON.
-
-    Args:
-        groups: the JSON.
-        env: environment object, where the runs were made with one.
-        objective: function, where it does not come from a file of its own.
-
-    Raises:
-        ConfigError: an environment or objective is needed and not given, or its file has changed.
-    """
+    """Runs from ``encode``'s JSON, with the objects of runs that were made with some."""
     given = {"env": env, "objective": objective}
     runs: dict[int, Run] = {}
     for group in groups:
@@ -277,11 +261,7 @@ def _placeless(value: Any) -> Any:
 
 
 def load_objective(reference: str) -> Callable[..., Any]:
-    """The function that ``path/to/file.py:function`` names.
-
-    Raises:
-        ConfigError: no such file or function, or running the file fails.
-    """
+    """The function that ``path/to/file.py:function`` names."""
     function = user_files.load("objective", reference, "FUNCTION")
     if not callable(function):
         name = reference.rpartition(":")[2]

@@ -7,16 +7,11 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-EXIT_CODES = {"SIGTERM": 75, "SIGINT": 130}
-"""Exit code after each signal. 75 is EX_TEMPFAIL: try again later."""
+EXIT_CODES = {"SIGTERM": 75, "SIGINT": 130}  # 75 is EX_TEMPFAIL: try again later
 
 
 class Interrupted(RuntimeError):  # noqa: N818 - the name says what happened, not a fault
-    """A sweep stopped and can go on. The message is one line and says how.
-
-    Attributes:
-        exit_code: what a command should exit with.
-    """
+    """A sweep stopped and can go on. The message is one line and says how."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -18,15 +18,12 @@ from gipo_jax.sweep.grid import Run, env_name
 from gipo_jax.sweep.options import Options
 from gipo_jax.sweep.program import Layout
 
-USABLE = 0.9
-"""Part of the memory that a plan may take: the rest is for the program itself."""
+USABLE = 0.9  # Part of the memory that a plan may take: the rest is for the program itself
 
 
-SIMULATOR_BYTES = 20 * 2**20
-"""What an environment outside JAX takes, measured on Meta-World."""
+SIMULATOR_BYTES = 20 * 2**20  # What an environment outside JAX takes, measured on Meta-World
 
-MOST_SIMULATORS = 64
-"""Environments outside JAX that wait for their part at most, so that a sweep starts soon."""
+MOST_SIMULATORS = 64  # outside JAX that wait for their part, so that a sweep starts soon
 
 
 class Memory(NamedTuple):
@@ -175,10 +172,7 @@ def slices(
     devices: Sequence[jax.Device],
     limit: int | None,
 ) -> Slices:
-    """Cuts a group into the fewest parts that fit in ``limit`` bytes on all devices.
-
-    For ``mode`` and ``lanes`` see ``program.layout``. Raises ConfigError where not one run fits.
-    """
+    """Cuts a group into the fewest parts that fit in ``limit`` bytes on all devices."""
     runs = group.runs
     parts = -(-len(runs) // len(devices)) if mode == "loop" else 1
     while True:
@@ -219,11 +213,7 @@ def plan_line(group: Group, slices: Slices) -> str:
 
 
 def parts_at_once(group: Group, slices: Slices) -> int:
-    """Parts that one compiled program serves.
-
-    All of them, but for simulators outside JAX: a program holds the addresses of those of all its
-    parts, which must fit in memory beside the part that trains.
-    """
+    """Parts that one program serves: all, or as many as have room for simulators outside JAX."""
     if not group.domain.host:
         return len(slices.parts)
     simulators = slices.layout.width * group.domain.config.num_envs
@@ -257,11 +247,7 @@ def remaining(group: Group, slices: Slices, progress: Progress) -> list[Part]:
 
 
 def batch_mode(options: Options, domain: Domain, platform: str) -> str:
-    """The batch mode of a group: ``vmap``, ``map`` or ``loop``.
-
-    Simulators outside JAX (``domain.host``) step one run after the other. Raises ConfigError where
-    the options do not go with each other or with the domain.
-    """
+    """The batch mode of a group, ``vmap``, ``map`` or ``loop``, that fits options and domain."""
     mode, on_host = options.batch_mode, domain.host
     if mode == "auto":
         # To resume, simulators replay what they did: only the runs in training with loop.
@@ -279,7 +265,7 @@ def batch_mode(options: Options, domain: Domain, platform: str) -> str:
 
 
 def choose_devices(options: Options) -> list[jax.Device]:
-    """As many devices of each process; raises ConfigError where it has fewer."""
+    """As many devices of each process as the options say."""
     count = options.devices
     if count is None:
         return jax.devices()

@@ -40,15 +40,11 @@ class Layout(NamedTuple):
 
 
 def layout(mode: str, lanes: int | None, devices: Sequence[jax.Device], runs: int) -> Layout:
-    """The layout of a number of runs; where they do not fill it, it has room for more.
+    """The layout of runs; where they do not fill it, it has room for more.
 
-    Args:
-        mode: ``vmap``, runs side by side in vector operations; ``map``, one block of ``lanes`` runs
-            after the other inside the program; ``loop``, one run per device at a time.
-        lanes: runs per block in mode ``map``, 1 by default.
-        devices: those to use: of one process's no more than there are blocks, of several processes'
-            all, as each must take part.
-        runs: number of runs, >= 1.
+    Mode ``vmap`` has runs side by side in vector operations, ``map`` one block of ``lanes`` (1 by
+    default) after the other inside the program, ``loop`` one run per device at a time. Of one
+    process's devices no more are used than there are blocks; of several processes', all take part.
     """
     least = len(devices) if len({device.process_index for device in devices}) > 1 else 1
     if mode == "loop":
@@ -71,11 +67,7 @@ def stack(hparams: Sequence[HParams], width: int) -> HParams:
 class Program:
     """``train.init`` and ``train.train_and_log`` for a batch of runs, compiled on request.
 
-    It runs on a mesh of the devices of all processes, each of which trains runs of its own without
-    communication. ``init_function`` and ``train_and_log_function`` are pairs of a jitted function
-    and the shapes of its arguments; ``state`` has shapes, types and places of the state,
-    ``metrics`` the names of a logged point's, and ``new_episodes`` counts simulators outside JAX
-    that could not go on where they were.
+    Devices of all processes form a mesh, on which each trains runs of its own.
     """
 
     new_episodes = 0
@@ -151,10 +143,9 @@ class Program:
         )
 
     def start(self, hparams: HParams, stored: Any, runs: int) -> TrainState:
-        """First states, or stored ones to go on from.
+        """First states, or ``stored`` ones of ``runs`` to go on from.
 
-        ``stored`` are arrays ``[width, ...]`` on the devices, of which ``runs`` count, or NumPy
-        arrays ``[runs, ...]``, or None.
+        They are arrays ``[width, ...]`` on the devices, or NumPy arrays ``[runs, ...]``.
         """
         if stored is None:
             return self.init(hparams)
@@ -174,8 +165,7 @@ class Program:
     ) -> tuple[TrainState, dict[str, np.ndarray], np.ndarray]:
         """Iterations ``start .. stop - 1`` of all runs; ``state`` is used up.
 
-        Returns:
-            state; on every host, metrics ``[width]`` by name and ``diverged_at`` ``[width]``.
+        Also gives, on every host, metrics ``[width]`` by name and ``diverged_at`` ``[width]``.
         """
         state, metrics = self._train_and_log(state, hparams, np.int32(start), np.int32(stop))
         seen = (metrics, state.diverged_at)

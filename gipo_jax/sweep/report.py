@@ -17,21 +17,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gipo_jax.config import ConfigError
 
-LINE_SECONDS = 5.0
-"""Least time between two plain lines of progress."""
-
-WAITING = 1000
-"""Logged points that may wait for a slow callback before more are dropped."""
-
-NAME_LENGTH = 100
-"""Characters of a folder of event files: file systems take 255 bytes."""
+LINE_SECONDS = 5.0  # Least time between two plain lines of progress
+WAITING = 1000  # Logged points that may wait for a slow callback before more are dropped
+NAME_LENGTH = 100  # Characters of a folder of event files: file systems take 255 bytes
 
 EVENTS = "tensorboard"
 """Folder of the event files in that of a sweep."""
 
 Rows = Sequence[Mapping[str, Any]]
-Callback = Callable[[Rows], None]
-"""Takes the rows of a logged point, one per run: ``run``, ``iteration``, ``env_steps``, metrics."""
+Callback = Callable[[Rows], None]  # takes a logged point: run, iteration, env_steps, metrics
 
 
 class Reporter:

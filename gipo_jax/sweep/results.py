@@ -14,8 +14,7 @@ import pandas as pd
 
 from gipo_jax.config import ConfigError
 
-FORMAT = 2
-"""Version of the folder's layout; a folder of another version is refused."""
+FORMAT = 2  # Version of the folder's layout; a folder of another version is refused
 
 CONFIG = "config.json"
 RUNS = "runs.csv"
@@ -25,8 +24,8 @@ MEMBERS = "runs.json"
 CHECKPOINTS = "checkpoints"
 FIGURES = "figures"
 
+# Columns that are text, whatever they look like
 _TEXT = ("env", "objective", "kernel", "ratio_level", "selection", "status")
-"""Columns that are text, whatever they look like."""
 
 
 class ResultsError(RuntimeError):
@@ -34,29 +33,17 @@ class ResultsError(RuntimeError):
 
 
 def read_runs(directory: str | Path) -> pd.DataFrame:
-    """One row per run: settings, status and returns.
-
-    Raises:
-        ResultsError: the folder holds no sweep, or its table cannot be read.
-    """
+    """One row per run: settings, status and returns."""
     return _read_table(Path(directory), RUNS)
 
 
 def read_metrics(directory: str | Path) -> pd.DataFrame:
-    """One row per run and logged point. ``run`` refers to ``read_runs``.
-
-    Raises:
-        ResultsError: the folder holds no sweep, or its table cannot be read.
-    """
+    """One row per run and logged point. ``run`` refers to ``read_runs``."""
     return _read_table(Path(directory), METRICS)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The sweep's settings and provenance, as in ``config.json``.
-
-    Raises:
-        ResultsError: no such file, damaged, or of another version.
-    """
+    """The sweep's settings and provenance, as in ``config.json``."""
     path = Path(directory) / CONFIG
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -111,25 +98,22 @@ def check_directory(directory: Path, resume: bool) -> None:
     """Raises ConfigError where a sweep may not write to a folder; touches nothing."""
     if resume:
         check_holds_sweep(directory, "out")
-    elif (directory / CONFIG).exists():
-        raise ConfigError(
-            "out", str(directory), "a folder without a sweep in it; --resume continues this one"
-        )
+    files = () if resume else (RUNS, METRICS, PARAMS, CHECKPOINTS, FIGURES)
+    present = [name for name in files if (directory / name).exists()]
+    nearest = next(path for path in (directory, *directory.parents) if path.exists())
+    if not resume and (directory / CONFIG).exists():
+        valid = "a folder without a sweep in it; --resume continues this one"
+    elif present:
+        valid = f"a folder without {present[0]}: a sweep writes it"
+    elif not nearest.is_dir():
+        valid = f"a folder, but {nearest} is a file"
+    elif not os.access(nearest, os.W_OK | os.X_OK):
+        valid = f"a folder with write permission on {nearest}"
+    elif problem := _takes_no_file(nearest):
+        valid = f"a folder that takes files; {nearest}: {problem}"
     else:
-        for name in (RUNS, METRICS, PARAMS, CHECKPOINTS, FIGURES):
-            if (directory / name).exists():
-                raise ConfigError(
-                    "out", str(directory), f"a folder without {name}: a sweep writes it"
-                )
-    nearest = directory
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise ConfigError("out", str(directory), f"a folder, but {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError("out", str(directory), f"a folder with write permission on {nearest}")
-    if problem := _takes_no_file(nearest):
-        raise ConfigError("out", str(directory), f"a folder that takes files; {nearest}: {problem}")
+        return
+    raise ConfigError("out", str(directory), valid)
 
 
 def _takes_no_file(directory: Path) -> str | None:

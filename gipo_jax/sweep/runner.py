@@ -36,17 +36,11 @@ from gipo_jax.sweep.report import (
 
 
 class Summary(NamedTuple):
-    """What a finished sweep reports.
+    """What a finished sweep reports."""
 
-    Attributes:
-        directory: its folder.
-        compilations: programs compiled, one per group of runs that still had something to do.
-        diverged: indices of the runs that diverged.
-    """
-
-    directory: Path
-    compilations: int
-    diverged: tuple[int, ...]
+    directory: Path  # its folder
+    compilations: int  # programs compiled, one per group of runs that still had something to do
+    diverged: tuple[int, ...]  # indices of the runs that diverged
 
 
 def run(
@@ -72,8 +66,7 @@ def run(
 
     Raises:
         ConfigError: a setting is not usable.
-        results.ResultsError: what is on disk cannot be used, or writing
-            failed; the last checkpoint stands.
+        results.ResultsError: reading or writing failed; the last checkpoint stands.
         Interrupted: SIGTERM or Ctrl-C came, and everything is saved; or another process is gone.
     """
     directory, options = Path(directory).expanduser().absolute(), options or Options()
@@ -277,9 +270,8 @@ def _trace(group: Group, slices: Slices) -> Program:
 
 
 def _load_states(folder: Folder, jobs: Sequence[GroupJob]) -> None:
-    """Reads the states of started parts: that of the first, which goes on at once, to the devices.
-
-    Those that wait are kept on the host, as is one that has to be cut for the layout of now.
+    """Reads the states of started parts, that of the first to the devices, where it goes on at
+    once.
     """
     programs = {run: job.program for job in jobs for run in job.group.runs}
     like = []
@@ -294,10 +286,7 @@ def _load_states(folder: Folder, jobs: Sequence[GroupJob]) -> None:
 def _save_or_stop(
     folder: Folder, signals: StopSignals, options: Options, training: Part | None
 ) -> None:
-    """Makes a checkpoint where it is time to; stops if any process was asked to.
-
-    All processes agree: on the clock of process 0, and on a signal that any of them got.
-    """
+    """Makes a checkpoint when it is time to, and stops if any process was asked to; all agree."""
     numbers, unsaved = cluster.gather(signals.received, folder.seconds_unsaved()).T
     received = int(numbers.max())
     if received or unsaved[0] >= options.checkpoint_seconds:

@@ -14,7 +14,7 @@ from gipo_jax import sweep
 from gipo_jax.sweep import checkpoint, grid, results
 from tests import programs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]  # loops and vmap give the same bits
 
 SETTINGS = (
     *("--sigma", "0.5", "1", "2", "--num-envs", "2", "--rollout-length", "4"),

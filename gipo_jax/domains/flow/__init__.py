@@ -6,6 +6,6 @@
 """
 
 from gipo_jax.domains.flow import sampler, tasks
-from gipo_jax.domains.flow.domain import check_hparams, make
+from gipo_jax.domains.flow.domain import make
 
-__all__ = ["check_hparams", "make", "sampler", "tasks"]
+__all__ = ["make", "sampler", "tasks"]

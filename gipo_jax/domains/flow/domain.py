@@ -1,14 +1,9 @@
 """Policy gradients on the denoising steps of a flow, as a domain of ``gipo_jax.train``.
 
-An iteration samples chains with the current flow and stores them with their advantages. What the
-settings of ``Config`` and ``HParams`` mean here:
-
-- A transition is a chain: one sample with all its steps. An iteration makes ``num_envs`` times
-  ``rollout_length`` of them; ``batch_size`` and ``buffer_size`` count chains.
-- The tokens of a chain are its steps, ``[batch, steps]``. ``ratio_level`` compares them as those of
-  a sequence, and ``ratio_norm`` is GRPO-Guard's ratio.
-- Advantages are relative to the group, the chains of one iteration: GRPO's, (R - mean) / std.
-  There is no value function, and the KL penalty is exact.
+A transition is a chain: one sample with all its steps, which are its tokens, ``[batch, steps]``. An
+iteration makes ``num_envs`` times ``rollout_length`` of them; ``batch_size`` and ``buffer_size``
+count chains. Advantages are relative to the chains of one iteration: GRPO's, (R - mean) / std.
+There is no value function, and the KL penalty is exact.
 
 | method | setting |
 |---|---|
@@ -30,27 +25,17 @@ from gipo_jax.domains.flow.tasks import Task
 from gipo_jax.domains.interface import Batch, Collected, Domain, Scores
 from gipo_jax.learner import INIT_STREAM, Metrics, TrainState
 
-RATIO_NORM = "ratio_norm"
-"""The ratio level of GRPO-Guard."""
-
-EVAL_POINTS = 128
-"""End points that an evaluation draws unless the configuration says how many."""
+RATIO_NORM = "ratio_norm"  # The ratio level of GRPO-Guard
+EVAL_POINTS = 128  # End points that an evaluation draws unless the configuration says how many
 
 
 class Row(NamedTuple):
-    """A chain as replay keeps it; leading axes are those of replay or of a batch.
+    """A chain as replay keeps it; leading axes are those of replay or of a batch."""
 
-    Attributes:
-        points: x before, between and after the steps, ``[..., steps + 1, 2]``.
-        behavior_mean: mu of the flow that made the steps, ``[..., steps, 2]``.
-        behavior_log_prob: log-density of the steps under it, ``[..., steps]``.
-        advantage: of the chain, ``[...]``.
-    """
-
-    points: Any
-    behavior_mean: Any
-    behavior_log_prob: Any
-    advantage: Any
+    points: Any  # x before, between and after the steps, [..., steps + 1, 2]
+    behavior_mean: Any  # mu of the flow that made the steps, [..., steps, 2]
+    behavior_log_prob: Any  # log-density of the steps under it, [..., steps]
+    advantage: Any  # of the chain, [...]
 
 
 class Flow(Domain):
@@ -145,12 +130,7 @@ class Flow(Domain):
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
-        config, steps = self.config, self.env.steps
-
-        def like(*shape: int) -> Any:
-            full = (config.rollout_length, config.num_envs, *shape)
-            return jax.ShapeDtypeStruct(full, jnp.float32)
-
+        steps, like = self.env.steps, self.like
         return Row(like(steps + 1, 2), like(steps, 2), like(steps), like())
 
 
@@ -160,11 +140,6 @@ def ratio_norm(log_ratio: Array, kl: Array, std: Any) -> Array:
     Under the flow that made the step, x = D eps / s - abs(D)^2 / (2 s^2) with D = mu_theta - mu_old
     and eps standard normal. The mean -abs(D)^2 / (2 s^2) and the spread abs(D) / s depend on the
     step. Here (x + b) s = D eps: mean 0 and spread abs(D).
-
-    Args:
-        log_ratio: x, ``[..., steps]``.
-        kl: b, same shape.
-        std: s of the steps, ``[steps]``.
     """
     return (log_ratio + kl) * std
 
@@ -181,9 +156,3 @@ def make(config: Config, task: Task | None = None) -> Flow:
         valid = "an objective that takes densities, which the steps of a flow have"
         raise ConfigError("objective", objective.name, valid)
     return Flow(config, tasks.make(config.env) if task is None else task)
-
-
-def check_hparams(config: Config, hparams: HParams) -> None:
-    """Refuses traced settings that would do nothing. Raises ConfigError."""
-    objective = objectives.spec(config.objective)
-    check_applies(config, hparams, domain=FLOW, objective=objective)

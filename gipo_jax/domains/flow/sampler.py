@@ -33,8 +33,7 @@ from gipo_jax import networks
 from gipo_jax.config import Config
 from gipo_jax.domains.flow.tasks import Task
 
-Velocity = Callable[[Array, Array], Array]
-"""``points [..., 2], times [...] -> velocities [..., 2]``."""
+Velocity = Callable[[Array, Array], Array]  # points [..., 2], times [...] -> velocities [..., 2]
 
 _TIME_FREQUENCIES = np.pi * np.array([0.5, 1.0, 2.0])
 _POINT_FREQUENCIES = np.array([1.0, 2.0, 4.0])
@@ -70,42 +69,24 @@ def velocity_field(config: Config) -> VelocityField:
 
 
 class Chain(NamedTuple):
-    """Samples with the steps that led to them.
+    """Samples with the steps that led to them."""
 
-    Attributes:
-        points: x at t = 1, after every step, and at t = 0, ``[..., steps + 1, 2]``.
-        mean: mu of each step, ``[..., steps, 2]``.
-        log_prob: log-density of each step, ``[..., steps]``.
-    """
-
-    points: Array
-    mean: Array
-    log_prob: Array
+    points: Array  # x at t = 1, after every step, and at t = 0, [..., steps + 1, 2]
+    mean: Array  # mu of each step, [..., steps, 2]
+    log_prob: Array  # log-density of each step, [..., steps]
 
 
 class Schedule(NamedTuple):
-    """Times of the steps and what follows from them, NumPy arrays ``[steps]``.
+    """Times of the steps and what follows from them, NumPy arrays ``[steps]``."""
 
-    Attributes:
-        time: t before the step, from 1 down, > 0.
-        dt: length of the step, > 0; they add up to 1.
-        sigma: noise sigma_t, >= 0.
-        std: standard deviation of the step, s = sigma_t sqrt(dt).
-    """
-
-    time: np.ndarray
-    dt: np.ndarray
-    sigma: np.ndarray
-    std: np.ndarray
+    time: np.ndarray  # t before the step, from 1 down, > 0
+    dt: np.ndarray  # length of the step, > 0; they add up to 1
+    sigma: np.ndarray  # noise sigma_t, >= 0
+    std: np.ndarray  # standard deviation of the step, s = sigma_t sqrt(dt)
 
 
 def schedule(task: Task, noise_level: float | None = None) -> Schedule:
-    """The steps of a task.
-
-    Args:
-        task: uses ``steps``, ``shift`` and ``noise_level``.
-        noise_level: in place of the task's, >= 0.
-    """
+    """The steps of a task, with a ``noise_level`` >= 0 in place of its own if given."""
     level = task.noise_level if noise_level is None else noise_level
     linear = np.linspace(1, 0, task.steps + 1)
     times = task.shift * linear / (1 + (task.shift - 1) * linear)
@@ -118,17 +99,8 @@ def schedule(task: Task, noise_level: float | None = None) -> Schedule:
 def step_mean(
     velocity: Velocity, points: Array, time: ArrayLike, dt: ArrayLike, sigma: ArrayLike
 ) -> Array:
-    """Mean of a step of the SDE.
-
-    Args:
-        velocity: the flow.
-        points: x before the step, ``[..., 2]``.
-        time: t before the step, ``[...]`` or broadcast against it.
-        dt: length of the step, likewise.
-        sigma: noise sigma_t, likewise.
-
-    Returns:
-        mu, ``[..., 2]``.
+    """Mean mu of a step of the SDE from ``points [..., 2]``; the other arrays broadcast to
+    ``[...]``.
     """
     v = velocity(points, jnp.broadcast_to(time, points.shape[:-1]))
     t, dt, sigma = (jnp.asarray(x)[..., None] for x in (time, dt, sigma))
@@ -136,44 +108,19 @@ def step_mean(
 
 
 def chain_means(velocity: Velocity, steps: Schedule, points: Array) -> Array:
-    """Means of all steps of given chains.
-
-    Args:
-        velocity: the flow.
-        steps: the schedule.
-        points: of ``Chain``, ``[..., steps + 1, 2]``.
-
-    Returns:
-        mu, ``[..., steps, 2]``.
-    """
+    """Means ``[..., steps, 2]`` of all steps of chains of points ``[..., steps + 1, 2]``."""
     return step_mean(velocity, points[..., :-1, :], steps.time, steps.dt, steps.sigma)
 
 
 def log_density(points: Array, mean: Array, std: ArrayLike) -> Array:
-    """Log-density of the Gaussian steps.
-
-    Args:
-        points: where the steps led, ``[..., 2]``.
-        mean: mu, same shape.
-        std: s > 0, broadcast against ``[...]``.
-
-    Returns:
-        ``[...]``, the sum over both dimensions.
-    """
+    """Log-density ``[...]`` of Gaussian steps of deviation ``std`` to points ``[..., 2]``."""
     chex.assert_equal_shape([points, mean])
     squares = jnp.sum((points - mean) ** 2, axis=-1)
     return -squares / (2 * jnp.asarray(std) ** 2) - math.log(2 * math.pi) - 2 * jnp.log(std)
 
 
 def sample(velocity: Velocity, task: Task, key: Array, noise: Array) -> Chain:
-    """Samples by the SDE, with the log-densities of the steps taken.
-
-    Args:
-        velocity: the flow.
-        task: its steps; ``noise_level`` > 0.
-        key: PRNG key.
-        noise: x at t = 1, standard normal, ``[..., 2]``.
-    """
+    """Samples by the SDE from x at t = 1, standard normal noise ``[..., 2]``."""
     steps = schedule(task)
     normals = jax.random.normal(key, (task.steps, *noise.shape))
 
@@ -195,16 +142,7 @@ def sample(velocity: Velocity, task: Task, key: Array, noise: Array) -> Chain:
 
 
 def solve(velocity: Velocity, task: Task, noise: Array) -> Array:
-    """End points of the ODE, by as many Euler steps as the SDE takes.
-
-    Args:
-        velocity: the flow.
-        task: its steps.
-        noise: x at t = 1, ``[..., 2]``.
-
-    Returns:
-        x at t = 0, same shape.
-    """
+    """End points of the ODE from noise ``[..., 2]``, by as many Euler steps as the SDE takes."""
     steps = schedule(task, noise_level=0.0)
 
     def one_step(points: Array, now: Schedule) -> tuple[Array, None]:
@@ -214,14 +152,7 @@ def solve(velocity: Velocity, task: Task, noise: Array) -> Array:
 
 
 def matching_loss(velocity: Velocity, points: Array, noise: Array, times: Array) -> Array:
-    """Flow-matching loss: mean of abs(v(x_t, t) - (noise - x_0))^2 (arXiv:2210.02747).
-
-    Args:
-        velocity: the flow.
-        points: x_0 of the density, ``[n, 2]``.
-        noise: standard normal, ``[n, 2]``.
-        times: t in [0, 1], ``[n]``.
-    """
+    """Mean of abs(v(x_t, t) - (noise - x_0))^2, points being x_0 ``[n, 2]`` (arXiv:2210.02747)."""
     chex.assert_equal_shape([points, noise])
     t = times[:, None]
     error = velocity((1 - t) * points + t * noise, times) - (noise - points)
@@ -229,16 +160,7 @@ def matching_loss(velocity: Velocity, points: Array, noise: Array, times: Array)
 
 
 def pretrain(field: VelocityField, task: Task, key: Array) -> tuple[Any, Array]:
-    """Parameters that flow matching fits to the density, from scratch.
-
-    Args:
-        field: the network.
-        task: its density and the settings of pre-training.
-        key: PRNG key.
-
-    Returns:
-        parameters, and the loss of every update, ``[pretrain_steps]``.
-    """
+    """Parameters that flow matching fits to the density, and the loss of every update."""
     key_init, key_train = jax.random.split(key)
     params: Any = field.init(key_init, jnp.zeros((1, 2)), jnp.zeros(1))
     rate = optax.cosine_decay_schedule(task.pretrain_rate, task.pretrain_steps)

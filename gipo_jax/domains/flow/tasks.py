@@ -1,8 +1,7 @@
 """Densities in the plane that a flow learns, each with a reward on the end point.
 
-The reward is high at some modes of the density and low at the others, so that a policy can raise it
-and keep several modes. A policy that collapses to one of them gets the same reward, which is why
-diversity is measured beside it (``modes_covered``, ``pairwise_distance``).
+The reward is high at some modes only, so that a policy can raise it and keep several. One that
+collapses gets the same reward, which is why diversity is measured beside it.
 """
 
 from collections.abc import Callable
@@ -15,40 +14,23 @@ from jax import Array
 
 from gipo_jax.config import ConfigError
 
-PREFIX = "flow/"
-"""What the names of these tasks begin with, where a configuration names them."""
+PREFIX = "flow/"  # What the names of these tasks begin with, where a configuration names them
 
 
 class Task(NamedTuple):
-    """A density, a reward on its points, and the sampler's settings.
+    """A density, a reward on its points, and the sampler's settings."""
 
-    Attributes:
-        name: as a configuration has it, such as ``flow/ring``.
-        sample: ``key, n -> points [n, 2]`` of the density.
-        centers: points that stand for the modes of the density, ``[modes, 2]``.
-        rewarded: which of them are rewarded, bool ``[modes]``.
-        width: distance, in the plane's units, at which the reward of a mode has fallen to e^-1/2.
-        steps: denoising steps.
-        noise_level: ``a`` of the sampler's noise, sigma_t = a sqrt(t / (1 - t)); Flow-GRPO's is
-            0.7.
-        shift: of the times of the steps, 1 for equal steps; larger ones take most steps near the
-            noise (3 in Stable Diffusion 3).
-        pretrain_steps: updates of flow matching that a run begins with.
-        pretrain_batch: points in such an update.
-        pretrain_rate: Adam's learning rate in the first of them; it decays to 0 along a cosine.
-    """
-
-    name: str
-    sample: Callable[[Array, int], Array]
-    centers: np.ndarray
-    rewarded: np.ndarray
-    width: float
-    steps: int = 10
-    noise_level: float = 0.7
-    shift: float = 1.0
-    pretrain_steps: int = 800
-    pretrain_batch: int = 512
-    pretrain_rate: float = 2e-2
+    name: str  # as a configuration has it, such as flow/ring
+    sample: Callable[[Array, int], Array]  # key, n -> points [n, 2] of the density
+    centers: np.ndarray  # points that stand for the modes of the density, [modes, 2]
+    rewarded: np.ndarray  # which of them are rewarded, bool [modes]
+    width: float  # distance at which the reward of a mode has fallen to e^-1/2
+    steps: int = 10  # denoising steps
+    noise_level: float = 0.7  # a in sigma_t = a sqrt(t / (1 - t)), as in Flow-GRPO
+    shift: float = 1.0  # of the times, 1 for equal steps; 3 in Stable Diffusion 3
+    pretrain_steps: int = 800  # updates of flow matching that a run begins with
+    pretrain_batch: int = 512  # points in such an update
+    pretrain_rate: float = 2e-2  # Adam's first learning rate, which decays along a cosine
 
 
 def is_task(env: Any) -> bool:
@@ -57,11 +39,7 @@ def is_task(env: Any) -> bool:
 
 
 def make(name: str) -> Task:
-    """The task of a name.
-
-    Raises:
-        ConfigError: no such task.
-    """
+    """The task of a name."""
     if name not in TASKS:
         raise ConfigError("env", name, f"one of {', '.join(TASKS)}")
     # A training function may be made under a trace; centers of modes stay numbers there.
@@ -101,37 +79,21 @@ def moons() -> Task:
     return Task(f"{PREFIX}moons", sample, centers, ~lower, width=0.4)
 
 
+# Tasks by name
 TASKS: dict[str, Callable[[], Task]] = {f"{PREFIX}ring": ring, f"{PREFIX}moons": moons}
-"""Tasks by name."""
 
 
 def reward(task: Task, points: Array | np.ndarray) -> Array:
-    """Reward of end points, in (0, 1]: exp(-d^2 / (2 width^2)), d the distance to the nearest mode
-    that is rewarded.
-
-    Args:
-        task: the task.
-        points: ``[..., 2]``.
-
-    Returns:
-        ``[...]``.
-    """
+    """exp(-d^2 / (2 width^2)) of points ``[..., 2]``, d the distance to the next rewarded mode."""
     squares = _squared_distances(points, task.centers[task.rewarded])
     return jnp.exp(-jnp.min(squares, axis=-1) / (2 * task.width**2))
 
 
 def modes_covered(task: Task, points: Array | np.ndarray) -> Array:
-    """How many rewarded modes a set of points covers.
+    """How many rewarded modes a set of points ``[n, 2]`` covers.
 
     A mode is covered if at least a quarter of its equal share of the points, 1 / (4 x rewarded
     modes), lies within two widths of it and nearest to it.
-
-    Args:
-        task: the task.
-        points: ``[n, 2]``.
-
-    Returns:
-        scalar, 0 to the number of rewarded modes.
     """
     centers = task.centers[task.rewarded]
     squares = _squared_distances(points, centers)

@@ -17,34 +17,25 @@ from gipo_jax import cpu, networks
 from gipo_jax.config import ConfigError
 
 Params = Any
-Cache = tuple[tuple[Array, Array], ...]
-"""Keys and values of each layer, ``[batch, heads, time, width / heads]`` each."""
+Cache = tuple[tuple[Array, Array], ...]  # keys and values a layer, [batch, heads, time, size]
 
 
 class Decoder(NamedTuple):
     """A policy over answers as pure functions.
 
-    Prompts are int32 ``[batch, prompt_length]``, answers ``[batch, answer_length]``.
-
-    Attributes:
-        init: ``key -> params``.
-        logits: ``params, tokens [batch, time] -> [batch, time, vocab]``, of the token after each
-            one, with time <= prompt_length + answer_length.
-        sample: ``params, prompt, key, temperature=1.0 -> answer, log_prob``; both
-            ``[batch, answer_length]``, the log-probabilities those of the sampled distribution and
-            0 at padding.
-        greedy: ``params, prompt -> answer`` of the most likely token at each step.
-        score: ``params, prompt, answer, temperature=1.0 -> log_prob, entropy`` of each token of
-            the answer, ``[batch, answer_length]``, in nats; anything at padding.
-        mask: ``answer -> bool``, same shape; false at padding.
+    Prompts are int32 ``[batch, prompt_length]``, answers and what is said of their tokens
+    ``[batch, answer_length]``.
     """
 
-    init: Callable[[Array], Params]
+    init: Callable[[Array], Params]  # key -> params
+    # params, tokens [batch, time] -> [batch, time, vocab] of the token after each one
     logits: Callable[[Params, Array], Array]
+    # params, prompt, key, temperature=1.0 -> answer, log_prob (0 at padding)
     sample: Callable[..., tuple[Array, Array]]
-    greedy: Callable[[Params, Array], Array]
+    greedy: Callable[[Params, Array], Array]  # params, prompt -> answer of likeliest tokens
+    # params, prompt, answer, temperature=1.0 -> log_prob, entropy in nats (anything at padding)
     score: Callable[..., tuple[Array, Array]]
-    mask: Callable[[Array], Array]
+    mask: Callable[[Array], Array]  # answer -> bool, same shape; false at padding
 
 
 def make(
@@ -67,13 +58,9 @@ def make(
         answer_length: most tokens of an answer, the end token included, >= 1.
         end: token that ends an answer, in [0, vocab); None where all have ``answer_length`` tokens.
         layers: number of layers, >= 1.
-        width: width of the residual stream, a multiple of ``heads``.
-        heads: attention heads, >= 1.
+        width: of the residual stream, which the attention ``heads`` must divide (else ConfigError).
         feed_forward: width of the hidden layer of the feed-forward part, >= 1.
         precision: types of numbers.
-
-    Raises:
-        ConfigError: a width that the heads do not divide.
     """
     if width % heads:
         raise ConfigError("width", width, f"a multiple of heads {heads}")
@@ -144,12 +131,7 @@ def make(
 
 
 def answer_mask(answer: Array, end: int | None) -> Array:
-    """True for the tokens of an answer up to its first end token, that one included.
-
-    Args:
-        answer: ``[..., answer_length]``.
-        end: the end token; None where every token counts.
-    """
+    """True for the tokens of answers up to the first end token, that one included."""
     if end is None:
         return jnp.ones_like(answer, bool)
     is_end = answer == end

@@ -3,11 +3,8 @@
 One iteration answers ``num_envs`` prompts, each of them ``rollout_length`` times: a group of
 responses. A response's advantage is its reward minus the mean of its group, stored with it in
 replay. An update draws ``batch_size`` responses from replay. So buffer, batch and step counts are
-in responses.
-
-A ``selection`` chooses what is answered and what is learned from. With an objective of pairs, such
-as ``dpo``, what replay keeps and an update compares is a right and a wrong response
-(``preference``).
+in responses. A ``selection`` chooses what is answered and what is learned from; with an objective
+of pairs, such as ``dpo``, a right and a wrong response are compared (``preference``).
 
 Staleness comes in three ways: from old data in a large buffer (``buffer_size``), from a lag
 (``min_age`` iterations held back) and from reuse (``updates_per_iteration``, ``reuse_per_batch``).
@@ -33,47 +30,30 @@ from gipo_jax.learner import (
     init_optimizer,
 )
 
-EVAL_PROMPTS = 128
-"""Fresh prompts that an evaluation answers by default."""
+EVAL_PROMPTS = 128  # Fresh prompts that an evaluation answers by default
 
+# What is counted: prompts drawn, tokens of responses, and tokens of responses in updates
 TOTALS = ("prompts_sampled", "tokens_generated", "tokens_trained")
-"""What is counted: prompts drawn, tokens of responses, and tokens of responses in updates."""
 
-SELECTION_STREAM = INIT_STREAM - 2
-"""Folded into a run's key for the first state of a selection; beyond any iteration's index."""
+SELECTION_STREAM = INIT_STREAM - 2  # for the first state of a selection; see INIT_STREAM
 
 
 class State(NamedTuple):
-    """What token tasks carry from one iteration to the next.
+    """What token tasks carry from one iteration to the next."""
 
-    Attributes:
-        selection: what a selection has learned.
-        reference: parameters of the reference policy in preference training, else ``()``.
-    """
-
-    selection: Any
-    reference: Any
+    selection: Any  # what a selection has learned
+    reference: Any  # parameters of the reference policy in preference training, else ()
 
 
 class Row(NamedTuple):
-    """Responses as replay keeps them: ``[rollout_length, num_envs, ...]``, or ``[batch, ...]``.
+    """Responses as replay keeps them: ``[rollout_length, num_envs, ...]``, or ``[batch, ...]``."""
 
-    Attributes:
-        prompt: ``[..., prompt_length]``.
-        answer: ``[..., answer_length]``, end tokens from the first one on.
-        behavior_log_prob: log mu of each token, ``[..., answer_length]``; 0 at padding.
-        advantage: ``[...]``; in preference training 1 for a pair, 0 where there is none.
-        weight: ``[...]``, of a selection of responses; None without.
-        wrong: in preference training the wrong response of a pair, where ``answer`` is the right
-            one; else None.
-    """
-
-    prompt: Any
-    answer: Any
-    behavior_log_prob: Any
-    advantage: Any
-    weight: selection.Weights | None = None
-    wrong: preference.Wrong | None = None
+    prompt: Any  # [..., prompt_length]
+    answer: Any  # [..., answer_length], end tokens from the first one on
+    behavior_log_prob: Any  # log mu of each token, [..., answer_length]; 0 at padding
+    advantage: Any  # [...]; in preference training 1 for a pair, 0 where there is none
+    weight: selection.Weights | None = None  # [...], of a selection of responses; None without
+    wrong: preference.Wrong | None = None  # of pairs, whose right response is answer
 
 
 class Tokens(Domain):
@@ -180,17 +160,7 @@ class Tokens(Domain):
         mask: Array,
         key: Array,
     ) -> tuple[Row, Any]:
-        """Pairs the responses, where pairs are compared, and weighs them; the selection learns.
-
-        Args:
-            state: with the policy that gave the responses.
-            hparams: traced settings of the run.
-            prompts: ``[num_envs, prompt_length]``.
-            rows: responses and advantages.
-            exact: whether a response is right, bool ``[rollout_length, num_envs]``.
-            mask: of the responses, ``[rollout_length, num_envs, answer_length]``.
-            key: PRNG key.
-        """
+        """Pairs the responses, where pairs are compared, and weighs them; the selection learns."""
         key_pair, key_weigh = jax.random.split(key)
         group = selection.Group(
             prompts, rows.answer, rows.behavior_log_prob, mask, exact, rows.advantage
@@ -330,20 +300,13 @@ class Tokens(Domain):
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
-        config, task = self.config, self.env
-
-        def like(shape: tuple[int, ...], dtype: Any) -> Any:
-            return jax.ShapeDtypeStruct((config.rollout_length, config.num_envs, *shape), dtype)
-
-        block = Row(
-            like((task.prompt_length,), jnp.int32),
-            like((task.answer_length,), jnp.int32),
-            like((task.answer_length,), jnp.float32),
-            like((), jnp.float32),
+        task, like = self.env, self.like
+        prompt, answer = (
+            like(n, dtype=jnp.int32) for n in (task.prompt_length, task.answer_length)
         )
+        block = Row(prompt, answer, like(task.answer_length), like())
         if self.selection.stage == selection.GROUP:
-            weight = like((), jnp.float32)
-            block = block._replace(weight=selection.Weights(weight, weight))
+            block = block._replace(weight=selection.Weights(like(), like()))
         if self.preference:
             wrong = preference.Wrong(block.answer, block.behavior_log_prob, block.advantage)
             block = block._replace(wrong=wrong)
@@ -371,9 +334,7 @@ def make(config: Config, task: tasks.Task | None = None) -> Tokens:
 
 
 def check_hparams(config: Config, hparams: HParams) -> None:
-    """Refuses traced settings that would do nothing. Raises ConfigError."""
-    objective = objectives.spec(config.objective)
-    check_applies(config, hparams, domain=TOKENS, objective=objective)
+    """Refuses imitation of a task that shows none. Raises ConfigError."""
     task = tasks.make(config.env)
     if hparams.imitation_updates and task.demonstration is None:
         valid = f"0, because the task {task.name} has no demonstrations"

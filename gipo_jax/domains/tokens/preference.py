@@ -1,10 +1,9 @@
 """Preference training: the loss compares a right answer to a prompt with a wrong one.
 
 It is what token tasks do with an objective that takes ``margin``, such as ``dpo``. Each answer of a
-group gets a partner: a random answer to the same prompt that is right where it is wrong, or the
-other way round. The pair is stored in place of the answer; where the whole group is right, or
-wrong, there is none, and the row counts 0. The reference policy is the one that training begins
-with, after imitation.
+group gets a random partner to the same prompt, right where it is wrong or the other way round, and
+the pair is stored in its place; where the whole group is right, or wrong, the row counts 0. The
+reference policy is the one that training begins with, after imitation.
 """
 
 from typing import NamedTuple
@@ -18,18 +17,11 @@ from gipo_jax.config import Config, ConfigError
 
 
 class Wrong(NamedTuple):
-    """The wrong answer of a pair, as replay keeps it beside the right one.
+    """The wrong answer of a pair, as replay keeps it beside the right one."""
 
-    Attributes:
-        answer: ``[..., answer_length]``.
-        behavior_log_prob: log mu of each token, same shape; 0 at padding.
-        reference_margin: log-probability of the right minus that of the wrong answer under the
-            reference policy, ``[...]``.
-    """
-
-    answer: Array
-    behavior_log_prob: Array
-    reference_margin: Array
+    answer: Array  # [..., answer_length]
+    behavior_log_prob: Array  # log mu of each token, same shape; 0 at padding
+    reference_margin: Array  # log pi(right) - log pi(wrong) of the reference policy, [...]
 
 
 class Pairs(NamedTuple):
@@ -46,15 +38,9 @@ def is_preference(spec: signatures.Spec) -> bool:
 
 
 def pair(exact: Array, key: Array) -> Pairs:
-    """Pairs each answer with a random one to the same prompt that is its opposite.
+    """Pairs each answer, bool ``[answers, prompts]``, with a random opposite one to its prompt.
 
-    Args:
-        exact: whether an answer is right, bool ``[answers, prompts]``.
-        key: PRNG key.
-
-    Returns:
-        indices along the answers, and whether the group has both kinds; without, both indices are
-        meaningless.
+    In a group without both kinds no pair exists, and its indices mean nothing.
     """
     opposite = exact[:, None] != exact
     noise = jax.random.uniform(key, opposite.shape)
@@ -83,11 +69,7 @@ def difference(values: tuple[Array, Array], masks: tuple[Array, Array]) -> Array
 
 
 def check(config: Config, spec: signatures.Spec) -> None:
-    """Refuses settings that preference training does not have.
-
-    Raises:
-        ConfigError: one that is not at its default, or an input that pairs do not have.
-    """
+    """Refuses settings that preference training does not have. Raises ConfigError."""
     because = f"because {spec.name} compares whole answers"
     if config.ratio_level not in (None, "joint"):
         raise ConfigError("ratio_level", config.ratio_level, f"'joint' or left out, {because}")

@@ -28,7 +28,6 @@ Weights are >= 0. What they mean:
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import chex
@@ -47,61 +46,40 @@ PROMPTS, GROUP = "prompts", "group"
 
 
 class Group(NamedTuple):
-    """What an iteration has sampled: some answers to each of its prompts.
+    """What an iteration has sampled: some answers to each of its prompts."""
 
-    Attributes:
-        prompt: ``[prompts, prompt_length]``.
-        answer: ``[answers, prompts, answer_length]``, end tokens from the first one on.
-        log_prob: of each token when it was sampled, same shape; 0 at padding.
-        mask: false at padding, same shape.
-        exact: whether an answer is right, bool ``[answers, prompts]``.
-        advantage: as learning takes it, ``[answers, prompts]``; in preference training 1 where the
-            answer has a partner to make a pair with, else 0.
-        margin: in preference training, log-probability of the right minus that of the wrong answer
-            of the pair, less the same under the reference policy, ``[answers, prompts]``; else
-            None.
-    """
-
-    prompt: Array
-    answer: Array
-    log_prob: Array
-    mask: Array
-    exact: Array
+    prompt: Array  # [prompts, prompt_length]
+    answer: Array  # [answers, prompts, answer_length], end tokens from the first one on
+    log_prob: Array  # of each token when it was sampled, same shape; 0 at padding
+    mask: Array  # false at padding, same shape
+    exact: Array  # whether an answer is right, bool [answers, prompts]
+    # as learning takes it, [answers, prompts]; in preference training 1 where the answer has a
+    # partner to make a pair with, else 0
     advantage: Array
+    # in preference training, log-probability of the right minus that of the wrong answer of the
+    # pair, less the same under the reference policy, [answers, prompts]; else None
     margin: Array | None = None
 
 
 class Weights(NamedTuple):
-    """Factors on what each row adds to a mean over rows, ``[rows]`` each.
+    """Factors on what each row adds to a mean over rows, ``[rows]`` each."""
 
-    Attributes:
-        answer: for means over answers.
-        token: for means over tokens.
-    """
-
-    answer: Array
-    token: Array
+    answer: Array  # for means over answers
+    token: Array  # for means over tokens
 
 
 State = Any
 
 
 class Selection(NamedTuple):
-    """A selection with its settings filled in.
+    """A selection with its settings filled in."""
 
-    Attributes:
-        name: for tables.
-        stage: ``PROMPTS`` or ``GROUP``, what it weighs; None for ``keep_all``.
-        select: ``prompts or group, state, key -> weights``.
-        initial_state: ``task, key -> state``.
-        update: ``state, group -> state``, called once an iteration.
-    """
-
-    name: str
-    stage: str | None
-    select: Callable[[Any, State, Array], Array]
-    initial_state: Callable[[Task, Array], State]
-    update: Callable[[State, Group], State]
+    name: str  # for tables
+    stage: str | None  # PROMPTS or GROUP, what it weighs; None for keep_all
+    select: Callable[[Any, State, Array], Array]  # prompts or group, state, key -> weights
+    # task, key -> state, and state, group -> state, called once an iteration; by default no state
+    initial_state: Callable[[Task, Array], State] = lambda task, key: ()
+    update: Callable[[State, Group], State] = lambda state, group: state
 
 
 def declare(
@@ -109,11 +87,8 @@ def declare(
     initial_state: Callable[[Task, Array], State],
     update: Callable[[State, Group], State],
 ) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
-    """Gives a selection a state.
-
-    Args:
-        initial_state: ``task, key -> state``, a pytree of arrays.
-        update: ``state, group -> state`` after every iteration's answers, same shapes.
+    """Gives a selection a state, a pytree of arrays, which is updated after every iteration's
+    answers.
     """
 
     def attach(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -151,21 +126,12 @@ def weigh(selection: Selection, state: State, group: Group, key: Array) -> Weigh
 
 
 def pack(weights: Weights, length: Array, rows: int, noise: Array) -> tuple[Array, Weights]:
-    """The rows of a batch that an update back-propagates through.
+    """Rows of a batch to back-propagate through: ascending indices ``[rows]``, and their weights.
 
-    Rows of weight 0 are left out. Where more rows are left than fit, a random part of them is
-    taken, and the weights grow by the inverse of that part: in expectation over the noise, the
-    packed batch has the same gradient. Where fewer are left, rows of weight 0 fill it up.
-
-    Args:
-        weights: of the whole batch, ``[batch]`` each.
-        length: tokens of each row, ``[batch]``.
-        rows: that fit, <= batch.
-        noise: uniform in [0, 1), ``[batch]``.
-
-    Returns:
-        indices of the packed rows ``[rows]``, ascending, and their weights: with these a mean over
-        the packed rows, or over their tokens, is what it would be over the whole batch.
+    Rows of weight 0 are left out. Where more are left than fit, a random part of them is taken, by
+    noise uniform in [0, 1), and the weights grow by the inverse of that part: the gradient keeps
+    its expectation. Where fewer are left, rows of weight 0 fill up. With these weights a mean over
+    the packed rows, or over their tokens, is what it would be over the whole batch.
     """
     chex.assert_equal_shape([*weights, length, noise])
     kept = weights.answer > 0
@@ -193,27 +159,15 @@ def packed_rows(config: Config) -> int:
 # The built-in ones.
 
 
-def keep_all() -> Selection:
-    """No selection."""
-    return Selection("keep_all", None, lambda *_: jnp.ones(()), _no_state, _same_state)
-
-
-MAX_PRUNED = 0.7
-"""Highest probability with which ``prune`` leaves out a prompt, and likewise an answer of it."""
+MAX_PRUNED = 0.7  # highest probability with which prune leaves out a prompt, or an answer
 
 
 def keep_probability(advantage: Array, part: float) -> tuple[Array, Array]:
-    """Probabilities with which ``prune`` keeps prompts and answers.
+    """Probabilities with which ``prune`` keeps prompts ``[prompts]``, and answers of kept prompts.
 
     A prompt, and likewise an answer of it, is kept in proportion to its abs(A) over the mean, a
-    prompt's being the mean of its answers', within [1 - MAX_PRUNED, 1].
-
-    Args:
-        advantage: A, ``[answers, prompts]``.
-        part: of the answers to keep in the mean, in (0, 1], shared evenly by the two levels.
-
-    Returns:
-        of prompts ``[prompts]``, and of answers whose prompt is kept ``[answers, prompts]``.
+    prompt's being the mean of its answers', within [1 - MAX_PRUNED, 1]. ``part`` of the answers, in
+    (0, 1] and shared evenly by the two levels, stays in the mean.
     """
 
     def probability(size: Array) -> Array:
@@ -226,19 +180,15 @@ def keep_probability(advantage: Array, part: float) -> tuple[Array, Array]:
 
 
 def prune(part: float) -> Selection:
-    """Unbiased dynamic pruning (arXiv:2603.04135).
+    """Unbiased dynamic pruning of all but a ``part`` of the answers in the mean (arXiv:2603.04135).
 
     A prompt with its whole group, and an answer of it, is left out with probability P each, and
     what stays has the weight 1 / (1 - P): the expected gradient is that of all answers, for any
     objective that is a sum over answers. It saves back-propagation, not rollouts.
 
-    Unverified: the paper was read second-hand, and its scores are unknown; those here are those of
-    ``keep_probability``. The paper scores a prompt by its history. Prompts here are fresh, so it is
-    their group that is scored. A reader of the paper reports that its appendix leaves out a
-    fixed fraction instead, which is biased.
-
-    Args:
-        part: of the answers to keep in the mean, in (0, 1].
+    Unverified: the paper was read second-hand. Its scores are unknown, and it scores a prompt by
+    its history; prompts here are fresh, so ``keep_probability`` scores their groups. A reader of
+    the paper reports that its appendix leaves out a fixed fraction instead, which is biased.
     """
 
     def select(group: Group, state: State, key: Array) -> Array:
@@ -248,7 +198,7 @@ def prune(part: float) -> Selection:
         keep_answer = jax.random.bernoulli(key_answer, of_answer)
         return (keep_prompt & keep_answer) / (of_prompt * of_answer)
 
-    return Selection("prune", GROUP, select, _no_state, _same_state)
+    return Selection("prune", GROUP, select)
 
 
 class DepoState(NamedTuple):
@@ -272,12 +222,9 @@ class Estimator(nn.Module):
 
 
 DEPO_RANGE = (0.15, 0.85)
-DEPO_START = 100
-"""Iterations in which ``depo`` only learns."""
-
-DEPO_RATE = 1e-3
-DEPO_UPDATES = 4
-"""Learning rate and updates an iteration of the estimate of ``depo``."""
+DEPO_START = 100  # Iterations in which depo only learns
+DEPO_RATE = 1e-3  # learning rate of the estimate of depo
+DEPO_UPDATES = 4  # an iteration, of the estimate of depo
 
 
 def depo(vocab: int) -> Selection:
@@ -326,13 +273,10 @@ def depo(vocab: int) -> Selection:
 def depo_loss(logits: Array, success: Array, confidence: Array) -> Array:
     """Loss of DEPO's estimate (arXiv:2602.06375): BCE + 0.5 BCE + 3 mean hinge.
 
-    The hinge max(0, 0.5 - (z_i - z_j)) is of all pairs of prompts whose success differs by more
-    than 0.05, z_i the logit of the one with more success.
-
-    Args:
-        logits: of success and of confidence, ``[prompts, 2]``.
-        success: share of right answers, ``[prompts]``.
-        confidence: mean over answers of exp(mean log-probability of a token), ``[prompts]``.
+    ``success`` is the share of right answers to each prompt, ``confidence`` the mean over answers
+    of exp(mean log-probability of a token), and ``logits`` ``[prompts, 2]`` estimate the two. The
+    hinge max(0, 0.5 - (z_i - z_j)) is of all pairs of prompts whose success differs by more than
+    0.05, z_i the logit of the one with more success.
     """
     entropy = optax.sigmoid_binary_cross_entropy
     z = logits[:, 0]
@@ -350,7 +294,7 @@ SAGE_POOLS = 3
 
 
 def sage(part: float) -> Selection:
-    """Preference pairs from pools by difficulty, ranked by a score (SAGE, arXiv:2602.01207).
+    """A ``part`` of the preference pairs, from pools by difficulty (SAGE, arXiv:2602.01207).
 
     The pairs of an iteration go into ``SAGE_POOLS`` pools by the share of right answers in their
     group: up to a third, up to two thirds, above. Each pool gives the same number of pairs, those
@@ -360,9 +304,6 @@ def sage(part: float) -> Selection:
     Unverified: the paper was read second-hand and its score, inspired by the Newton decrement, was
     not found. e^-z = s(-z)^2 / (s(z) s(-z)) is what that gives for DPO, s the logistic function:
     the squared gradient over the curvature. The pools' bounds are this project's.
-
-    Args:
-        part: of the pairs to keep, in (0, 1].
     """
 
     def select(group: Group, state: State, key: Array) -> Array:
@@ -378,24 +319,14 @@ def sage(part: float) -> Selection:
         chosen = is_pair & (jnp.sum(before, axis=1) < quota)
         return chosen.astype(jnp.float32).reshape(shape)
 
-    return Selection("sage", GROUP, select, _no_state, _same_state)
+    return Selection("sage", GROUP, select)
 
 
-SELECTIONS = ("keep_all", "depo", "prune", "sage")
-"""Names of the built-in selections."""
+SELECTIONS = ("keep_all", "depo", "prune", "sage")  # Names of the built-in selections
 
 
 def make(config: Config, task: Task, objective: Spec) -> Selection:
-    """The selection that a configuration means, with its settings checked.
-
-    Args:
-        config: the configuration.
-        task: its task.
-        objective: its objective.
-
-    Raises:
-        ConfigError: no such selection, a function of another form, or a setting it cannot have.
-    """
+    """The selection that a configuration means; raises ConfigError where it does not fit."""
     chosen, part = config.selection, packed_rows(config) / config.batch_size
     if callable(chosen) or user_files.is_reference(chosen):
         selection = _own(chosen)
@@ -406,7 +337,7 @@ def make(config: Config, task: Task, objective: Spec) -> Selection:
         raise ConfigError("selection", chosen, "one for single answers, or objective dpo")
     else:
         selection = {
-            "keep_all": keep_all,
+            "keep_all": lambda: Selection("keep_all", None, lambda *_: jnp.ones(())),
             "depo": lambda: depo(task.vocab),
             "prune": lambda: prune(part),
             "sage": lambda: sage(part),
@@ -450,12 +381,7 @@ def stage_of(chosen: Any) -> str | None:
 
 
 def own_settings(settings: Mapping[str, Any], beside: Sequence[Any]) -> dict[str, Any]:
-    """Fields of ``Config`` without the sizes that only other selections of a sweep use.
-
-    Args:
-        settings: fields by name, ``selection`` among them.
-        beside: all selections of the sweep.
-    """
+    """Fields of ``Config`` without sizes that only other selections of the sweep use."""
     sizes = {PROMPTS: "num_candidates", GROUP: "packed_size", None: None}
     others = {sizes[stage_of(chosen)] for chosen in beside}
     others.discard(sizes[stage_of(settings["selection"])])
@@ -479,8 +405,7 @@ def _own(chosen: Any) -> Selection:
     if len(first) != 3 or first[0] not in (PROMPTS, GROUP) or first[1:] != ["state", "key"]:
         valid = f"a function of ({PROMPTS}, state, key) or ({GROUP}, state, key)"
         raise ConfigError("selection", name, valid)
-    functions = getattr(chosen, "state_functions", (_no_state, _same_state))
-    return Selection(name, first[0], chosen, *functions)
+    return Selection(name, first[0], chosen, *getattr(chosen, "state_functions", ()))
 
 
 def _try_out(selection: Selection, config: Config, task: Task, pairs: bool) -> None:
@@ -517,8 +442,8 @@ def _try_out(selection: Selection, config: Config, task: Task, pairs: bool) -> N
     except ConfigError:
         raise
     except Exception as error:
-        file = inspect.getsourcefile(inspect.unwrap(selection.select))
-        place = user_files.located(error, Path(file).resolve()) if file else None
+        file = user_files.source_file(selection.select)
+        place = user_files.located(error, file) if file else None
         text = place or f"code that runs; {type(error).__name__}: {str(error).splitlines()[0]}"
         raise ConfigError("selection", selection.name, text) from error
 
@@ -532,11 +457,3 @@ def _checked(
         form = list(jnp.shape(weight)) if hasattr(weight, "shape") else type(weight).__name__
         raise ConfigError(f"selection {selection.name}", form, f"weights {list(shape)}")
     return jnp.asarray(weight, jnp.float32)
-
-
-def _no_state(task: Task, key: Array) -> State:
-    return ()
-
-
-def _same_state(state: State, group: Group) -> State:
-    return state

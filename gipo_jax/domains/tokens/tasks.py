@@ -24,38 +24,29 @@ from gipo_jax import user_files
 from gipo_jax.config import ConfigError
 from gipo_jax.domains.tokens.decoder import answer_mask
 
-PREFIX = "tokens/"
-"""What the name of a built-in task begins with in the setting ``env``."""
+PREFIX = "tokens/"  # What the name of a built-in task begins with in the setting env
 
 
 class Task(NamedTuple):
     """A task for one prompt and one answer; batch its functions with ``jax.vmap``.
 
     Tokens are int32 in [0, vocab).
-
-    Attributes:
-        prompt: ``key -> tokens [prompt_length]``.
-        reward: ``prompt, answer [answer_length] -> scalar`` in [0, 1], 1 only for a right answer.
-            After an answer's first end token come further end tokens.
-        vocab: number of tokens, the end token included, >= 2.
-        prompt_length: tokens of a prompt.
-        answer_length: most tokens of an answer, the end token included.
-        end: token that ends an answer; None where all answers have ``answer_length`` tokens.
-        exact: ``prompt, answer -> bool``, whether the answer is right; None for a reward of 1.
-        demonstration: ``prompt -> answer``, a right answer to imitate before reinforcement
-            learning; None where there is none.
-        name: for tables and figures.
     """
 
-    prompt: Callable[[Array], Array]
+    prompt: Callable[[Array], Array]  # key -> tokens [prompt_length]
+    # prompt, answer [answer_length] -> scalar in [0, 1], 1 only for a right answer. After an
+    # answer's first end token come further end tokens
     reward: Callable[[Array, Array], Array]
-    vocab: int
-    prompt_length: int
-    answer_length: int
-    end: int | None = None
+    vocab: int  # number of tokens, the end token included, >= 2
+    prompt_length: int  # tokens of a prompt
+    answer_length: int  # most tokens of an answer, the end token included
+    end: int | None = None  # ends an answer; None where all have answer_length tokens
+    # prompt, answer -> bool, whether the answer is right; None for a reward of 1
     exact: Callable[[Array, Array], Array] | None = None
+    # prompt -> answer, a right answer to imitate before reinforcement learning; None where there is
+    # none
     demonstration: Callable[[Array], Array] | None = None
-    name: str = "task"
+    name: str = "task"  # for tables and figures
 
 
 def is_task(env: Any) -> bool:
@@ -66,14 +57,7 @@ def is_task(env: Any) -> bool:
 
 
 def make(task: str | Task) -> Task:
-    """The task that a name means, or the given one, checked without running it.
-
-    Args:
-        task: a name in ``TASKS``, FILE.py:TASK, or a task.
-
-    Raises:
-        ConfigError: no such task, or functions that do not give what their sizes say.
-    """
+    """The task of a name (in ``TASKS``, or FILE.py:TASK), or a given one, checked by shapes."""
     if isinstance(task, str) and user_files.is_reference(task):
         found = user_files.load("env", task, "TASK")
         if not isinstance(found, Task):
@@ -120,12 +104,7 @@ def reverse(length: int = 10, vocab: int = 2, kappa: float = 1.0) -> Task:
 def reverse_mixed(shortest: int = 2, longest: int = 14, kappa: float = 1.0) -> Task:
     """Strings of 0 and 1 of mixed length backwards, then the end token: mixed difficulty.
 
-    The length is uniform between the two. End tokens pad the prompt to the longest.
-
-    Args:
-        shortest: fewest tokens to reverse, >= 1.
-        longest: most tokens to reverse, >= ``shortest``.
-        kappa: as in ``reverse``.
+    The length is uniform from ``shortest`` (>= 1) to ``longest``; end tokens pad the prompt.
     """
     end, places = 2, jnp.arange(longest)
 
@@ -146,14 +125,10 @@ def reverse_mixed(shortest: int = 2, longest: int = 14, kappa: float = 1.0) -> T
 
 
 def add(digits: int = 2, kappa: float = 1.0) -> Task:
-    """The sum of two numbers, most significant digit first, then the end token.
+    """The sum of two numbers of 1 to 8 digits, most significant digit first, then the end token 11.
 
     The prompt is the digits of the one, a plus sign (token 10), and those of the other; neither
-    starts with 0. The end token is 11.
-
-    Args:
-        digits: of each number, 1 to 8.
-        kappa: as in ``reverse``.
+    starts with 0.
     """
     plus, end = 10, 11
     powers = 10 ** jnp.arange(digits, -1, -1)
@@ -195,8 +170,8 @@ def _graded(
     return reward
 
 
+# Built-in tasks by the name that the setting env takes
 TASKS = {f"{PREFIX}{task.name}": task for task in (reverse(), reverse_mixed(), add())}
-"""Built-in tasks by the name that the setting ``env`` takes."""
 
 
 def _check(task: Task) -> None:
