@@ -134,11 +134,10 @@ from gipo_jax.config import Config
 
 assert jnp.zeros(()).dtype == jnp.float64
 small = dict(total_steps=64, batch_size=32, eval_episodes=0, num_logs=2, hidden_sizes=(4,))
-for objective in ("gipo", "r2vpo", "p3o_ess"):
-    config = Config(objective=objective, normalize_obs=True, **small)
-    state, metrics = jax.jit(train.make_train(config))(train.make_hparams(config))
-    assert {x.dtype for x in jax.tree.leaves(state.learner.params)} == {jnp.dtype("float32")}
-    assert int(state.diverged_at) == -1 and np.isfinite(metrics["policy_loss"][-1])
+config = Config(objective="r2vpo", normalize_obs=True, **small)
+state, metrics = jax.jit(train.make_train(config))(train.make_hparams(config))
+assert {x.dtype for x in jax.tree.leaves(state.learner.params)} == {jnp.dtype("float32")}
+assert int(state.diverged_at) == -1 and np.isfinite(metrics["policy_loss"][-1])
 
 for given in (jnp.float32, jnp.float64):
     x = jnp.array([[0.3, -0.4]], given)

@@ -177,9 +177,10 @@ def _from_json(field: str, stored: Any, given: Any) -> Any:
         # JSON has no tuples.
         return tuple(stored) if isinstance(stored, list) else stored
     called = None if given is None else _CALLED[field](given)
-    found = Reference.from_json(stored).find(field, given, called)
+    reference = Reference.from_json(stored)
+    found = reference.find(field, given, called)
     own_file = field == "objective" and isinstance(found, str)
-    return load_objective(found) if own_file else found
+    return reference.check_values(field, load_objective(found)) if own_file else found
 
 
 def _plain(value: Any) -> Any:
@@ -208,17 +209,17 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
         for old, new in zip(before, now, strict=True):
             for name in names:
                 values = old.get(name), new.get(name)
-                if _placeless(values[0]) != _placeless(values[1]):
+                if not _same(*values):
                     return name, values[0], values[1]
         return None
     for name in names:
         taken: list[list[Any]] = [[], []]
         for runs, values_taken in zip((before, now), taken, strict=True):
             for run in runs:
-                value = _placeless(run.get(name))
-                if value not in values_taken:
-                    values_taken.append(value)
-        if any(value not in taken[1] for value in taken[0]) or len(taken[0]) != len(taken[1]):
+                if not any(_same(run.get(name), value) for value in values_taken):
+                    values_taken.append(run.get(name))
+        known = [any(_same(value, other) for other in taken[1]) for value in taken[0]]
+        if not all(known) or len(taken[0]) != len(taken[1]):
             return name, taken[0], taken[1]
     return "number of runs", len(before), len(now)
 
@@ -252,12 +253,11 @@ def _by_run(groups: Sequence[Any]) -> list[dict[str, Any]]:
     return [runs[index] for index in sorted(runs)]
 
 
-def _placeless(value: Any) -> Any:
-    """A stored setting without the place of its file: the same code elsewhere is the same."""
-    if not isinstance(value, dict) or "file" not in value:
-        return value
-    kind, name, _, sha256 = Reference.from_json(value)
-    return kind, name.rpartition(":")[2], sha256
+def _same(one: Any, other: Any) -> bool:
+    """Whether two stored settings are the same; code may lie elsewhere."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return Reference.from_json(one).same(Reference.from_json(other))
+    return bool(one == other)
 
 
 def load_objective(reference: str) -> Callable[..., Any]:

@@ -24,6 +24,8 @@ NAME_LENGTH = 100  # Characters of a folder of event files: file systems take 25
 EVENTS = "tensorboard"
 """Folder of the event files in that of a sweep."""
 
+_EVENT_FILE = "events.out.tfevents."
+
 Rows = Sequence[Mapping[str, Any]]
 Callback = Callable[[Rows], None]  # takes a logged point: run, iteration, env_steps, metrics
 
@@ -173,6 +175,7 @@ class TensorBoard:
         step = int(row["env_steps"])
         if run not in self._writers:
             name = f"{run:05d} {self._names[run]}".replace("/", "_")[:NAME_LENGTH]
+            _put_before_new_files(self._directory / name)
             # What an earlier execution wrote from here on was lost with it, and is made again.
             self._writers[run] = SummaryWriter(str(self._directory / name), purge_step=step)
         writer = self._writers[run]
@@ -189,6 +192,18 @@ class TensorBoard:
                 writer.close()
 
 
+def _put_before_new_files(folder: Path) -> None:
+    """Renames event files that a new one, named by the clock, would not come after.
+
+    Files are read by name, and what is purged has to come before what is made again.
+    """
+    now = f"{_EVENT_FILE}{time.time() - 1:010.0f}"
+    files = sorted(folder.glob(f"{_EVENT_FILE}*"))
+    if files and files[-1].name >= now:
+        for index, file in enumerate(files):
+            file.rename(folder / f"{_EVENT_FILE}{index:010d}.{len(files)}{file.suffix}")
+
+
 def event_steps(directory: Path) -> dict[int, list[int]]:
     """Steps that the event files of each run show, in order, once what was purged is left out.
 
@@ -202,7 +217,7 @@ def event_steps(directory: Path) -> dict[int, list[int]]:
     for folder in sorted(directory.iterdir()):
         shown: list[int] = []
         counted = None  # one tag of each point
-        for file in sorted(folder.glob("events*")):
+        for file in sorted(folder.glob(f"{_EVENT_FILE}*")):
             data, at = file.read_bytes(), 0
             while at < len(data):
                 (length,) = struct.unpack_from("<Q", data.ljust(at + 8, b"\0"), at)
