@@ -235,11 +235,12 @@ def _sweep(given: dict[str, Any]) -> int:
     out, resume = str(Path(given.pop("out")).expanduser()), given.pop("resume", False)
 
     def begun_with() -> dict[str, Any]:
-        """A sweep goes on as quietly as it began."""
+        """A sweep goes on with the flags of the command that began it."""
         if not resume or not (Path(out) / results.CONFIG).exists():
             return {}
         words = shlex.split(results.read_config(out)["command"])
-        return {n: True for n in ("quiet", "no_figures") if "--" + n.replace("_", "-") in words}
+        flags = ("quiet", "no_figures", "tensorboard")
+        return {name: True for name in flags if "--" + name.replace("_", "-") in words}
 
     given = cluster.run_on_all_processes(begun_with) | given
     draw = not given.pop("no_figures", False)
