@@ -86,8 +86,13 @@ def check(directory: Path, *, at_end: bool = False) -> Iterator[Finding]:
         return
     stops, blocks = [s for s, _ in sizes], [b for _, b in sizes]
     sweep = _Sweep(directory, config, settings, stops, blocks, progress)
-    yield _metrics(sweep)
-    yield _runs(sweep)
+    finding = _metrics(sweep)
+    yield finding
+    if finding.whole:
+        yield _runs(sweep)
+    else:
+        text = f"cannot be judged where {finding.part} is not whole"
+        yield Finding(results.RUNS, False, text)
     yield _params(sweep)
     if not at_end and (directory / report.EVENTS).exists():
         yield _events(sweep)
