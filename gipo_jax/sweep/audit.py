@@ -4,7 +4,9 @@ A folder is whole where nothing is lost: a finished sweep has all that it should
 was stopped, however it was, goes on from its newest checkpoint to the same results.
 """
 
+import collections
 import io
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,19 +169,18 @@ def _problem_of_rows(sweep: _Sweep, lines: Sequence[str]) -> str | None:
     if lines[0].split(",") != columns:
         return "other columns than config.json says"
     found: list[list[int]] = [[] for _ in sweep.settings]
-    order = []
     for place, line in enumerate(lines[1:], 2):
         cells = line.split(",")
         try:
             run, iteration, steps = (int(cell) for cell in cells[:3])
             _ = [float(cell) for cell in cells[3:] if cell]
             whole = len(cells) == len(columns) and steps == iteration * sweep.blocks[run]
+            whole &= run >= 0
             found[run].append(iteration)
         except (ValueError, IndexError):
             whole = False
         if not whole:
             return f"line {place} is no row of this sweep"
-        order.append(run)
     for run, (points, stops) in enumerate(zip(sweep.points, sweep.stops, strict=True)):
         expected = stops[:points]
         if found[run] == expected:
@@ -193,46 +194,47 @@ def _problem_of_rows(sweep: _Sweep, lines: Sequence[str]) -> str | None:
             return f"iterations of run {run} are out of order"
         more = sorted(set(found[run]) - set(expected))
         return f"run {run} has {_some('iteration', more)}, which it has not made"
-    if sweep.finished and order != sorted(order):
-        return "not sorted by run; --resume sorts it"
     return None
 
 
 def _runs(sweep: _Sweep) -> Finding:
-    path = sweep.directory / results.RUNS
+    path, checkpoints = sweep.directory / results.RUNS, sweep.directory / results.CHECKPOINTS
+    if not sweep.progress.number:
+        return Finding(path.name, True, "nothing saved yet")
+    older = [n for n in checkpoint.numbers(checkpoints) if n < sweep.progress.number]
     try:
         text = path.read_bytes().decode()
         metrics = (sweep.directory / results.METRICS).read_bytes()
-        sizes = [(stops[-1], block) for stops, block in zip(sweep.stops, sweep.blocks, strict=True)]
-        saved = sweep.progress.metrics_bytes
-        table = metrics[:saved] if saved is not None else metrics.partition(b"\n")[0] + b"\n"
-        columns = io.StringIO(table.decode())
-        expected = folder.runs_table(sweep.settings, sizes, sweep.progress, columns)
-    except (OSError, ValueError, LookupError) as error:
+        # A kill between a checkpoint and its table leaves that of the one before.
+        earlier = [folder.read_progress(checkpoints, number) for number in (0, *older)]
+        expected, *others = (_runs_table(sweep, p, metrics) for p in (sweep.progress, *earlier))
+    except (OSError, ResultsError, ValueError, LookupError) as error:
         return Finding(path.name, False, _line(error))
-    counts: dict[str, int] = {}
-    for run in range(len(sweep.settings)):
-        status = "running" if sweep.points[run] else "waiting"
-        status = "done" if run in sweep.progress.finished else status
-        status = "diverged" if run in sweep.progress.diverged else status
-        counts[status] = counts.get(status, 0) + 1
+    if text not in (expected, *others):
+        lines = itertools.zip_longest(text.splitlines(), expected.splitlines())
+        first = next((n for n, (one, other) in enumerate(lines, 1) if one != other), 0)
+        said = f"line {first} does not agree with config.json and metrics.csv"
+        return Finding(path.name, False, said)
+    counts = collections.Counter(_status(sweep, run) for run in range(len(sweep.settings)))
     said = ", ".join(f"{count} {status}" for status, count in counts.items())
-    if text == expected:
-        return Finding(path.name, True, said)
-    first = next(
-        (n for n, (a, b) in enumerate(_pairs(text, expected), 1) if a != b),
-        1 + min(len(text.splitlines()), len(expected.splitlines())),
-    )
-    known = [line.rsplit(",", 5)[0] for line in expected.splitlines()]
-    if not sweep.finished and [line.rsplit(",", 5)[0] for line in text.splitlines()] == known:
-        return Finding(path.name, True, f"{said}; --resume brings it up to the checkpoint")
-    return Finding(
-        path.name, False, f"line {first} does not agree with config.json and metrics.csv"
-    )
+    behind = "" if text == expected else "; the table is a checkpoint behind"
+    return Finding(path.name, True, said + behind)
 
 
-def _pairs(one: str, other: str) -> Iterator[tuple[str, str]]:
-    return zip(one.splitlines(), other.splitlines(), strict=False)
+def _runs_table(sweep: _Sweep, progress: Progress, metrics: bytes) -> str:
+    """What runs.csv says at a checkpoint."""
+    saved = progress.metrics_bytes
+    table = metrics.partition(b"\n")[0] + b"\n" if saved is None else metrics[:saved]
+    sizes = [(stops[-1], block) for stops, block in zip(sweep.stops, sweep.blocks, strict=True)]
+    return folder.runs_table(sweep.settings, sizes, progress, io.StringIO(table.decode()))
+
+
+def _status(sweep: _Sweep, run: int) -> str:
+    if run in sweep.progress.diverged:
+        return "diverged"
+    if run in sweep.progress.finished:
+        return "done"
+    return "running" if sweep.points[run] else "waiting"
 
 
 def _params(sweep: _Sweep) -> Finding:
