@@ -4,6 +4,7 @@ An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogat
 adds what its signature cannot say. The formulas are in ``objectives``.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -270,7 +271,7 @@ def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tu
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigError(name, _type_and_shape(result), "a pair (surrogate, new state)")
         result, state = result
-        if jax.tree.structure(state) == jax.tree.structure(given["state"]):
+        with contextlib.suppress(ValueError):  # another structure, which is refused below
             state = jax.tree.map(_in_type_of, given["state"], state)
         before, after = (jax.tree.map(_type_and_shape, tree) for tree in (given["state"], state))
         if before != after:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gipo_jax.config import ConfigError
@@ -84,8 +85,9 @@ def _digest_values(add: Callable[[str], None], value: Any, seen: dict[int, Any])
     if isinstance(value, types.ModuleType | type):
         return add(value.__name__)
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(value) if is_key else value)
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
+        array = np.asarray(value)
         return add(f"{array.dtype}{array.shape}{hashlib.sha256(array.tobytes()).hexdigest()}")
     add(type(value).__qualname__)
     if id(value) in seen:
@@ -141,8 +143,8 @@ class Reference(NamedTuple):
         file = source_file(value) if kind == "function" else None
         if kind == "reference":
             file = Path(name.rpartition(":")[0]).expanduser().resolve()
-        where = (str(file), digest(file)) if file else (None, None)
-        return cls(kind, name, *where, None if kind == "reference" else values_digest(value))
+        place, sha256 = (str(file), digest(file)) if file else (None, None)
+        return cls(kind, name, place, sha256, None if kind == "reference" else values_digest(value))
 
     def to_json(self) -> dict[str, Any]:
         """The form in config.json."""
@@ -154,7 +156,8 @@ class Reference(NamedTuple):
     def from_json(cls, stored: dict[str, Any]) -> "Reference":
         """What ``to_json`` wrote."""
         kind = next(name for name in ("reference", "function", "object") if name in stored)
-        return cls(kind, stored[kind], *map(stored.get, ("file", "sha256", "values")))
+        rest = {key: stored.get(key) for key in ("file", "sha256", "values")}
+        return cls(kind, stored[kind], **rest)
 
     def same(self, other: "Reference") -> bool:
         """Whether both stand for the same code and values, wherever the code lies."""
