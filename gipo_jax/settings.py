@@ -40,8 +40,8 @@ def make_hparams(
     hparams = fill_defaults(config, hparams)
     signatures.check_params(spec, hparams.objective_params)
     if hparams.ess_lr_power and not _weighs_alike(config, spec, hparams):
-        valid = f"0, because {spec.name} weighs fresh samples by their advantages too"
-        raise ConfigError("ess_lr_power", hparams.ess_lr_power, valid)
+        reason = f"{spec.name} weighs fresh samples by their advantages too"
+        raise ConfigError("ess_lr_power", hparams.ess_lr_power, f"0, because {reason}")
     check_sizes(config, hparams)
     return hparams
 

@@ -163,7 +163,7 @@ def test_the_default_buffer_size_follows_the_block_where_it_does_not_fit() -> No
         config = Config(total_steps=envs * length, **sizes)
         assert train.make_hparams(config).buffer_size == config.allocated_size == expected
         hparams, _ = train.grid(config, seed=[0, 1])
-        assert hparams.buffer_size.tolist() == [expected] * 2
+        assert np.array_equal(hparams.buffer_size, [expected] * 2)
 
 
 def weighs_by_rank(log_ratio: Any, advantage: Any) -> Any:

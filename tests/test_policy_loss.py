@@ -414,8 +414,9 @@ def test_a_nan_of_ones_own_is_not_hidden(data: dict[str, Any]) -> None:
 
 
 def test_lists_are_taken_as_arrays(data: dict[str, Any]) -> None:
+    arrays: dict[str, Any] = {name: jnp.array(x) for name, x in data.items()}
     lists = {name: x.tolist() for name, x in data.items()}
-    expected, _ = losses.policy_loss(**{name: jnp.array(x) for name, x in data.items()})
+    expected, _ = losses.policy_loss(**arrays)
     assert losses.policy_loss(**lists)[0] == expected
 
 

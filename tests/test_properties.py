@@ -60,10 +60,10 @@ def loss_of(name: str, level: str) -> Callable[..., Any]:
     @jax.jit
     def loss(log_prob: Any, old: Any, advantages: Any, mask: Any, start: Any) -> Any:
         extra = {"log_ratio_start": start} if takes_start else {}
-        function = functools.partial(
-            losses.policy_loss, objective=name, ratio_level=level, response_mask=mask, **extra
-        )
-        return jax.value_and_grad(lambda x: function(x, old, advantages)[0])(log_prob)
+        chosen: dict[str, Any] = {"objective": name, "ratio_level": level, **extra}
+        return jax.value_and_grad(
+            lambda x: losses.policy_loss(x, old, advantages, mask, **chosen)[0]
+        )(log_prob)
 
     return loss
 

@@ -227,7 +227,7 @@ def runs_table(
     finished, rows = set(progress.finished), []
     for run, summary in enumerate(summaries(metrics, [iterations for iterations, _ in sizes])):
         status = "running" if summary["env_steps"] else "waiting"
-        row = settings[run] | summary | {"run": run}
+        row = {**settings[run], **summary, "run": run}
         row["status"] = "done" if run in finished else status
         if run in progress.diverged:
             row |= {"status": "diverged", "diverged_step": progress.diverged[run] * sizes[run][1]}

@@ -230,14 +230,16 @@ def settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
     The order is that of the fields.
     """
     return [
-        {name: _called(value) for name, value in run.items() if name != "max_buffer_size"}
+        {name: _called(name, value) for name, value in run.items() if name != "max_buffer_size"}
         for run in _by_run(groups)
     ]
 
 
-def _called(value: Any) -> Any:
+def _called(field: str, value: Any) -> Any:
     if isinstance(value, dict):
-        return Reference.from_json(value).name
+        value = Reference.from_json(value).name
+    if field == "objective":
+        return objectives.RENAMED.get(value, value)
     # JSON has no tuples.
     return tuple(value) if isinstance(value, list) else value
 

@@ -276,7 +276,7 @@ def test_an_owner_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_an_owner_that_counted_as_dead_writes_no_more(tmp_path: Path) -> None:
     """As of a process that was stopped for long, on a file system without common locks."""
-    directory, taken = tmp_path / "sweep", []
+    directory, taken = tmp_path / "sweep", list[bytes]()
 
     def take(rows: object) -> None:
         if not taken:
