@@ -1,4 +1,4 @@
-"""The command ``gipo-jax``: sweep, plot, objectives.
+"""The command ``gipo-jax``: sweep, plot, check, objectives.
 
 Options are read off the fields of ``Config``, ``HParams`` and ``sweep.Options`` and off the
 signatures of the objectives, so that a new setting is an option without a line here.
@@ -37,8 +37,8 @@ _RENAMED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command of ``sys.argv``, or of these arguments, and returns its exit code.
 
-    It is 0; 2 where the input is not usable; 1 where reading or writing failed; 75 (SIGTERM, or
-    another process is gone) or 130 (Ctrl-C) where a sweep can go on.
+    It is 0; 2 where the input is not usable; 1 where reading or writing failed, or a checked folder
+    is not whole; 75 (SIGTERM, or another process is gone) or 130 (Ctrl-C) where a sweep can go on.
     """
     runtime.set_cpu_defaults()
     try:
@@ -106,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw the figures of a sweep")
     plot.add_argument("directory", metavar="DIR", help="folder of a sweep")
     plot.set_defaults(act=_plot)
+
+    checking = commands.add_parser(
+        "check",
+        help="say whether the folder of a sweep is whole",
+        description="A line for each part of the folder. Exit code 0: it is whole; 1: it is not.",
+    )
+    checking.add_argument("directory", metavar="DIR", help="folder of a sweep")
+    checking.set_defaults(act=_check)
 
     listing = commands.add_parser("objectives", help="list the objectives")
     listing.set_defaults(act=_objectives)
@@ -231,11 +239,12 @@ def _sweep(given: dict[str, Any]) -> int:
     out, resume = str(Path(given.pop("out")).expanduser()), given.pop("resume", False)
 
     def begun_with() -> dict[str, Any]:
-        """A sweep goes on as quietly as it began."""
+        """A sweep goes on with the flags of the command that began it."""
         if not resume or not (Path(out) / results.CONFIG).exists():
             return {}
         words = shlex.split(results.read_config(out)["command"])
-        return {n: True for n in ("quiet", "no_figures") if "--" + n.replace("_", "-") in words}
+        flags = ("quiet", "no_figures", "tensorboard")
+        return {name: True for name in flags if "--" + name.replace("_", "-") in words}
 
     given = cluster.run_on_all_processes(begun_with) | given
     draw = not given.pop("no_figures", False)
@@ -317,6 +326,19 @@ def _plot(given: dict[str, Any]) -> int:
     results.check_holds_sweep(directory, "directory")
     _draw(directory)
     return 0
+
+
+def _check(given: dict[str, Any]) -> int:
+    from gipo_jax.sweep import audit, results
+
+    directory = Path(given["directory"]).expanduser()
+    results.check_holds_sweep(directory, "directory")
+    whole = True
+    for finding in audit.check(directory):
+        print(finding)
+        whole &= finding.whole
+    print(f"{directory} is {'' if whole else 'not '}whole")
+    return 0 if whole else FAILED
 
 
 def _draw(directory: Path) -> None:

@@ -374,7 +374,12 @@ class Config:
     @property
     def allocated_size(self) -> int:
         """Transitions that replay has room for."""
-        return self.max_buffer_size or DEFAULT_BUFFER_SIZE
+        return self.max_buffer_size or self.default_buffer_size
+
+    @property
+    def default_buffer_size(self) -> int:
+        """The buffer size that is not given: the default, filled up to whole blocks."""
+        return -(-DEFAULT_BUFFER_SIZE // self.block_size) * self.block_size
 
 
 @jax.tree_util.register_dataclass
@@ -384,7 +389,10 @@ class HParams:
 
     seed: Scalar = setting(0, "seed of the run", index, integer=True)
     buffer_size: Scalar = setting(
-        DEFAULT_BUFFER_SIZE, "transitions (answers, chains) kept for replay", count, integer=True
+        DEFAULT_BUFFER_SIZE,
+        "transitions (answers, chains) kept for replay; the default fills up whole iterations",
+        count,
+        integer=True,
     )
     min_age: Scalar = setting(
         0, "newest iterations of data held back from sampling", index, integer=True

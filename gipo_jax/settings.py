@@ -5,10 +5,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gipo_jax import domains, objectives, signatures
+from gipo_jax import domains, loss_terms, objectives, signatures
 from gipo_jax.config import Config, ConfigError, HParams, check_fields, check_sizes, stack
 
 
@@ -32,11 +33,15 @@ def make_hparams(
     for name in (set(own) - set(spec.params)) | (set(overrides) - fields):
         valid = sorted(spec.params) + sorted(fields - {"objective_params"})
         raise ConfigError(name, own.get(name, overrides.get(name)), f"one of {', '.join(valid)}")
+    overrides = {"buffer_size": config.default_buffer_size} | overrides
     hparams = HParams(**overrides, objective_params=own)
     check_fields(hparams)
     domains.check_hparams(config, hparams)
     hparams = fill_defaults(config, hparams)
     signatures.check_params(spec, hparams.objective_params)
+    if hparams.ess_lr_power and not _weighs_alike(config, spec, hparams):
+        reason = f"{spec.name} weighs fresh samples by their advantages too"
+        raise ConfigError("ess_lr_power", hparams.ess_lr_power, f"0, because {reason}")
     check_sizes(config, hparams)
     return hparams
 
@@ -50,6 +55,21 @@ def fill_defaults(config: Config, hparams: HParams) -> HParams:
         value_learning_rate=hparams.learning_rate if value_rate is None else value_rate,
         objective_params={**defaults, **hparams.objective_params},
     )
+
+
+def _weighs_alike(config: Config, spec: signatures.Spec, hparams: HParams) -> bool:
+    """Whether samples of ratio 1 have one effective weight: else ESS is not 1 on fresh data."""
+    if "margin" in spec.inputs:
+        return True
+    given: dict[str, Any] = dict(hparams.objective_params)
+    given |= {"kernel": config.kernel} if spec.takes_kernel else {}
+    if spec.initial_state is not None:
+        given["state"] = signatures.first_state(spec, given)
+    advantage = jnp.array([[-2.0], [-0.5], [0.5], [2.0]])
+    fresh = jnp.zeros_like(advantage)
+    bound = loss_terms.bind(spec, "token", given, jnp.full_like(fresh, -1.0), lambda: fresh)
+    weight = loss_terms.objective_weight(bound, fresh, advantage)
+    return bool(jnp.allclose(weight, weight[0], rtol=1e-3))
 
 
 def grid(config: Config, **settings: Any) -> tuple[HParams, list[dict[str, Any]]]:

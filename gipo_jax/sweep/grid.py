@@ -128,14 +128,6 @@ def program_name(config: Config) -> str:
     return " ".join(parts)
 
 
-def flat_settings(run: Run) -> dict[str, Any]:
-    """Every setting of a run by name; objects by what they are called."""
-    called = {field: name(getattr(run.config, field)) for field, name in _CALLED.items()}
-    numbers = _flat(vars(run.hparams)) | run.hparams.objective_params
-    settings = vars(run.config) | numbers | called
-    return {k: v for k, v in settings.items() if k not in ("max_buffer_size", "objective_params")}
-
-
 def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Runs as JSON: one entry for each static configuration, with the settings of its runs."""
     groups: dict[Config, dict[str, Any]] = {}
@@ -196,9 +188,10 @@ def _from_json(field: str, stored: Any, given: Any) -> Any:
         # JSON has no tuples.
         return tuple(stored) if isinstance(stored, list) else stored
     called = None if given is None else _CALLED[field](given)
-    found = Reference.from_json(stored).find(field, given, called)
+    reference = Reference.from_json(stored)
+    found = reference.find(field, given, called)
     own_file = field == "objective" and isinstance(found, str)
-    return load_objective(found) if own_file else found
+    return reference.check_values(field, load_objective(found)) if own_file else found
 
 
 def _plain(value: Any) -> Any:
@@ -221,29 +214,49 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
 
     Where there are more runs in one of them, the values are all that the setting takes.
     """
-    before, now = _settings_of_runs(stored), _settings_of_runs(given)
+    before, now = _by_run(stored), _by_run(given)
     names = dict.fromkeys(name for run in before + now for name in run)
     if len(before) == len(now):
         for old, new in zip(before, now, strict=True):
             for name in names:
                 values = old.get(name), new.get(name)
-                if _placeless(values[0]) != _placeless(values[1]):
+                if not _same(*values):
                     return name, values[0], values[1]
         return None
     for name in names:
         taken: list[list[Any]] = [[], []]
         for runs, values_taken in zip((before, now), taken, strict=True):
             for run in runs:
-                value = _placeless(run.get(name))
-                if value not in values_taken:
-                    values_taken.append(value)
-        if any(value not in taken[1] for value in taken[0]) or len(taken[0]) != len(taken[1]):
+                if not any(_same(run.get(name), value) for value in values_taken):
+                    values_taken.append(run.get(name))
+        known = [any(_same(value, other) for other in taken[1]) for value in taken[0]]
+        if not all(known) or len(taken[0]) != len(taken[1]):
             return name, taken[0], taken[1]
     return "number of runs", len(before), len(now)
 
 
-def _settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
-    """The settings of each run in a result of ``encode``, by name."""
+def settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """All settings of each run in a result of ``encode`` by name; objects by what they are called.
+
+    The order is that of the fields.
+    """
+    return [
+        {name: _called(name, value) for name, value in run.items() if name != "max_buffer_size"}
+        for run in _by_run(groups)
+    ]
+
+
+def _called(field: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        value = Reference.from_json(value).name
+    if field == "objective":
+        return objectives.RENAMED.get(value, value)
+    # JSON has no tuples.
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _by_run(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """Settings of each run in a result of ``encode``, as they stand there."""
     runs = {}
     for group in groups:
         for entry in group["runs"]:
@@ -253,12 +266,11 @@ def _settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
     return [runs[index] for index in sorted(runs)]
 
 
-def _placeless(value: Any) -> Any:
-    """A stored setting without the place of its file: the same code elsewhere is the same."""
-    if not isinstance(value, dict) or "file" not in value:
-        return value
-    kind, name, _, sha256 = Reference.from_json(value)
-    return kind, name.rpartition(":")[2], sha256
+def _same(one: Any, other: Any) -> bool:
+    """Whether two stored settings are the same; code may lie elsewhere."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return Reference.from_json(one).same(Reference.from_json(other))
+    return bool(one == other)
 
 
 def load_objective(reference: str) -> Callable[..., Any]:
