@@ -178,17 +178,20 @@ def state(directory: Path) -> str:
 
 def differences(alone: Path, killed: Path) -> list[str]:
     """Tables that are not byte for byte the same, or runs with other parameters."""
-    tables = [
+    runs = range(len(results.read_runs(alone)))
+    return _other_tables(alone, killed) or [
+        f"parameters of run {run} differ"
+        for run in runs
+        if not jax.tree.all(jax.tree.map(np.array_equal, *_parameters((alone, killed), run)))
+    ]
+
+
+def _other_tables(alone: Path, killed: Path) -> list[str]:
+    return [
         f"{name} differs"
         for name in COMPARED
         if not (killed / name).exists()
         or (alone / name).read_bytes() != (killed / name).read_bytes()
-    ]
-    runs = range(len(results.read_runs(alone)))
-    return tables or [
-        f"parameters of run {run} differ"
-        for run in runs
-        if not jax.tree.all(jax.tree.map(np.array_equal, *_parameters((alone, killed), run)))
     ]
 
 
@@ -257,7 +260,7 @@ PHASES: dict[str, Callable[[Path, "subprocess.Popen[bytes]", random.Random], Non
 
 TINY = (
     *("--env", "Catch-bsuite", "--num-envs", "2", "--rollout-length", "8", "--batch-size", "16"),
-    *("--hidden-sizes", "8", "--total-steps", "1600", "--num-logs", "50", "--eval-episodes", "0"),
+    *("--hidden-sizes", "8", "--total-steps", "320", "--num-logs", "20", "--eval-episodes", "0"),
     *("--buffer-size", "16", "32", "--quiet", "--no-figures", "--checkpoint-seconds", "0"),
 )
 
@@ -307,7 +310,7 @@ def together(out: Path, pairs: int, say: Callable[[str], None]) -> list[str]:
             problems.append(f"{what}: {answers}")
         if code == 0 and not resumed:
             problems.append(f"{what}: both began a new sweep")
-        problems += [f"{what}: {text}" for text in differences(alone, directory)]
+        problems += [f"{what}: {text}" for text in _other_tables(alone, directory)]
         problems += [f"{what}: {x}" for x in audit.check(directory) if not x.whole]
         say(f"{what}: {' '.join(said.split()) or 'nothing was left to do'}")
         shutil.rmtree(directory)
