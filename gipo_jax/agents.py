@@ -88,7 +88,7 @@ def _agent(domain: domains.Domain, hparams: HParams, acting: Any) -> Agent:
         domain.config,
         hparams,
         acting["params"],
-        domain.env,
+        domain.env_of(hparams),
         functools.partial(domain.choose_action, acting, hparams),
         functools.partial(_evaluate, domain, acting, hparams),
     )

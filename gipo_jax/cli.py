@@ -23,7 +23,8 @@ FAILED = 1
 # Static settings that take lists, beside all traced ones
 _LISTED = ("env", "objective", "kernel", "ratio_level", "selection")
 
-_SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")  # Fields that the sweep sets itself
+# Fields that the sweep sets itself
+_SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params", "env_params")
 
 # Old names of options, which work for one release more
 _RENAMED = {
@@ -200,8 +201,11 @@ def _add_objective_parameters(parser: argparse.ArgumentParser, taken: set[str]) 
     for parameter, defaults in owners.items():
         option, text = "--" + parameter.replace("_", "-"), f"(default: {', '.join(defaults)})"
         several(option, type=_number, metavar="VALUE", help=text)
+    form: dict[str, Any] = {"action": "append", "metavar": ("NAME=VALUE", "VALUE")}
     text = "values of any parameter of an objective, such as one of your own"
-    several("--objective-arg", action="append", metavar=("NAME=VALUE", "VALUE"), help=text)
+    several("--objective-arg", help=text, **form)
+    text = "values of a parameter of a gymnax environment, swept in one program"
+    several("--env-arg", help=text, **form)
 
 
 def _add_distributed(group: Any) -> None:
@@ -284,13 +288,23 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         settings["objective"] = [
             grid.load_objective(name) if ".py:" in name else name for name in settings["objective"]
         ]
-    arguments = {}
-    for words in settings.pop("objective_arg", []):
+    arguments, env_params = (
+        _named_values(option, settings.pop(option, [])) for option in ("objective_arg", "env_arg")
+    )
+    settings |= {"env_params": env_params} if env_params else {}
+    return settings | {"objective_args": arguments}
+
+
+def _named_values(option: str, given: Sequence[Sequence[str]]) -> dict[str, list[Any]]:
+    """Values by name, of options that take ``NAME=VALUE VALUE ...``."""
+    values = {}
+    for words in given:
         name, equals, first = words[0].partition("=")
         if not equals:
-            raise _UsageError(f"objective-arg: {words[0]!r} is not valid; expected NAME=VALUE ...")
-        arguments[name] = [_number(word) for word in (first, *words[1:])]
-    return settings | {"objective_args": arguments}
+            field = option.replace("_", "-")
+            raise _UsageError(f"{field}: {words[0]!r} is not valid; expected NAME=VALUE ...")
+        values[name] = [_number(word) for word in (first, *words[1:])]
+    return values
 
 
 def _join_cluster(given: dict[str, Any]) -> None:

@@ -79,9 +79,7 @@ not_negative = Validator("a finite number >= 0", lambda v: _is_finite(v) and v >
 unit_interval = Validator("a number in [0, 1]", lambda v: _is_finite(v) and 0 <= v <= 1)
 flag = Validator("true or false", lambda v: isinstance(v, bool))
 environment = Validator(
-    "a gymnax environment name or object, an EnvPool name, or a task's name, FILE.py:TASK or"
-    " object",
-    lambda v: isinstance(v, str) or hasattr(v, "step_env") or hasattr(v, "reward"),
+    "a name, FILE.py:NAME, or an environment or a task itself", lambda v: v is not None
 )
 
 
@@ -200,15 +198,18 @@ KERNELS = ("gaussian", "laplacian", "cauchy")
 class Config:
     """Static settings: everything that changes shapes or code. Hashable; one program per value.
 
-    ``env`` may be a name, a gymnax environment or a task of tokens, ``objective`` a name or any
-    function ``objective(log_ratio, advantage, **its own parameters) -> surrogate``.
+    ``env`` may be a name, an environment (``environments.functional`` or gymnax makes it) or a task
+    of tokens, ``objective`` a name or any function ``objective(log_ratio, advantage, **its own
+    parameters) -> surrogate``.
     """
 
     env: Any = setting(
         "CartPole-v1",
-        "environment by gymnax's name, or EnvPool's such as MetaWorld/ButtonPress-v3; or a task of"
-        " answers of several tokens, such as tokens/reverse or your own; or a density for flows,"
-        " flow/ring or flow/moons",
+        "environment by the name of gymnax, a suite (brax/ant, playground/CartpoleBalance,"
+        " craftax/Craftax-Symbolic-v1, xminigrid/MiniGrid-Empty-8x8) or EnvPool"
+        " (MetaWorld/ButtonPress-v3), with parameters as in Pendulum-v1:g=9.8; or a task of answers"
+        " of several tokens, such as tokens/reverse; or an environment or task of your own,"
+        " FILE.py:NAME; or a density for flows, flow/ring or flow/moons",
         environment,
     )
     objective: Any = setting(
@@ -439,6 +440,17 @@ class HParams:
     )
     imitation_updates: Scalar = of_tokens(
         0, "updates on demonstrations before reinforcement learning", index, integer=True
+    )
+    env_params: dict[str, Scalar] | None = of_control(
+        None,
+        "parameters of the environment by name, those that do not decide its spaces",
+        optional(
+            Validator(
+                "finite numbers by name",
+                lambda v: isinstance(v, dict) and all(map(_is_finite, v.values())),
+            ),
+            "None",
+        ),
     )
     objective_params: dict[str, Scalar] = dataclasses.field(default_factory=dict)
 

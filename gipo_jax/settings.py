@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def grid(config: Config, **settings: Any) -> tuple[HParams, list[dict[str, Any]]
     Args:
         config: the static settings; ``max_buffer_size`` bounds the buffer sizes.
         settings: fields of ``HParams`` and parameters of the objective, each a value or a sequence
-            of values.
+            of values; ``env_params`` is a dict of such.
 
     Returns:
         settings as arrays ``[runs]``, and what each row is; the last name varies fastest.
@@ -91,14 +91,20 @@ def grid(config: Config, **settings: Any) -> tuple[HParams, list[dict[str, Any]]
     {'seed': 0, 'sigma': 1.0}
     """
     columns = {name: _values(name, value) for name, value in settings.items()}
-    rows = [
-        dict(zip(columns, values, strict=True)) for values in itertools.product(*columns.values())
-    ]
+    rows = list(product(columns))
     allocated = dataclasses.replace(config, max_buffer_size=config.allocated_size)
     return stack([make_hparams(allocated, **row) for row in rows]), rows
 
 
+def product(settings: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """All combinations of one value of each setting; the last name varies fastest."""
+    for values in itertools.product(*settings.values()):
+        yield dict(zip(settings, values, strict=True))
+
+
 def _values(name: str, value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(product({key: _values(f"{name}: {key}", v) for key, v in value.items()}))
     values = list(value) if isinstance(value, Iterable) else [value]
     if not values:
         raise ConfigError(name, value, "at least one value")

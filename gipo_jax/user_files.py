@@ -1,4 +1,4 @@
-"""Objectives, tasks and selections of the user's own, named as FILE.py:NAME or given as objects."""
+"""What is the user's own, such as an objective or environment: FILE.py:NAME, or an object."""
 
 import functools
 import hashlib
@@ -48,6 +48,31 @@ def load(field: str, reference: str, what: str) -> Any:
     if found is None:
         raise ConfigError(field, reference, f"{form}, but {path} has no {name}")
     return found
+
+
+def resolve(field: str, value: Any) -> Any:
+    """The object that a setting means: what FILE.py:NAME names, or else the value itself.
+
+    A class or function without arguments makes the object, once. Raises ConfigError.
+    """
+    named = isinstance(value, str) and is_reference(value)
+    found = load(field, value, "NAME") if named else value
+    if not isinstance(found, type) and not inspect.isfunction(found):
+        return found
+    try:
+        return _made(found)
+    except ConfigError:
+        raise
+    except Exception as error:
+        file = source_file(found)
+        place = (file and located(error, file)) or f"{type(error).__name__}: {error}"
+        valid = f"a class or function that makes it without arguments; {place}"
+        raise ConfigError(field, value if named else found.__name__, valid) from error
+
+
+@functools.cache
+def _made(maker: Any) -> Any:
+    return maker()
 
 
 def located(error: BaseException, file: Path) -> str | None:

@@ -231,7 +231,7 @@ def test_config_is_hashable_and_hparams_is_a_tree_of_numbers() -> None:
     assert hash(Config()) == hash(Config()) and Config() == Config()
     hparams = train.make_hparams(Config(**SETTINGS))
     leaves = jax.tree.leaves(hparams)
-    scalars = len(dataclasses.fields(HParams)) - 1
+    scalars = len(dataclasses.fields(HParams)) - 2  # those of objective and environment
     assert len(leaves) == scalars + len(hparams.objective_params)
     assert all(isinstance(x, int | float) for x in leaves)
 
@@ -275,6 +275,7 @@ OTHER: dict[str, Any] = {
     "value_coef": 1.0,
     "temperature": 0.5,
     "imitation_updates": 3,
+    "env_params": {"gravity": 1.0},
 }
 """Another value of every setting that some domain lacks."""
 

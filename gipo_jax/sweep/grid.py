@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
 from gipo_jax.domains.tokens import selection
+from gipo_jax.settings import product
 from gipo_jax.user_files import Reference
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
@@ -44,7 +44,8 @@ def expand(
         objective_args: parameters of objectives; each goes to the objectives that have it.
         protocol: settings of a published experiment, see ``protocols``; ``settings`` win over them.
         settings: fields of ``Config`` and ``HParams``, and parameters of objectives where no field
-            has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple).
+            has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple);
+            ``env_params`` is a dict of such.
 
     Returns:
         runs; seeds vary fastest, then parameters of objectives, then traced settings.
@@ -75,28 +76,38 @@ def expand(
     runs: dict[Any, Run] = {}
     chosen = static.get("selection", [])
     kernels = any(spec.takes_kernel for spec in specs)
-    for fixed in _product(static):
+    for fixed in product(static):
         spec = objectives.spec(fixed.get("objective", _CONFIG_DEFAULTS.objective))
         if kernels and not spec.takes_kernel:
             fixed.pop("kernel", None)
         config = _config(selection.own_settings(fixed, chosen) if chosen else fixed)
         takes = {name: values for name, values in own.items() if name in spec.params}
-        for numbers in _product(traced):
-            for parameters in _product(takes):
+        for numbers in product(traced):
+            for parameters in product(takes):
                 for seed in range(seed_offset, seed_offset + seeds):
                     hparams = train.make_hparams(
                         config, seed=seed, objective_params=parameters, **numbers
                     )
-                    named = numbers | parameters | {"seed": seed}
+                    named = _flat(numbers) | parameters | {"seed": seed}
                     values = [f"{key}={value}" for key, value in named.items()]
                     run = Run(" ".join([program_name(config), *values]), config, hparams)
                     runs.setdefault(_identity(run), run)
     return list(runs.values())
 
 
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with each parameter of the environment on its own, as ``env_params.NAME``."""
+    own = settings.get("env_params") or {}
+    rest = {key: value for key, value in settings.items() if key != "env_params"}
+    return rest | {f"env_params.{key}": value for key, value in own.items()}
+
+
 def env_name(env: Any) -> str:
-    """Name of an environment given by name or as an object."""
-    return env if isinstance(env, str) else str(env.name)
+    """Name of an environment given by name, or as an object or what makes one."""
+    if isinstance(env, str):
+        return env
+    made = isinstance(env, type) or not hasattr(env, "name")
+    return str(getattr(env, "__name__", type(env).__name__) if made else env.name)
 
 
 # How settings that may be objects are called, in tables and for people
@@ -249,7 +260,7 @@ def _by_run(groups: Sequence[Any]) -> list[dict[str, Any]]:
     runs = {}
     for group in groups:
         for entry in group["runs"]:
-            settings = group["config"] | entry | entry["objective_params"]
+            settings = group["config"] | _flat(entry) | entry["objective_params"]
             dropped = ("run", "name", "objective_params")
             runs[entry["run"]] = {k: v for k, v in settings.items() if k not in dropped}
     return [runs[index] for index in sorted(runs)]
@@ -272,6 +283,8 @@ def load_objective(reference: str) -> Callable[..., Any]:
 
 
 def _values(name: str, value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(product({key: _values(f"{name}: {key}", v) for key, v in value.items()}))
     values = list(value) if isinstance(value, list | range | np.ndarray) else [value]
     if not values:
         raise ConfigError(name, value, "at least one value")
@@ -299,12 +312,7 @@ def _config(fixed: Mapping[str, Any]) -> Config:
     return config
 
 
-def _product(settings: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:
-    for values in itertools.product(*settings.values()):
-        yield dict(zip(settings, values, strict=True))
-
-
 def _identity(run: Run) -> Any:
-    numbers = dataclasses.asdict(run.hparams)
+    numbers = _flat(dataclasses.asdict(run.hparams))
     parameters = numbers.pop("objective_params")
-    return run.config, tuple(numbers.values()), tuple(sorted(parameters.items()))
+    return run.config, tuple(numbers.items()), tuple(sorted(parameters.items()))

@@ -354,12 +354,13 @@ def test_vmap_is_the_same_bits_in_a_sweep_of_any_shape_and_close_to_map(
     pd.testing.assert_frame_equal(together[:1], rows(swept, 4)[:1], rtol=1e-3, atol=1e-5)
 
 
-def test_loop_is_the_same_bits_as_map(
-    grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
-) -> None:
-    sweep.run(grid_of_six, tmp_path, dataclasses.replace(QUIET, batch_mode="loop"))
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_loop_is_the_same_bits_as_map(grid_of_six: list[sweep.Run], tmp_path: Path) -> None:
+    for mode in ("loop", "map"):
+        sweep.run(grid_of_six, tmp_path / mode, dataclasses.replace(QUIET, batch_mode=mode))
     for name in (results.RUNS, results.METRICS):
-        assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
+        assert (tmp_path / "loop" / name).read_bytes() == (tmp_path / "map" / name).read_bytes()
 
 
 def test_runs_with_different_seeds_get_different_losses(tmp_path: Path) -> None:
