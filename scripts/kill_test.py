@@ -438,12 +438,16 @@ def _release(directory: Path) -> None:
 def _full_disk(
     begun: Path, out: Path, chance: random.Random, say: Callable[[str], None]
 ) -> Iterator[str]:
-    used = sum(path.stat().st_blocks for path in begun.rglob("*")) // 2
-    # Room for what is there and a part of what comes.
-    room = used + chance.randint(used // 8, used // 3)
-    if _mounted(out, room):
-        say(f"full disk: a file system of {room} KB in memory")
+    if _mounted(out, 1 << 20):
         shutil.copytree(begun, out, dirs_exist_ok=True)
+        space = os.statvfs(out)
+        used = (space.f_blocks - space.f_bfree) * space.f_frsize // 1024
+        newest = max((out / results.CHECKPOINTS).iterdir())
+        needed = sum(path.stat().st_blocks for path in newest.rglob("*")) // 2
+        # Room for a part of the next checkpoint.
+        room = used + chance.randrange(16, needed)
+        say(f"full disk: a file system of {room} KB in memory, {used} KB of it taken")
+        _remount(out, f"size={room}k")
         yield from _ended_in_a_line(_attempt(out, ["--resume"]), "No space left on device")
         yield from _checkpoint_stands(out)
         _remount(out, "size=1g")
