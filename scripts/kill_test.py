@@ -178,17 +178,20 @@ def state(directory: Path) -> str:
 
 def differences(alone: Path, killed: Path) -> list[str]:
     """Tables that are not byte for byte the same, or runs with other parameters."""
-    tables = [
+    runs = range(len(results.read_runs(alone)))
+    return _other_tables(alone, killed) or [
+        f"parameters of run {run} differ"
+        for run in runs
+        if not jax.tree.all(jax.tree.map(np.array_equal, *_parameters((alone, killed), run)))
+    ]
+
+
+def _other_tables(alone: Path, killed: Path) -> list[str]:
+    return [
         f"{name} differs"
         for name in COMPARED
         if not (killed / name).exists()
         or (alone / name).read_bytes() != (killed / name).read_bytes()
-    ]
-    runs = range(len(results.read_runs(alone)))
-    return tables or [
-        f"parameters of run {run} differ"
-        for run in runs
-        if not jax.tree.all(jax.tree.map(np.array_equal, *_parameters((alone, killed), run)))
     ]
 
 
@@ -257,7 +260,7 @@ PHASES: dict[str, Callable[[Path, "subprocess.Popen[bytes]", random.Random], Non
 
 TINY = (
     *("--env", "Catch-bsuite", "--num-envs", "2", "--rollout-length", "8", "--batch-size", "16"),
-    *("--hidden-sizes", "8", "--total-steps", "1600", "--num-logs", "50", "--eval-episodes", "0"),
+    *("--hidden-sizes", "8", "--total-steps", "320", "--num-logs", "20", "--eval-episodes", "0"),
     *("--buffer-size", "16", "32", "--quiet", "--no-figures", "--checkpoint-seconds", "0"),
 )
 
@@ -307,7 +310,7 @@ def together(out: Path, pairs: int, say: Callable[[str], None]) -> list[str]:
             problems.append(f"{what}: {answers}")
         if code == 0 and not resumed:
             problems.append(f"{what}: both began a new sweep")
-        problems += [f"{what}: {text}" for text in differences(alone, directory)]
+        problems += [f"{what}: {text}" for text in _other_tables(alone, directory)]
         problems += [f"{what}: {x}" for x in audit.check(directory) if not x.whole]
         say(f"{what}: {' '.join(said.split()) or 'nothing was left to do'}")
         shutil.rmtree(directory)
@@ -435,12 +438,16 @@ def _release(directory: Path) -> None:
 def _full_disk(
     begun: Path, out: Path, chance: random.Random, say: Callable[[str], None]
 ) -> Iterator[str]:
-    used = sum(path.stat().st_blocks for path in begun.rglob("*")) // 2
-    # Room for what is there and a part of what comes.
-    room = used + chance.randint(used // 8, used // 3)
-    if _mounted(out, room):
-        say(f"full disk: a file system of {room} KB in memory")
+    if _mounted(out, 1 << 20):
         shutil.copytree(begun, out, dirs_exist_ok=True)
+        space = os.statvfs(out)
+        used = (space.f_blocks - space.f_bfree) * space.f_frsize // 1024
+        newest = max((out / results.CHECKPOINTS).iterdir())
+        needed = sum(path.stat().st_blocks for path in newest.rglob("*")) // 2
+        # Room for a part of the next checkpoint.
+        room = used + chance.randrange(16, needed)
+        say(f"full disk: a file system of {room} KB in memory, {used} KB of it taken")
+        _remount(out, f"size={room}k")
         yield from _ended_in_a_line(_attempt(out, ["--resume"]), "No space left on device")
         yield from _checkpoint_stands(out)
         _remount(out, "size=1g")

@@ -42,7 +42,8 @@ class _Sweep(NamedTuple):
     """What config.json says, and the newest whole checkpoint."""
 
     directory: Path
-    config: dict[str, Any]
+    columns: list[str]  # of metrics.csv
+    tensorboard: bool  # whether it began with event files
     settings: list[dict[str, Any]]
     stops: list[list[int]]  # iterations of the logged points of each run
     blocks: list[int]  # transitions of an iteration
@@ -74,6 +75,7 @@ def check(directory: Path, *, at_end: bool = False) -> Iterator[Finding]:
         config = results.read_config(directory)
         settings = grid.settings_of_runs(config["groups"])
         sizes = [_sizes(run) for run in settings]
+        began_with = config["metrics"], config["options"]["tensorboard"]
     except (ResultsError, LookupError, TypeError, ValueError) as error:
         yield Finding(results.CONFIG, False, _line(error))
         return
@@ -87,7 +89,7 @@ def check(directory: Path, *, at_end: bool = False) -> Iterator[Finding]:
         yield Finding(results.CHECKPOINTS, False, _line(error))
         return
     stops, blocks = [s for s, _ in sizes], [b for _, b in sizes]
-    sweep = _Sweep(directory, config, settings, stops, blocks, progress)
+    sweep = _Sweep(directory, *began_with, settings, stops, blocks, progress)
     finding = _metrics(sweep)
     yield finding
     if finding.whole:
@@ -165,8 +167,7 @@ def _metrics(sweep: _Sweep) -> Finding:
 
 def _problem_of_rows(sweep: _Sweep, lines: Sequence[str]) -> str | None:
     """What is wrong with the lines of metrics.csv that a checkpoint counts on."""
-    columns = sweep.config["metrics"]
-    if lines[0].split(",") != columns:
+    if lines[0].split(",") != sweep.columns:
         return "other columns than config.json says"
     found: list[list[int]] = [[] for _ in sweep.settings]
     for place, line in enumerate(lines[1:], 2):
@@ -174,7 +175,7 @@ def _problem_of_rows(sweep: _Sweep, lines: Sequence[str]) -> str | None:
         try:
             run, iteration, steps = (int(cell) for cell in cells[:3])
             _ = [float(cell) for cell in cells[3:] if cell]
-            whole = len(cells) == len(columns) and steps == iteration * sweep.blocks[run]
+            whole = len(cells) == len(sweep.columns) and steps == iteration * sweep.blocks[run]
             whole &= run >= 0
             found[run].append(iteration)
         except (ValueError, IndexError):
@@ -272,7 +273,7 @@ def _events(sweep: _Sweep) -> Finding:
         found = steps.get(run, [])
         last = expected[-1] if expected else 0
         known = found if sweep.finished else [step for step in found if step <= last]
-        if not sweep.config["options"]["tensorboard"]:
+        if not sweep.tensorboard:
             # Switched on by a later execution.
             expected = expected[len(expected) - len(known) :]
         if known != expected:
