@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gipo_jax import cpu, networks
+from gipo_jax import cpu, networks, packed
 from gipo_jax.config import ConfigError
 
 Params = Any
@@ -108,7 +108,7 @@ def make(
 
         first = (prompt[:, -1], jnp.zeros(prompt.shape[0], bool), cache)
         positions = prompt_length - 1 + jnp.arange(answer_length)
-        answer, log_prob = jax.lax.scan(step, first, (positions, noise))[1]
+        answer, log_prob = packed.scan(step, first, (positions, noise))[1]
         return answer.T, log_prob.T
 
     def sample(
