@@ -1,7 +1,8 @@
 """Policy and value networks (flax), and the action heads that turn outputs into distributions."""
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -74,36 +75,65 @@ def make_head(config: Config, env: Environment) -> ActionHead:
 
 def categorical(num_tokens: int, bins: int) -> ActionHead:
     """The head of ``num_tokens`` tokens with ``bins`` categories each; actions stay tokens."""
+    # Few categories are an array each: XLA fuses sums over them with all around, and on CPU it is
+    # slow over a last axis of few entries. Many are one array.
+    few = bins <= FEW_CATEGORIES
+    categories = range(bins) if few else [jnp.arange(bins)]
+
+    def parts(x: Array) -> Sequence[Array]:
+        return jnp.unstack(x, axis=-1) if few else [x]
+
+    def whole(x: Array) -> Array:
+        """What stands beside each part: a number of each token, ``[..., num_tokens]``."""
+        return x if few else x[..., None]
+
+    def total(x: Iterable[Array]) -> Array:
+        return functools.reduce(jnp.add, x) if few else jnp.sum(next(iter(x)), axis=-1)
+
+    def largest(x: Sequence[Array]) -> Array:
+        most = functools.reduce(jnp.maximum, x) if few else jnp.max(x[0], axis=-1)
+        return jax.lax.stop_gradient(most)
+
+    def log_total(logits: Sequence[Array]) -> Array:
+        most = largest(logits)
+        return jnp.log(total(jnp.exp(x - whole(most)) for x in logits)) + most
+
+    def log_probs(logits: Array) -> Sequence[Array]:
+        separate = parts(logits)
+        return [x - whole(log_total(separate)) for x in separate]
 
     def noise(key: Array, shape: tuple[int, ...]) -> Array:
         return jax.random.uniform(key, (*shape, num_tokens))
 
     def sample(logits: Array, uniform: Array) -> Array:
         # Inverse of the distribution function: one random number a token instead of one a bin.
-        cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
+        separate = parts(logits)
+        most = whole(largest(separate))
+        unnormalised = [jnp.exp(x - most) for x in separate]
+        scale = whole(total(unnormalised))
+        probability = [x / scale for x in unnormalised]
+        if few:
+            cumulative = list(itertools.accumulate(probability))
+        else:
+            cumulative = [jnp.cumsum(probability[0], axis=-1)]
         # Scaled by the rounded total, so that no number falls behind the last bin.
-        threshold = uniform[..., None] * cumulative[..., -1:]
-        return jnp.sum(threshold >= cumulative, axis=-1, dtype=jnp.int32)
-
-    axis = cpu.category_axis(bins)
+        threshold = whole(uniform * (cumulative[-1] if few else cumulative[0][..., -1]))
+        return total((threshold >= x).astype(jnp.int32) for x in cumulative)
 
     def log_prob(logits: Array, action: Array) -> Array:
-        logits = jnp.moveaxis(logits, -1, axis)
         # A one-hot product: the gradient of a gather is a scatter, which is serial on CPU.
-        chosen = jax.nn.one_hot(action, bins, dtype=logits.dtype, axis=axis)
-        return jnp.sum(logits * chosen, axis=axis) - jax.nn.logsumexp(logits, axis=axis)
+        separate, action = parts(logits), whole(action)
+        pairs = zip(separate, categories, strict=True)
+        chosen = total(x * (action == category) for x, category in pairs)
+        return chosen - log_total(separate)
 
     def entropy(logits: Array) -> Array:
-        logits = jnp.moveaxis(logits, -1, axis)
         # The sum is that of log_prob, and so computed once.
-        log_probs = logits - jax.nn.logsumexp(logits, axis=axis, keepdims=True)
-        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=axis)
+        return -total(jnp.exp(x) * x for x in log_probs(logits))
 
     def kl(old_logits: Array, logits: Array) -> Array:
-        old_log_probs, log_probs = (
-            jax.nn.log_softmax(jnp.moveaxis(x, -1, axis), axis=axis) for x in (old_logits, logits)
-        )
-        return jnp.sum(jnp.exp(old_log_probs) * (old_log_probs - log_probs), axis=axis)
+        pairs = zip(log_probs(old_logits), log_probs(logits), strict=True)
+        return total(jnp.exp(old) * (old - new) for old, new in pairs)
 
     def mode(logits: Array) -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -111,6 +141,9 @@ def categorical(num_tokens: int, bins: int) -> ActionHead:
     return ActionHead(
         num_tokens, bins, True, noise, sample, mode, log_prob, entropy, kl, lambda action: action
     )
+
+
+FEW_CATEGORIES = 8
 
 
 def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:
@@ -161,6 +194,21 @@ def precision(config: Config) -> Precision:
 def at_least_single(x: Array) -> Array:
     """Outputs of a network in at least single precision, for probabilities and values."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def exact(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with float32 products of 24 bits, for what enters a log-probability.
+
+    Recent GPUs keep 11 bits and TPUs 8 by default: a ratio of policies would then differ from 1 on
+    the data of the very same policy.
+    """
+
+    @functools.wraps(function)
+    def precise(*arguments: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments)
+
+    return precise
 
 
 class Torso(nn.Module):
