@@ -1,6 +1,5 @@
 """Control: environments stepped side by side, with a value function."""
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -71,6 +70,7 @@ class Control(Domain):
         self.ratio_level = ratio_levels.choose(config.ratio_level, self.objective)
         self.standardize = config.normalize_advantage is not False
         self.gather_once = len(env.obs_shape) < 3  # batches of images are too large for it
+        self.cut_once = not env.own_truncation and config.rollout_length <= env.max_episode_steps
         self.activations = 6 * sum(config.hidden_sizes)
         default = 0 if env.host else EVAL_EPISODES
         self.eval_episodes = default if config.eval_episodes is None else config.eval_episodes
@@ -127,17 +127,10 @@ class Control(Domain):
                 truncated=transition.truncated,
                 final_obs=transition.final_obs,
             )
-        value = functools.partial(self.network.value, state.learner.params)
-        moments = state.domain_state.normalizer
-        advantage, value_target = advantages.gae(
-            transition.reward,
-            transition.terminated,
-            transition.truncated,
-            value(self._input(moments, transition.obs)),
-            value(self._input(moments, transition.final_obs)),
-            hparams.gamma,
-            hparams.gae_lambda,
-        )
+        moments, params = state.domain_state.normalizer, state.learner.params
+        ends = (transition.reward, transition.terminated, transition.truncated)
+        values = self._values(params, moments, transition)
+        advantage, value_target = advantages.gae(*ends, *values, hparams.gamma, hparams.gae_lambda)
         return row._replace(advantage=advantage, value_target=value_target)
 
     def batch(
@@ -157,26 +150,43 @@ class Control(Domain):
                 data, rows.behavior_log_prob, rows.advantage, age, value_target=rows.value_target
             )
         rewards_and_ends = (rows.reward, rows.terminated, rows.truncated)
-        outputs, value = self.network.policy_and_value(params, obs)
-        next_value = self.network.value(params, self._input(moments, rows.final_obs))
+        values = self._values(params, moments, rows)
         if config.advantage_mode == "vtrace":
-            log_prob = self.head.log_prob(outputs, rows.action)
+            log_prob = self.head.log_prob(self.network.policy(params, obs), rows.action)
             log_ratio = jnp.sum(log_prob - rows.behavior_log_prob, axis=-1)
-            targets = advantages.vtrace(
-                log_ratio, *rewards_and_ends, value, next_value, hparams.gamma
-            )
+            targets = advantages.vtrace(log_ratio, *rewards_and_ends, *values, hparams.gamma)
         else:
-            targets = advantages.gae(
-                *rewards_and_ends, value, next_value, hparams.gamma, hparams.gae_lambda
-            )
+            targets = advantages.gae(*rewards_and_ends, *values, hparams.gamma, hparams.gae_lambda)
         advantage, value_target = stop_gradient(targets)
-        age = jnp.broadcast_to(age, value.shape)
+        age = jnp.broadcast_to(age, advantage.shape)
         batch = Batch(data, rows.behavior_log_prob, advantage, age, value_target=value_target)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
 
     def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
         obs, action, behavior_outputs = batch.data
         outputs, value = self.network.policy_and_value(params, obs)
+    def _values(self, params: Any, moments: Normalizer, rows: Any) -> tuple[Array, Array]:
+        """V(obs) and V(final_obs) of rows ``[time, envs]``."""
+
+        def value(obs: Array) -> Array:
+            return self.network.value(params, self._input(moments, obs))
+
+        def of_all(obs: Array) -> Array:
+            if self.gather_once:
+                return value(obs)
+            # An update's batch of images fits in memory, a whole rollout of them need not.
+            steps = max(1, self.config.batch_size // obs.shape[1])
+            return jax.lax.map(value, obs, batch_size=steps)
+
+        if not self.cut_once:
+            return of_all(rows.obs), of_all(rows.final_obs)
+        # A step led to the next row's observation, or to the end of an episode. What came then
+        # matters only where the time limit cut it, which a rollout no longer than it meets once.
+        cut = jnp.argmax(rows.truncated, axis=0)
+        at_cut = jax.vmap(lambda obs, step: obs[step], (1, 0))(rows.final_obs, cut)
+        values = of_all(jnp.concatenate([rows.obs, rows.final_obs[-1:], at_cut[None]]))
+        return values[:-2], jnp.where(rows.truncated, values[-1], values[1:-1])
+
         exact = behavior_outputs is not None
         return Scores(
             log_ratio=self.head.log_prob(outputs, action) - batch.behavior_log_prob,

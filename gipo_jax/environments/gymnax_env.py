@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gymnax.environments import spaces
+from gymnax.environments.environment import Environment as Base
 from jax import Array
 
 from gipo_jax.config import Config, ConfigError
@@ -56,6 +57,7 @@ def make(config: Config) -> Environment:
         action_low=low,
         action_high=high,
         max_episode_steps=int(params.max_steps_in_episode),
+        own_truncation=type(env).is_truncated is not Base.is_truncated,
     )
 
 

@@ -38,6 +38,7 @@ class Environment(NamedTuple):
     action_high: np.ndarray | None  # upper bounds likewise
     max_episode_steps: int  # time limit in steps
     reports_success: bool = False  # whether Step.success is there
+    own_truncation: bool = False  # whether anything but the time limit truncates
     simulator: "Simulator | None" = None  # None for one that is pure JAX
 
     @property
