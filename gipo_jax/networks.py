@@ -19,7 +19,7 @@ Params = Any
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
-    "relu": nn.relu,
+    "relu": lambda x: relu(x),
     "silu": nn.silu,
     "elu": nn.elu,
 }
@@ -224,7 +224,7 @@ class Torso(nn.Module):
     def __call__(self, x: Array) -> Array:
         activation = _ACTIVATIONS[self.activation]
         if self.conv:
-            for layer in _LARGE if min(x.shape[-3:-1]) >= LARGE_IMAGE else _SMALL:
+            for layer in _layers(x.shape):
                 x = _convolution(x, *layer, self.precision)
             x = x.reshape(*x.shape[:-3], -1)
         for size in self.hidden_sizes:
@@ -236,6 +236,23 @@ class Torso(nn.Module):
 
 _SMALL = ((16, 3, 1),)  # 3 x 3, as for MinAtar (arXiv:1903.03176)
 _LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # DQN on Atari (Mnih et al., Nature, 2015)
+
+
+def _layers(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Channels, kernel and stride of each convolution of images ``[..., height, width, _]``."""
+    return _LARGE if min(shape[-3:-1]) >= LARGE_IMAGE else _SMALL
+
+
+def image_numbers(obs_shape: tuple[int, ...]) -> int:
+    """About how many numbers an update keeps for the convolutions of an image in one tower."""
+    height, width, channels = obs_shape
+    total = 0
+    for out, kernel, stride in _layers(obs_shape):
+        height, width = ((size - kernel) // stride + 1 for size in (height, width))
+        # Patches, and outputs with their gradients.
+        total += height * width * (kernel**2 * channels + 3 * out)
+        channels = out
+    return total
 
 
 def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: Precision) -> Array:
@@ -252,7 +269,27 @@ def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: P
     blocks = blocks.swapaxes(-4, -3).reshape(*x.shape[:-3], rows, columns, -1)
     shifts = itertools.product(range(steps), repeat=2)
     patches = [blocks[..., i : i + height, j : j + width, :] for i, j in shifts]
-    return nn.relu(dense(channels, np.sqrt(2.0), precision)(jnp.concatenate(patches, -1)))
+    layer = dense(channels, np.sqrt(2.0), precision)
+    return relu(layer(numbers(jnp.concatenate(patches, -1))))
+
+
+def numbers(x: Array) -> Array:
+    """Observations as numbers: flags as 0 and 1, bytes from 0 to 1; others as they are."""
+    if x.dtype == jnp.uint8:
+        return x.astype(jnp.float32) / 255.0
+    return x.astype(jnp.float32) if x.dtype == bool else x
+
+
+@jax.custom_jvp
+def relu(x: Array) -> Array:
+    """max(x, 0), whose derivative reads the result alone: the argument need not be kept."""
+    return nn.relu(x)
+
+
+@relu.defjvp
+def _relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = relu(*primals)
+    return y, jnp.where(y > 0, *tangents, 0)
 
 
 class PolicyOutput(nn.Module):
@@ -294,7 +331,8 @@ def norm(precision: Precision) -> nn.LayerNorm:
 class Network(NamedTuple):
     """Policy and value as pure functions of ``params = {"policy": ..., "value": ...}``.
 
-    A shared torso is in the policy's group. Observations are floats ``[..., *obs_shape]``.
+    A shared torso is in the policy's group. Observations ``[..., *obs_shape]`` are of any type that
+    ``numbers`` takes.
     """
 
     init: Callable[[Array], Params]  # key -> params
@@ -332,8 +370,9 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
 
     def flat(obs: Array) -> Array:
         if conv:
+            # Patches of bytes, which repeat each of them, are a quarter of those of numbers.
             return obs
-        return obs.reshape(*obs.shape[: obs.ndim - obs_rank], -1)
+        return numbers(obs).reshape(*obs.shape[: obs.ndim - obs_rank], -1)
 
     def features(params: Params, obs: Array) -> Array:
         if not config.shared_torso:

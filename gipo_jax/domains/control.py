@@ -72,6 +72,9 @@ class Control(Domain):
         self.gather_once = len(env.obs_shape) < 3  # batches of images are too large for it
         self.cut_once = not env.own_truncation and config.rollout_length <= env.max_episode_steps
         self.activations = 6 * sum(config.hidden_sizes)
+        if len(env.obs_shape) == 3:
+            towers = 1 if config.shared_torso else 2
+            self.activations += towers * networks.image_numbers(env.obs_shape)
         default = 0 if env.host else EVAL_EPISODES
         self.eval_episodes = default if config.eval_episodes is None else config.eval_episodes
         self.block = self._block()
@@ -107,7 +110,7 @@ class Control(Domain):
         transition = transition._replace(reward=transition.reward * hparams.reward_scale)
         rows = self._with_targets(state, hparams, transition)
         if config.normalize_obs:
-            moments = normalizer.update(moments, _scaled(transition.obs))
+            moments = normalizer.update(moments, networks.numbers(transition.obs))
         return Collected(rows, State(moments, envs), counts)
 
     def _with_targets(
@@ -162,9 +165,6 @@ class Control(Domain):
         batch = Batch(data, rows.behavior_log_prob, advantage, age, value_target=value_target)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
 
-    def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
-        obs, action, behavior_outputs = batch.data
-        outputs, value = self.network.policy_and_value(params, obs)
     def _values(self, params: Any, moments: Normalizer, rows: Any) -> tuple[Array, Array]:
         """V(obs) and V(final_obs) of rows ``[time, envs]``."""
 
@@ -187,6 +187,9 @@ class Control(Domain):
         values = of_all(jnp.concatenate([rows.obs, rows.final_obs[-1:], at_cut[None]]))
         return values[:-2], jnp.where(rows.truncated, values[-1], values[1:-1])
 
+    def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
+        obs, action, behavior_outputs = batch.data
+        outputs, value = self.network.policy_and_value(params, obs)
         exact = behavior_outputs is not None
         return Scores(
             log_ratio=self.head.log_prob(outputs, action) - batch.behavior_log_prob,
@@ -225,8 +228,9 @@ class Control(Domain):
 
     def _input(self, moments: Normalizer, obs: Array) -> Array:
         """Observations as the networks take them."""
-        obs = _scaled(obs)
-        return normalizer.normalize(moments, obs) if self.config.normalize_obs else obs
+        if not self.config.normalize_obs:
+            return obs
+        return normalizer.normalize(moments, networks.numbers(obs))
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
@@ -259,12 +263,6 @@ def make(config: Config, env: environments.Environment | None = None) -> Control
         valid = "'token' or 'joint', because the tokens of an action have no order"
         raise ConfigError("ratio_level", domain.ratio_level, valid)
     return domain
-
-
-def _scaled(obs: Array) -> Array:
-    """Observations as numbers, bytes from 0 to 1."""
-    scale = 255.0 if obs.dtype == jnp.uint8 else 1.0
-    return obs.astype(jnp.float32) / scale
 
 
 def _start_keys(key: Array) -> tuple[Array, Array]:
