@@ -374,11 +374,13 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
             return obs
         return numbers(obs).reshape(*obs.shape[: obs.ndim - obs_rank], -1)
 
+    @exact
     def features(params: Params, obs: Array) -> Array:
         if not config.shared_torso:
             return flat(obs)
         return _apply(torso, params["policy"]["torso"], flat(obs))
 
+    @exact
     def policy_from(params: Params, x: Array) -> Array:
         x = _apply(policy_tower, params["policy"]["tower"], x)
         return at_least_single(_apply(policy_output, params["policy"]["output"], x))

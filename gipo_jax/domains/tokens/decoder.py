@@ -68,11 +68,7 @@ def make(
     network = Transformer(vocab, time, layers, width, heads, feed_forward, precision)
     head = networks.categorical(answer_length, vocab)
 
-    def apply(params: Params, *arguments: Any) -> Any:
-        # Recent GPUs multiply float32 in 10 bits by default: a ratio of policies would then differ
-        # from 1 on the data of the very same policy.
-        with jax.default_matmul_precision("highest"):
-            return network.apply(params, *arguments)
+    apply = networks.exact(network.apply)
 
     def init(key: Array) -> Params:
         return network.init(key, jnp.zeros((1, 1), jnp.int32))
