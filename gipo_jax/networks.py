@@ -19,7 +19,7 @@ Params = Any
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
-    "relu": lambda x: relu(x),
+    "relu": nn.relu,
     "silu": nn.silu,
     "elu": nn.elu,
 }
@@ -243,15 +243,15 @@ def _layers(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
     return _LARGE if min(shape[-3:-1]) >= LARGE_IMAGE else _SMALL
 
 
-def image_numbers(obs_shape: tuple[int, ...]) -> int:
-    """About how many numbers an update keeps for the convolutions of an image in one tower."""
+def image_numbers(obs_shape: tuple[int, ...], towers: int) -> int:
+    """About how many numbers an update keeps for the convolutions of an image."""
     height, width, channels = obs_shape
-    total = 0
+    total, sources = 0, 1
     for out, kernel, stride in _layers(obs_shape):
         height, width = ((size - kernel) // stride + 1 for size in (height, width))
-        # Patches, and outputs with their gradients.
-        total += height * width * (kernel**2 * channels + 3 * out)
-        channels = out
+        # Patches, at first the same for all towers, and outputs with their gradients.
+        total += height * width * (sources * kernel**2 * channels + 2 * towers * out)
+        channels, sources = out, towers
     return total
 
 
@@ -270,7 +270,7 @@ def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: P
     shifts = itertools.product(range(steps), repeat=2)
     patches = [blocks[..., i : i + height, j : j + width, :] for i, j in shifts]
     layer = dense(channels, np.sqrt(2.0), precision)
-    return relu(layer(numbers(jnp.concatenate(patches, -1))))
+    return nn.relu(layer(numbers(jnp.concatenate(patches, -1))))
 
 
 def numbers(x: Array) -> Array:
@@ -278,18 +278,6 @@ def numbers(x: Array) -> Array:
     if x.dtype == jnp.uint8:
         return x.astype(jnp.float32) / 255.0
     return x.astype(jnp.float32) if x.dtype == bool else x
-
-
-@jax.custom_jvp
-def relu(x: Array) -> Array:
-    """max(x, 0), whose derivative reads the result alone: the argument need not be kept."""
-    return nn.relu(x)
-
-
-@relu.defjvp
-def _relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    y = relu(*primals)
-    return y, jnp.where(y > 0, *tangents, 0)
 
 
 class PolicyOutput(nn.Module):

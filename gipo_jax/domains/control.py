@@ -74,7 +74,7 @@ class Control(Domain):
         self.activations = 6 * sum(config.hidden_sizes)
         if len(env.obs_shape) == 3:
             towers = 1 if config.shared_torso else 2
-            self.activations += towers * networks.image_numbers(env.obs_shape)
+            self.activations += networks.image_numbers(env.obs_shape, towers)
         default = 0 if env.host else EVAL_EPISODES
         self.eval_episodes = default if config.eval_episodes is None else config.eval_episodes
         self.block = self._block()
