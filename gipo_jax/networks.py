@@ -73,6 +73,9 @@ def make_head(config: Config, env: Environment) -> ActionHead:
     )
 
 
+FEW_CATEGORIES = 8
+
+
 def categorical(num_tokens: int, bins: int) -> ActionHead:
     """The head of ``num_tokens`` tokens with ``bins`` categories each; actions stay tokens."""
     # Few categories are an array each: XLA fuses sums over them with all around, and on CPU it is
@@ -141,9 +144,6 @@ def categorical(num_tokens: int, bins: int) -> ActionHead:
     return ActionHead(
         num_tokens, bins, True, noise, sample, mode, log_prob, entropy, kl, lambda action: action
     )
-
-
-FEW_CATEGORIES = 8
 
 
 def _gaussian(dimensions: int, to_env: Callable[[Array], Array]) -> ActionHead:

@@ -16,34 +16,35 @@ _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 def pack(tree: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The bits of all numbers, and the function that makes the tree of them again."""
     leaves, structure = jax.tree.flatten(tree)
-    vectors: dict[Any, list[Array]] = {}
-    places = []
+    vectors: dict[int, list[Array]] = {}
+    apart, places = [], []
     for x in leaves:
         like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        # Keys and numbers of double width stay apart.
-        width = x.dtype.itemsize if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool else 0
-        same = vectors.setdefault(width, [])
-        if width not in _BITS:
-            places.append((like, 0, len(same)))
-            same.append(x)
+        width = x.dtype.itemsize
+        number = jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
+        if not number or width not in _BITS:
+            # Keys and numbers of double width stay apart.
+            apart.append(x)
+            places.append((like, 0, len(apart) - 1))
             continue
+        same = vectors.setdefault(width, [])
         places.append((like, width, sum(vector.size for vector in same)))
         x = x.astype(jnp.uint8) if x.dtype == bool else _as(x, _BITS[width])
         same.append(x.reshape(-1))
-    packed = {
-        width: jnp.concatenate(same) if width in _BITS else same for width, same in vectors.items()
-    }
+    packed = {width: jnp.concatenate(same) for width, same in vectors.items()}
 
-    def unpack(packed: Any) -> Any:
+    def unpack(packed_and_apart: Any) -> Any:
+        packed, apart = packed_and_apart
+
         def one(like: Any, width: int, start: int) -> Array:
-            if width not in _BITS:
-                return packed[width][start]
+            if not width:
+                return apart[start]
             x = packed[width][start : start + like.size].reshape(like.shape)
             return x.astype(bool) if like.dtype == bool else _as(x, like.dtype)
 
         return structure.unflatten([one(*place) for place in places])
 
-    return packed, unpack
+    return (packed, apart), unpack
 
 
 def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
