@@ -117,7 +117,8 @@ class Case(NamedTuple):
     def standardized(self) -> bool:
         """Whether advantages are divided by their standard deviation, and so lose their scale."""
         given = self.config.normalize_advantage
-        return self.domain != TOKENS if given is None else given
+        in_batch = self.domain != TOKENS if given is None else given
+        return in_batch or self.config.normalize_groups
 
 
 class Condition(NamedTuple):
@@ -137,7 +138,7 @@ _NO_PAIRS = Condition(lambda c: not c.pairs, "the objective compares pairs of wh
 _REWARD = Condition(lambda c: not c.pairs, "pairs have no reward")
 _REWARD_COUNTS = Condition(
     lambda c: c.domain == CONTROL or not c.standardized,
-    "normalize_advantage makes up for it, and nothing else learns from rewards",
+    "standardised advantages have no scale, and nothing else learns from rewards",
 )
 
 
@@ -258,6 +259,13 @@ class Config:
         " would blow up the small differences between answers that are nearly all right",
         optional(flag),
         applies=[_NO_PAIRS],
+    )
+    normalize_groups: bool = of_tokens(
+        False,
+        "divide advantages by the standard deviation of rewards over the answers to each prompt, as"
+        " GRPO does",
+        flag,
+        applies=[_REWARD],
     )
     ratio_level: str | None = setting(
         None,

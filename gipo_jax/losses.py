@@ -118,7 +118,13 @@ def bind_objective(
         return domain.score(start.learner.params, batch, hparams).log_ratio
 
     function = loss_terms.bind(
-        spec, level, given, batch.behavior_log_prob, log_ratio_start, mask, domain.ordered
+        spec,
+        level,
+        given,
+        batch.behavior_log_prob,
+        log_ratio_start,
+        mask,
+        ordered=domain.ordered,
     )
     standard = loss_terms.standardize if domain.standardize else lambda advantage: advantage
     advantage = jnp.broadcast_to(standard(batch.advantage)[:, None], log_ratio.shape)

@@ -223,6 +223,7 @@ OTHER: dict[str, Any] = {
     "advantage_mode": "vtrace",
     "kl": "exact",
     "loss_agg_mode": "seq-mean-token-sum",
+    "normalize_groups": True,
     "selection": "prune",
     "num_candidates": 8,
     "packed_size": 8,
@@ -295,8 +296,14 @@ def test_a_setting_of_another_domain_is_refused_unless_at_its_default(
         (TOKENS, {"objective": "dpo", "loss_agg_mode": "seq-mean-token-sum"}, "loss_agg.*pairs"),
         (TOKENS, {"objective": "dpo", "normalize_advantage": False}, "normalize_advantage.*pairs"),
         (TOKENS, {"objective": "dpo", "reward_scale": 2.0}, "reward_scale: 2.0 .*no reward"),
-        (TOKENS, {"normalize_advantage": True, "reward_scale": 2.0}, "reward_scale: .*normalize"),
-        (FLOW, {"reward_scale": 2.0}, "reward_scale: 2.0 .*left at 1.0: normalize_advantage"),
+        (
+            TOKENS,
+            {"normalize_advantage": True, "reward_scale": 2.0},
+            "reward_scale: .*standardised",
+        ),
+        (TOKENS, {"normalize_groups": True, "reward_scale": 2.0}, "reward_scale: .*standardised"),
+        (TOKENS, {"objective": "dpo", "normalize_groups": True}, "normalize_groups: .*no reward"),
+        (FLOW, {"reward_scale": 2.0}, "reward_scale: 2.0 .*left at 1.0: standardised"),
     ],
 )
 def test_a_setting_that_another_one_switches_off_is_refused(

@@ -98,6 +98,7 @@ OTHER: dict[str, Any] = {
     "normalize_obs": True,
     "truncation_is_termination": True,
     "max_episode_steps": 2,
+    "normalize_groups": True,
     "joint_grad_norm": True,
     "schedule": "cosine",
     "num_logs": 1,
