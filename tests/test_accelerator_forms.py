@@ -110,12 +110,20 @@ def test_values_after_steps_are_those_of_the_observations_that_steps_led_to(
     limit: int, once: bool
 ) -> None:
     """With a time limit that cuts episodes once in a rollout, and more often."""
-    config = Config(env="Pendulum-v1", num_envs=4, rollout_length=12, max_episode_steps=limit)
+    config = Config(
+        env="Pendulum-v1",
+        num_envs=4,
+        rollout_length=12,
+        max_episode_steps=limit,
+        total_steps=48,
+    )
     domain: Any = train.make(config)
     assert domain.cut_once == once
     envs = rollout.reset(make_env(config), jax.random.key(0), 4)
     params = domain.network.init(jax.random.key(1))
-    moments = domain.init(train.make_hparams(config), jax.random.key(2))[1].normalizer
+    moments = domain.init(train.make_hparams(config, buffer_size=480), jax.random.key(2))[
+        1
+    ].normalizer
 
     def acted(envs: Any, key: Any, length: int) -> Any:
         policy = lambda obs: domain.network.policy(params, obs)  # noqa: E731
