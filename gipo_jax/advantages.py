@@ -98,5 +98,6 @@ def _discounted_sum(x: Array, decay: Array) -> Array:
         carry = inputs[0] + inputs[1] * carry
         return carry, carry
 
-    _, summed = jax.lax.scan(step, jnp.zeros_like(x[0]), (x, decay), reverse=True)
+    # Several steps at once: on a GPU a trip of the loop costs more than its arithmetic.
+    _, summed = jax.lax.scan(step, jnp.zeros_like(x[0]), (x, decay), reverse=True, unroll=16)
     return summed

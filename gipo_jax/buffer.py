@@ -129,11 +129,19 @@ def permute(words: Array, index: Array, size: ArrayLike) -> Array:
             x = x ^ (x >> jnp.maximum(shift, 1))
         return x
 
-    walked = jax.lax.while_loop(
-        lambda x: jnp.any(x >= size),
-        lambda x: jnp.where(x >= size, scramble(x), x),
-        scramble(index.astype(jnp.uint32)),
-    )
+    def walk(x: Array) -> Array:
+        return jnp.where(x >= size, scramble(x), x)
+
+    def until_inside(x: Array) -> Array:
+        return jax.lax.while_loop(lambda x: jnp.any(x >= size), walk, x)
+
+    def fixed_walk(x: Array) -> Array:
+        # A GPU's host would wait for the end of a loop of unknown length. Each pass leaves less
+        # than half of the indices outside; one in 2^32 may then repeat another.
+        return jax.lax.fori_loop(0, 32, lambda _, x: walk(x), x, unroll=True) % size
+
+    first = scramble(index.astype(jnp.uint32))
+    walked = jax.lax.platform_dependent(first, cpu=until_inside, default=fixed_walk)
     return walked.astype(jnp.int32)
 
 

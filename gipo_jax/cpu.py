@@ -51,11 +51,3 @@ def _narrow_product(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
     if x.size < _MANY_ROWS * x.shape[-1]:
         return x @ kernel
     return jax.lax.platform_dependent(x, kernel, cpu=by_column, default=jnp.matmul)
-
-
-def category_axis(categories: int) -> int:
-    """Axis over which to reduce logits: the first for few categories, else the last.
-
-    XLA on CPU is slow over a last axis of few entries, and transposing many entries costs more.
-    """
-    return 0 if categories <= FEW_COLUMNS else -1

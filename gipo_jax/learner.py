@@ -119,14 +119,15 @@ def gradient_step(
         vectors[group], unravel[group] = ravel_pytree(tree)
     parts = [vectors] if config.joint_grad_norm else [{g: v} for g, v in vectors.items()]
     params, opt_state = dict(learner.params), dict(learner.opt_state)
-    for clipped in (clip_by_global_norm(part, hparams.max_grad_norm) for part in parts):
+    single = jax.tree.map(networks.at_least_single, vectors)
+    norms = {group: optax.tree.norm(vector) for group, vector in single.items()}
+    for part in parts:
+        clipped = clip_by_global_norm(part, hparams.max_grad_norm)
         for group, gradient in clipped.items():
             optimizer = make_optimizer(hparams.adam_epsilon)
             step, opt_state[group] = optimizer.update(gradient, learner.opt_state[group])
             updates = unravel[group](-rates[group] * step)
             params[group] = optax.apply_updates(params[group], updates)
-    single = jax.tree.map(networks.at_least_single, grads)
-    norms = {group: optax.tree.norm(tree) for group, tree in single.items()}
     return learner._replace(params=params, opt_state=opt_state), norms
 
 
@@ -136,13 +137,12 @@ def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
     """
     # Norms of half-width numbers are taken in single precision.
     full = jax.tree.map(networks.at_least_single, grads)
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(full)]))
-    # Squares of numbers below 1e18 do not overflow, and numbers stay as they are.
-    shrink = jnp.where(largest > 1e18, 1e18 / largest, 1.0)
-    full = jax.tree.map(lambda x: x * shrink, full)
     norm = optax.tree.norm(full)
-    factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-    return jax.tree.map(lambda x, given: (x * factor).astype(given.dtype), full, grads)
+    # The second norm costs nothing: both sums are of one pass.
+    shrink = jnp.where(jnp.isinf(norm), 1e-25, 1.0)
+    norm = jnp.where(jnp.isinf(norm), optax.tree.norm(optax.tree.scale(1e-25, full)), norm)
+    factor = jnp.where(norm < max_norm * shrink, 1.0, max_norm / norm)
+    return jax.tree.map(lambda x, given: (x * shrink * factor).astype(given.dtype), full, grads)
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:
@@ -163,8 +163,8 @@ def keep_finite(
     state: TrainState, learner: Learner, iteration: int | Array, updated: Array
 ) -> TrainState:
     """Takes the new learner where it was ``updated``, unless it or an earlier one is not finite."""
-    sums = [jnp.sum(x) for x in jax.tree.leaves((learner.params, learner.objective_state))]
-    finite = jnp.all(jnp.isfinite(jnp.stack(sums))) | ~updated
+    numbers, _ = ravel_pytree((learner.params, learner.objective_state))
+    finite = jnp.all(jnp.isfinite(numbers)) | ~updated
     good = finite & updated & (state.diverged_at < 0)
     return state._replace(
         learner=jax.tree.map(lambda new, old: jnp.where(good, new, old), learner, state.learner),

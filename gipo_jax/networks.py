@@ -1,7 +1,8 @@
 """Policy and value networks (flax), and the action heads that turn outputs into distributions."""
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -72,38 +73,70 @@ def make_head(config: Config, env: Environment) -> ActionHead:
     )
 
 
+FEW_CATEGORIES = 8
+
+
 def categorical(num_tokens: int, bins: int) -> ActionHead:
     """The head of ``num_tokens`` tokens with ``bins`` categories each; actions stay tokens."""
+    # Few categories are an array each: XLA fuses sums over them with all around, and on CPU it is
+    # slow over a last axis of few entries. Many are one array.
+    few = bins <= FEW_CATEGORIES
+    categories = range(bins) if few else [jnp.arange(bins)]
+
+    def parts(x: Array) -> Sequence[Array]:
+        return jnp.unstack(x, axis=-1) if few else [x]
+
+    def whole(x: Array) -> Array:
+        """What stands beside each part: a number of each token, ``[..., num_tokens]``."""
+        return x if few else x[..., None]
+
+    def total(x: Iterable[Array]) -> Array:
+        return functools.reduce(jnp.add, x) if few else jnp.sum(next(iter(x)), axis=-1)
+
+    def largest(x: Sequence[Array]) -> Array:
+        most = functools.reduce(jnp.maximum, x) if few else jnp.max(x[0], axis=-1)
+        return jax.lax.stop_gradient(most)
+
+    def log_total(logits: Sequence[Array]) -> Array:
+        most = largest(logits)
+        return jnp.log(total(jnp.exp(x - whole(most)) for x in logits)) + most
+
+    def log_probs(logits: Array) -> Sequence[Array]:
+        separate = parts(logits)
+        return [x - whole(log_total(separate)) for x in separate]
 
     def noise(key: Array, shape: tuple[int, ...]) -> Array:
         return jax.random.uniform(key, (*shape, num_tokens))
 
     def sample(logits: Array, uniform: Array) -> Array:
         # Inverse of the distribution function: one random number a token instead of one a bin.
-        cumulative = jnp.cumsum(jax.nn.softmax(logits), axis=-1)
+        separate = parts(logits)
+        most = whole(largest(separate))
+        unnormalised = [jnp.exp(x - most) for x in separate]
+        scale = whole(total(unnormalised))
+        probability = [x / scale for x in unnormalised]
+        if few:
+            cumulative = list(itertools.accumulate(probability))
+        else:
+            cumulative = [jnp.cumsum(probability[0], axis=-1)]
         # Scaled by the rounded total, so that no number falls behind the last bin.
-        threshold = uniform[..., None] * cumulative[..., -1:]
-        return jnp.sum(threshold >= cumulative, axis=-1, dtype=jnp.int32)
-
-    axis = cpu.category_axis(bins)
+        threshold = whole(uniform * (cumulative[-1] if few else cumulative[0][..., -1]))
+        return total((threshold >= x).astype(jnp.int32) for x in cumulative)
 
     def log_prob(logits: Array, action: Array) -> Array:
-        logits = jnp.moveaxis(logits, -1, axis)
         # A one-hot product: the gradient of a gather is a scatter, which is serial on CPU.
-        chosen = jax.nn.one_hot(action, bins, dtype=logits.dtype, axis=axis)
-        return jnp.sum(logits * chosen, axis=axis) - jax.nn.logsumexp(logits, axis=axis)
+        separate, action = parts(logits), whole(action)
+        pairs = zip(separate, categories, strict=True)
+        chosen = total(x * (action == category) for x, category in pairs)
+        return chosen - log_total(separate)
 
     def entropy(logits: Array) -> Array:
-        logits = jnp.moveaxis(logits, -1, axis)
         # The sum is that of log_prob, and so computed once.
-        log_probs = logits - jax.nn.logsumexp(logits, axis=axis, keepdims=True)
-        return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=axis)
+        return -total(jnp.exp(x) * x for x in log_probs(logits))
 
     def kl(old_logits: Array, logits: Array) -> Array:
-        old_log_probs, log_probs = (
-            jax.nn.log_softmax(jnp.moveaxis(x, -1, axis), axis=axis) for x in (old_logits, logits)
-        )
-        return jnp.sum(jnp.exp(old_log_probs) * (old_log_probs - log_probs), axis=axis)
+        pairs = zip(log_probs(old_logits), log_probs(logits), strict=True)
+        return total(jnp.exp(old) * (old - new) for old, new in pairs)
 
     def mode(logits: Array) -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -163,6 +196,21 @@ def at_least_single(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def exact(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with float32 products of 24 bits, for what enters a log-probability.
+
+    Recent GPUs keep 11 bits and TPUs 8 by default: a ratio of policies would then differ from 1 on
+    the data of the very same policy.
+    """
+
+    @functools.wraps(function)
+    def precise(*arguments: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments)
+
+    return precise
+
+
 class Torso(nn.Module):
     """Hidden layers: for images convolutions first, then dense layers."""
 
@@ -176,7 +224,7 @@ class Torso(nn.Module):
     def __call__(self, x: Array) -> Array:
         activation = _ACTIVATIONS[self.activation]
         if self.conv:
-            for layer in _LARGE if min(x.shape[-3:-1]) >= LARGE_IMAGE else _SMALL:
+            for layer in _layers(x.shape):
                 x = _convolution(x, *layer, self.precision)
             x = x.reshape(*x.shape[:-3], -1)
         for size in self.hidden_sizes:
@@ -188,6 +236,23 @@ class Torso(nn.Module):
 
 _SMALL = ((16, 3, 1),)  # 3 x 3, as for MinAtar (arXiv:1903.03176)
 _LARGE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # DQN on Atari (Mnih et al., Nature, 2015)
+
+
+def _layers(shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Channels, kernel and stride of each convolution of images ``[..., height, width, _]``."""
+    return _LARGE if min(shape[-3:-1]) >= LARGE_IMAGE else _SMALL
+
+
+def image_numbers(obs_shape: tuple[int, ...], towers: int) -> int:
+    """About how many numbers an update keeps for the convolutions of an image."""
+    height, width, channels = obs_shape
+    total, sources = 0, 1
+    for out, kernel, stride in _layers(obs_shape):
+        height, width = ((size - kernel) // stride + 1 for size in (height, width))
+        # Patches, at first the same for all towers, and outputs with their gradients.
+        total += height * width * (sources * kernel**2 * channels + 2 * towers * out)
+        channels, sources = out, towers
+    return total
 
 
 def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: Precision) -> Array:
@@ -204,7 +269,15 @@ def _convolution(x: Array, channels: int, kernel: int, stride: int, precision: P
     blocks = blocks.swapaxes(-4, -3).reshape(*x.shape[:-3], rows, columns, -1)
     shifts = itertools.product(range(steps), repeat=2)
     patches = [blocks[..., i : i + height, j : j + width, :] for i, j in shifts]
-    return nn.relu(dense(channels, np.sqrt(2.0), precision)(jnp.concatenate(patches, -1)))
+    layer = dense(channels, np.sqrt(2.0), precision)
+    return nn.relu(layer(numbers(jnp.concatenate(patches, -1))))
+
+
+def numbers(x: Array) -> Array:
+    """Observations as numbers: flags as 0 and 1, bytes from 0 to 1; others as they are."""
+    if x.dtype == jnp.uint8:
+        return x.astype(jnp.float32) / 255.0
+    return x.astype(jnp.float32) if x.dtype == bool else x
 
 
 class PolicyOutput(nn.Module):
@@ -246,7 +319,8 @@ def norm(precision: Precision) -> nn.LayerNorm:
 class Network(NamedTuple):
     """Policy and value as pure functions of ``params = {"policy": ..., "value": ...}``.
 
-    A shared torso is in the policy's group. Observations are floats ``[..., *obs_shape]``.
+    A shared torso is in the policy's group. Observations ``[..., *obs_shape]`` are of any type that
+    ``numbers`` takes.
     """
 
     init: Callable[[Array], Params]  # key -> params
@@ -285,14 +359,17 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
 
     def flat(obs: Array) -> Array:
         if conv:
+            # Patches of bytes, which repeat each of them, are a quarter of those of numbers.
             return obs
-        return obs.reshape(*obs.shape[: obs.ndim - obs_rank], -1)
+        return numbers(obs).reshape(*obs.shape[: obs.ndim - obs_rank], -1)
 
+    @exact
     def features(params: Params, obs: Array) -> Array:
         if not config.shared_torso:
             return flat(obs)
         return _apply(torso, params["policy"]["torso"], flat(obs))
 
+    @exact
     def policy_from(params: Params, x: Array) -> Array:
         x = _apply(policy_tower, params["policy"]["tower"], x)
         return at_least_single(_apply(policy_output, params["policy"]["output"], x))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from gipo_jax import packed
 from gipo_jax.environments import Environment
 from gipo_jax.networks import ActionHead
 
@@ -91,8 +92,10 @@ def collect(
     noise = head.noise(key_noise, (length, num_envs))
     env_keys = jax.random.split(key_env, (length, num_envs))
 
-    def step(envs: EnvStates, inputs: tuple[Array, Array]) -> tuple[EnvStates, Any]:
-        noise, keys = inputs
+    carried, unpack = packed.pack(envs)
+
+    def step(carried: Any, inputs: tuple[Array, Array]) -> tuple[Any, Any]:
+        envs, (noise, keys) = unpack(carried), inputs
         outputs = policy(envs.obs)
         action = head.sample(outputs, noise)
         stepped = env.step(keys, envs.state, head.to_env(action))
@@ -115,10 +118,10 @@ def collect(
             solved = successes.solved | stepped.success
             successes = Successes(solved & ~done, successes.episodes + (solved & done))
         envs = EnvStates(stepped.state, stepped.obs, running, successes)
-        return envs, (transition, finished, done)
+        return packed.pack(envs)[0], (transition, finished, done)
 
-    envs, (transitions, finished, done) = jax.lax.scan(step, envs, (noise, env_keys))
-    return envs, transitions, jnp.sum(finished), jnp.sum(done)
+    carried, (transitions, finished, done) = packed.scan(step, carried, (noise, env_keys))
+    return unpack(carried), transitions, jnp.sum(finished), jnp.sum(done)
 
 
 class Evaluation(NamedTuple):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gipo_jax import buffer, diagnostics, domains, losses, signatures
+from gipo_jax import buffer, diagnostics, domains, losses, packed, signatures
 from gipo_jax.config import Config, HParams, check_sizes, stack
 from gipo_jax.domains import Batch, Domain
 from gipo_jax.learner import (
@@ -26,7 +26,6 @@ from gipo_jax.learner import (
     Learner,
     Metrics,
     TrainState,
-    first_update,
     gather,
     gradient_step,
     init_optimizer,
@@ -101,6 +100,7 @@ def learn(
     """
     config = domain.config
     reuse, delay = config.reuse_per_batch, config.policy_delay
+    batches = config.updates_per_iteration
 
     def use_batch(learner: Learner, inputs: Any) -> tuple[Learner, Any]:
         number, gathered = inputs
@@ -118,7 +118,7 @@ def learn(
             learner, (metrics, counts) = one_use(learner, first, train_policy=True)
             if delay == 1:
                 return learner, (metrics, counts)
-            learner, (rest, _) = jax.lax.scan(
+            learner, (rest, _) = packed.scan(
                 lambda learner, use: one_use(learner, use, train_policy=False),
                 learner,
                 first + jnp.arange(1, delay),
@@ -126,25 +126,16 @@ def learn(
             metrics |= {name: jnp.append(metrics[name], rest[name]) for name in rest}
             return learner, (metrics, counts)
 
-        return jax.lax.scan(one_round, learner, jnp.arange(0, reuse, delay))
+        return packed.scan(one_round, learner, jnp.arange(0, reuse, delay))
 
     def take(index: Array) -> tuple[Any, Array]:
         return gather(config, state.replay, index, iteration)
 
-    def all_updates(learner: Learner) -> tuple[Learner, Metrics, Metrics]:
-        batches = config.updates_per_iteration
-        indices = sample_indices(config, hparams, iteration, key, batches)
-        inputs = jnp.arange(batches), jax.vmap(take)(indices) if domain.gather_once else indices
-        learner, (metrics, counts) = jax.lax.scan(use_batch, learner, inputs)
-        means = {name: jnp.mean(x.reshape(-1)) for name, x in metrics.items()}
-        return learner, means, jax.tree.map(jnp.sum, counts)
-
-    if first_update(config) == 0:
-        return all_updates(state.learner)
-    shapes = jax.eval_shape(all_updates, state.learner)[1:]
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    filled = jnp.asarray(iteration) >= first_update(config)
-    return jax.lax.cond(filled, all_updates, lambda learner: (learner, *zeros), state.learner)
+    indices = sample_indices(config, hparams, iteration, key, batches)
+    inputs = jnp.arange(batches), jax.vmap(take)(indices) if domain.gather_once else indices
+    learner, (metrics, counts) = packed.scan(use_batch, state.learner, inputs)
+    means = {name: jnp.mean(x.reshape(-1)) for name, x in metrics.items()}
+    return learner, means, jax.tree.map(jnp.sum, counts)
 
 
 def update(

@@ -157,3 +157,33 @@ print("done")
 def test_double_precision_trains_and_gives_losses() -> None:
     done = programs.run("-c", DOUBLE, JAX_ENABLE_X64="1")
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("domain_of", DOMAINS)
+def test_products_behind_log_ratios_keep_all_bits_of_float32_on_any_device(
+    toy: Any, domain_of: Any
+) -> None:
+    """On GPUs and TPUs the default is fewer: ratios on fresh data would not be 1."""
+    domain = train.make(*domain_of(toy))
+    hparams = train.make_hparams(domain.config, buffer_size=64)
+
+    def gradient(state: Any, rows: Any) -> Any:
+        batch = domain.batch(
+            state, state.learner.params, rows, jnp.zeros(len(rows[0]), int), hparams
+        )
+
+        def log_ratio(params: Any) -> Any:
+            return jnp.sum(domain.score(state.learner.params | params, batch, hparams).log_ratio)
+
+        return jax.grad(log_ratio)({"policy": state.learner.params["policy"]})
+
+    state = jax.eval_shape(lambda: train.init(domain, hparams))
+    one_batch = lambda x: jax.ShapeDtypeStruct((16, *x.shape[2:]), x.dtype)  # noqa: E731
+    rows = jax.tree.map(one_batch, domain.block)
+    products = [
+        line
+        for line in jax.jit(gradient).lower(state, rows).as_text().splitlines()
+        if "stablehlo.dot_general" in line
+    ]
+    assert len(products) > 2
+    assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []

@@ -71,7 +71,11 @@ class Control(Domain):
         self.ratio_level = ratio_levels.choose(config.ratio_level, self.objective)
         self.standardize = config.normalize_advantage is not False
         self.gather_once = len(env.obs_shape) < 3  # batches of images are too large for it
+        self.cut_once = not env.own_truncation and config.rollout_length <= env.max_episode_steps
         self.activations = 6 * sum(config.hidden_sizes)
+        if len(env.obs_shape) == 3:
+            towers = 1 if config.shared_torso else 2
+            self.activations += networks.image_numbers(env.obs_shape, towers)
         default = 0 if env.host else EVAL_EPISODES
         self.eval_episodes = default if config.eval_episodes is None else config.eval_episodes
         self.block = self._block()
@@ -113,7 +117,7 @@ class Control(Domain):
             transition = transition._replace(terminated=done, truncated=jnp.zeros_like(done))
         rows = self._with_targets(state, hparams, transition)
         if config.normalize_obs:
-            moments = normalizer.update(moments, _scaled(transition.obs))
+            moments = normalizer.update(moments, networks.numbers(transition.obs))
         return Collected(rows, State(moments, envs), counts)
 
     def _with_targets(
@@ -133,17 +137,10 @@ class Control(Domain):
                 truncated=transition.truncated,
                 final_obs=transition.final_obs,
             )
-        value = functools.partial(self.network.value, state.learner.params)
-        moments = state.domain_state.normalizer
-        advantage, value_target = advantages.gae(
-            transition.reward,
-            transition.terminated,
-            transition.truncated,
-            value(self._input(moments, transition.obs)),
-            value(self._input(moments, transition.final_obs)),
-            hparams.gamma,
-            hparams.gae_lambda,
-        )
+        moments, params = state.domain_state.normalizer, state.learner.params
+        ends = (transition.reward, transition.terminated, transition.truncated)
+        values = self._values(params, moments, transition)
+        advantage, value_target = advantages.gae(*ends, *values, hparams.gamma, hparams.gae_lambda)
         return row._replace(advantage=advantage, value_target=value_target)
 
     def batch(
@@ -163,22 +160,39 @@ class Control(Domain):
                 data, rows.behavior_log_prob, rows.advantage, age, value_target=rows.value_target
             )
         rewards_and_ends = (rows.reward, rows.terminated, rows.truncated)
-        outputs, value = self.network.policy_and_value(params, obs)
-        next_value = self.network.value(params, self._input(moments, rows.final_obs))
+        values = self._values(params, moments, rows)
         if config.advantage_mode == "vtrace":
-            log_prob = self.head.log_prob(outputs, rows.action)
+            log_prob = self.head.log_prob(self.network.policy(params, obs), rows.action)
             log_ratio = jnp.sum(log_prob - rows.behavior_log_prob, axis=-1)
-            targets = advantages.vtrace(
-                log_ratio, *rewards_and_ends, value, next_value, hparams.gamma
-            )
+            targets = advantages.vtrace(log_ratio, *rewards_and_ends, *values, hparams.gamma)
         else:
-            targets = advantages.gae(
-                *rewards_and_ends, value, next_value, hparams.gamma, hparams.gae_lambda
-            )
+            targets = advantages.gae(*rewards_and_ends, *values, hparams.gamma, hparams.gae_lambda)
         advantage, value_target = stop_gradient(targets)
-        age = jnp.broadcast_to(age, value.shape)
+        age = jnp.broadcast_to(age, advantage.shape)
         batch = Batch(data, rows.behavior_log_prob, advantage, age, value_target=value_target)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+
+    def _values(self, params: Any, moments: Normalizer, rows: Any) -> tuple[Array, Array]:
+        """V(obs) and V(final_obs) of rows ``[time, envs]``."""
+
+        def value(obs: Array) -> Array:
+            return self.network.value(params, self._input(moments, obs))
+
+        def of_all(obs: Array) -> Array:
+            if self.gather_once:
+                return value(obs)
+            # An update's batch of images fits in memory, a whole rollout of them need not.
+            steps = max(1, self.config.batch_size // obs.shape[1])
+            return jax.lax.map(value, obs, batch_size=steps)
+
+        if not self.cut_once:
+            return of_all(rows.obs), of_all(rows.final_obs)
+        # A step led to the next row's observation, or to the end of an episode. What came then
+        # matters only where the time limit cut it, which a rollout no longer than it meets once.
+        cut = jnp.argmax(rows.truncated, axis=0)
+        at_cut = jax.vmap(lambda obs, step: obs[step], (1, 0))(rows.final_obs, cut)
+        values = of_all(jnp.concatenate([rows.obs, rows.final_obs[-1:], at_cut[None]]))
+        return values[:-2], jnp.where(rows.truncated, values[-1], values[1:-1])
 
     def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
         obs, action, behavior_outputs = batch.data
@@ -222,8 +236,9 @@ class Control(Domain):
 
     def _input(self, moments: Normalizer, obs: Array) -> Array:
         """Observations as the networks take them."""
-        obs = _scaled(obs)
-        return normalizer.normalize(moments, obs) if self.config.normalize_obs else obs
+        if not self.config.normalize_obs:
+            return obs
+        return normalizer.normalize(moments, networks.numbers(obs))
 
     def _block(self) -> Row:
         """Shapes of an iteration's rows."""
@@ -267,12 +282,6 @@ def check_hparams(config: Config, hparams: HParams) -> None:
 @functools.cache
 def _check_params(config: Config, names: tuple[str, ...]) -> None:
     environments.check_params(environments.make(config), names)
-
-
-def _scaled(obs: Array) -> Array:
-    """Observations as numbers, bytes from 0 to 1."""
-    scale = 255.0 if obs.dtype == jnp.uint8 else 1.0
-    return obs.astype(jnp.float32) / scale
 
 
 def _start_keys(key: Array) -> tuple[Array, Array]:

@@ -448,6 +448,7 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
     spaces = {name: value for name, value in task._asdict().items() if name in fields}
     return Environment(
         **spaces,
+        own_truncation=False,
         reset=reset,
         step=step if pools else closed_step,
         simulator=Simulator(

@@ -103,6 +103,7 @@ def functional(
         action_low=None if bounds is None else bounds[0].ravel(),
         action_high=None if bounds is None else bounds[1].ravel(),
         max_episode_steps=max_episode_steps,
+        own_truncation=False,
     )
     contract.vouch(made)
     return made

@@ -8,6 +8,7 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gymnax.environments.environment import Environment as Base
 from jax import Array
 
 from gipo_jax.config import ConfigError
@@ -115,6 +116,7 @@ def _environment(env: Any, params: Any, name: str) -> Environment:
         action_low=low,
         action_high=high,
         max_episode_steps=int(getattr(params, _LIMIT)),
+        own_truncation=getattr(type(env), "is_truncated", None) is not Base.is_truncated,
     )
 
 

@@ -44,6 +44,7 @@ class Environment:
     reports_success: bool = False  # whether Step.success is there
     # values by name, which may be traced -> the same with other parameters; None without any
     vary: "Callable[[Mapping[str, Any]], Environment] | None" = None
+    own_truncation: bool = True  # whether anything but the time limit may truncate
     simulator: "Simulator | None" = None  # None for one that is pure JAX
 
     @property

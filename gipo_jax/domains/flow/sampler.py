@@ -192,7 +192,7 @@ def bind(field: VelocityField, params: Any) -> Velocity:
     """The flow of given parameters."""
 
     def velocity(points: Array, times: Array) -> Array:
-        output: Array = field.apply(params, points, times)  # type: ignore[assignment]
+        output: Array = networks.exact(field.apply)(params, points, times)
         return output
 
     return velocity

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gipo_jax import cpu, networks
+from gipo_jax import cpu, networks, packed
 from gipo_jax.config import ConfigError
 
 Params = Any
@@ -68,11 +68,7 @@ def make(
     network = Transformer(vocab, time, layers, width, heads, feed_forward, precision)
     head = networks.categorical(answer_length, vocab)
 
-    def apply(params: Params, *arguments: Any) -> Any:
-        # Recent GPUs multiply float32 in 10 bits by default: a ratio of policies would then differ
-        # from 1 on the data of the very same policy.
-        with jax.default_matmul_precision("highest"):
-            return network.apply(params, *arguments)
+    apply = networks.exact(network.apply)
 
     def init(key: Array) -> Params:
         return network.init(key, jnp.zeros((1, 1), jnp.int32))
@@ -108,7 +104,7 @@ def make(
 
         first = (prompt[:, -1], jnp.zeros(prompt.shape[0], bool), cache)
         positions = prompt_length - 1 + jnp.arange(answer_length)
-        answer, log_prob = jax.lax.scan(step, first, (positions, noise))[1]
+        answer, log_prob = packed.scan(step, first, (positions, noise))[1]
         return answer.T, log_prob.T
 
     def sample(
