@@ -143,7 +143,7 @@ def failed(where: str, error: Exception) -> ConfigError:
 
 def same(where: str, given: Any, wanted: Any) -> None:
     """Refuses arrays, or trees of them, of other shapes or types than the wanted ones."""
-    structures = [jax.tree.structure(tree) for tree in (given, wanted)]
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (given, wanted)]
     if structures[0] != structures[1]:
         raise ConfigError(where, *map(str, structures))
     for (path, x), y in zip(jax.tree.leaves_with_path(given), jax.tree.leaves(wanted), strict=True):
