@@ -1,4 +1,4 @@
-"""The command ``gipo-jax``: sweep, plot, objectives.
+"""The command ``gipo-jax``: sweep, plot, reproduce, objectives.
 
 Options are read off the fields of ``Config``, ``HParams`` and ``sweep.Options`` and off the
 signatures of the objectives, so that a new setting is an option without a line here.
@@ -7,6 +7,7 @@ signatures of the objectives, so that a new setting is an option without a line 
 import argparse
 import dataclasses
 import functools
+import importlib
 import os
 import shlex
 import sys
@@ -106,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("directory", metavar="DIR", help="folder of a sweep")
     plot.set_defaults(act=_plot)
 
+    _add_reproduce(commands)
+
     listing = commands.add_parser("objectives", help="list the objectives")
     listing.set_defaults(act=_objectives)
     return parser
@@ -146,6 +149,46 @@ def _add_sweep(commands: Any) -> None:
     _add_objective_parameters(parser, {f.name for f in dataclasses.fields(Config)} | set(names))
     _add_fields(parser.add_argument_group("execution"), Options, listed=())
     _add_distributed(parser.add_argument_group("several processes"))
+
+
+def _add_reproduce(commands: Any) -> None:
+    parser = commands.add_parser(
+        "reproduce",
+        help="run the experiments on the paper's claims and beyond",
+        description="Runs the experiments, on the paper's claims and beyond, and draws their"
+        " figures. The same command continues what was interrupted.",
+    )
+    parser.set_defaults(act=_reproduce)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments (default: all)")
+    parser.add_argument(
+        "--preset",
+        default="quick",
+        help="scale: a check in minutes (quick, default), that of the published results"
+        " (committed), or one for a GPU (full; metaworld stays on CPU)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/reproduce"),
+        metavar="DIR",
+        help="folder for data and figures (default: %(default)s); what it holds is continued",
+    )
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="train only the I-th of N shares, to spread work over processes or evenings; whoever"
+        " comes last draws everything (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        dest="verdicts",
+        help="also write the verdict on every claim, from the numbers of all figures in --out",
+    )
+    parser.add_argument("--list", action="store_true", help="list the experiments and stop")
+    parser.add_argument("--plot-only", action="store_true", help="redraw from stored data")
 
 
 def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
@@ -310,6 +353,25 @@ def _draw(directory: Path) -> None:
 
     for path in plots.draw_sweep(directory):
         print(path)
+
+
+def _reproduce(given: dict[str, Any]) -> int:
+    # A checkout's own experiments; a wheel holds them under a name that nobody else has.
+    checkout = Path(gipo_jax.__file__).resolve().parents[1]
+    package = "gipo_jax_experiments"
+    if (checkout / "pyproject.toml").exists():
+        package = "experiments"
+        sys.path.insert(0, str(checkout))
+    reproduce = importlib.import_module(f"{package}.reproduce")
+    if given.pop("list"):
+        for name, study in reproduce.STUDIES.items():
+            print(f"{name:22} {study.question}")
+        return 0
+    try:
+        reproduce.run(**given)
+    except reproduce.DataError as error:
+        raise _UsageError(str(error)) from error
+    return 0
 
 
 def _objectives(given: dict[str, Any]) -> int:
