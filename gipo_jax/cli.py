@@ -29,6 +29,7 @@ _SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")  # Fields that the
 # Old names of options, which work for one release more
 _RENAMED = {
     "--actor-every": "--policy-delay",
+    "--tensorboard": "--log=tensorboard",
     "--time-limit-is-death": "--truncation-is-termination",
     "--no-time-limit-is-death": "--no-truncation-is-termination",
 }

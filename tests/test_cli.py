@@ -61,6 +61,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
         ("--buffer-size 12", ("buffer_size", "12", "multiple of")),
         ("--buffer-size 8 --batch-size 16", ("buffer_size", "8", "batch_size 16")),
         ("--total-steps 97", ("total_steps", "97")),
+        ("--log paper", ("log", "paper", "tensorboard")),
         ("--batch-mode fast", ("batch_mode", "fast", "vmap")),
         ("--memory-limit much", ("memory_limit", "much", "8GB")),
         ("--kernel square", ("kernel", "square", "cauchy")),
@@ -205,6 +206,7 @@ def test_a_sweep_ends_with_figures_and_says_what_to_do_next(
     [
         (["--actor-every", "0"], "--policy-delay"),
         (["--actor-every=0"], "--policy-delay"),
+        (["--tensorboard", "--policy-delay", "0"], "--log=tensorboard"),
         (["--no-time-limit-is-death", "--policy-delay", "0"], "--no-truncation-is-termination"),
     ],
 )
@@ -236,7 +238,7 @@ def test_help_lists_every_option_with_its_default_and_meaning(
         --env --objective --sigma --sigma-neg-ratio --kernel --buffer-size --seeds --seed-offset
         --total-steps --num-envs --rollout-length --batch-size --updates-per-iteration
         --learning-rate --value-learning-rate --gamma --gae-lambda --resume --out --clip-eps
-        --batch-mode --distributed --tensorboard --objective-arg
+        --batch-mode --distributed --log --objective-arg
     """
     for option in options.split():
         assert f"{option} " in text

@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared though nothing here imports them; pyproject.toml says why.
 NOT_IMPORTED = {"jaxlib", "six"}
 # Extras whose imports are inside functions.
-OPTIONAL = ("tensorboard", "envpool")
+OPTIONAL = ("tensorboard", "trackio", "envpool")
 
 
 def _names(requirements: Iterable[str]) -> set[str]:
