@@ -7,6 +7,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
+unset PYTHONPATH
 temporary=$(mktemp -d)
 trap 'rm -rf "$temporary"' EXIT
 
