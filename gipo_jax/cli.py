@@ -1,4 +1,4 @@
-"""The command ``gipo-jax``: sweep, plot, reproduce, objectives.
+"""The command ``gipo-jax``: sweep, plot, show, reproduce, objectives.
 
 Options are read off the fields of ``Config``, ``HParams`` and ``sweep.Options`` and off the
 signatures of the objectives, so that a new setting is an option without a line here.
@@ -104,9 +104,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_sweep(commands)
 
-    plot = commands.add_parser("plot", help="draw the figures of a sweep")
-    plot.add_argument("directory", metavar="DIR", help="folder of a sweep")
+    text = "folders of sweeps; several count as one sweep of all their runs"
+    plot = commands.add_parser("plot", help="draw the figures of sweeps")
+    plot.add_argument("directories", nargs="+", type=_folder, metavar="DIR", help=text)
+    plot.add_argument(
+        "--out",
+        type=_folder,
+        metavar="FOLDER",
+        help="folder of the figures (default: figures in the sweep's folder; needed for several)",
+    )
     plot.set_defaults(act=_plot)
+
+    show = commands.add_parser("show", help="print the returns of sweeps, methods x buffer sizes")
+    show.add_argument("directories", nargs="+", type=_folder, metavar="DIR", help=text)
+    show.set_defaults(act=_show)
 
     _add_reproduce(commands)
 
@@ -294,7 +305,7 @@ def _sweep(given: dict[str, Any]) -> int:
         diverged = f", {len(summary.diverged)} of them diverged" if summary.diverged else ""
         print(f"{len(runs)} runs{diverged}; results in {out}")
         if draw:
-            _draw(Path(out))
+            _draw([Path(out)], Path(out) / results.FIGURES)
         look = (
             f"look at {out}/figures" if draw else f"gipo-jax plot {shlex.quote(out)} draws figures"
         )
@@ -340,20 +351,41 @@ def _join_cluster(given: dict[str, Any]) -> None:
         raise _UsageError(f"{flag} goes with --distributed")
 
 
+def _folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _plot(given: dict[str, Any]) -> int:
     from gipo_jax.sweep import results
 
-    directory = Path(given["directory"]).expanduser()
-    results.check_holds_sweep(directory, "directory")
-    _draw(directory)
+    directories, out = given["directories"], given["out"]
+    for directory in directories:
+        results.check_holds_sweep(directory, "directory")
+    if out is None:
+        if len(directories) > 1:
+            raise _UsageError("plot: --out is missing; expected a folder for figures of several")
+        out = directories[0] / results.FIGURES
+    _draw(directories, out)
     return 0
 
 
-def _draw(directory: Path) -> None:
-    from gipo_jax.analysis import plots
+def _draw(directories: Sequence[Path], out: Path) -> None:
+    from gipo_jax.analysis import sweeps
 
-    for path in plots.draw_sweep(directory):
+    for path in sweeps.draw(directories, out):
         print(path)
+
+
+def _show(given: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from gipo_jax.analysis import sweeps
+    from gipo_jax.sweep import results
+
+    for directory in given["directories"]:
+        results.check_holds_sweep(directory, "directory")
+    sweeps.show(given["directories"], Console(highlight=False, markup=False))
+    return 0
 
 
 def _reproduce(given: dict[str, Any]) -> int:

@@ -172,7 +172,8 @@ class StandIn:
     kept: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, given: dict[str, Any]) -> None:
-        self.given, self.points, self.finished = given, [], False
+        self.given, self.finished = given, False
+        self.points: list[tuple[int, dict[str, float]]] = []
 
     @classmethod
     def init(cls, **given: Any) -> "StandIn":

@@ -209,7 +209,7 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
 
     Where there are more runs in one of them, the values are all that the setting takes.
     """
-    before, now = _settings_of_runs(stored), _settings_of_runs(given)
+    before, now = settings_of_runs(stored), settings_of_runs(given)
     names = dict.fromkeys(name for run in before + now for name in run)
     if len(before) == len(now):
         for old, new in zip(before, now, strict=True):
@@ -230,7 +230,7 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
     return "number of runs", len(before), len(now)
 
 
-def _settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
+def settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
     """The settings of each run in a result of ``encode``, by name."""
     runs = {}
     for group in groups:
