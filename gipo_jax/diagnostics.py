@@ -5,12 +5,23 @@ counted in iterations since the data was collected.
 """
 
 import chex
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 NEAR_ZERO = 1e-3  # Effective weights below this count as contributing nothing
 CLIP_EPS = 0.2  # Half the width of PPO's interval in clip_fraction, whatever the objective
 NEW_AGE, OLD_AGE = 2, 10  # Data is new up to age 2 and old from age 10 on, in iterations
+
+
+OF_MOVED = (
+    "ess",
+    "near_zero_fraction",
+    "masked_fraction",
+    "suppressed_fraction",
+    "mean_weight",
+)
+"""What ``ratios`` takes over samples with an advantage: others have no effective weight."""
 
 
 def effective_sample_size(weight: Array, where: Array | None = None) -> Array:
@@ -28,7 +39,11 @@ def effective_sample_size(weight: Array, where: Array | None = None) -> Array:
 
 
 def ratios(
-    log_ratio: Array, advantage: Array, weight: Array, where: Array | None = None
+    log_ratio: Array,
+    advantage: Array,
+    weight: Array,
+    where: Array | None = None,
+    ranked: int | None = None,
 ) -> dict[str, Array]:
     """Health of the ratios of one batch, whatever the age of its samples.
 
@@ -37,6 +52,8 @@ def ratios(
         advantage: A, same shape.
         weight: effective weight u, same shape.
         where: bool, same shape; the samples that count.
+        ranked: about how many samples, evenly spaced in the arrays, the percentiles are taken of;
+            None for all. Sorting a large batch takes longer than its loss.
 
     Returns:
         scalars. Over samples with A other than 0, as others have no u: ``ess``,
@@ -52,7 +69,7 @@ def ratios(
         (ratio < 1 - CLIP_EPS) & (advantage < 0)
     )
     trust_weight = weight * jnp.exp(-jnp.maximum(log_ratio, -80.0))
-    counted = jnp.where(where, log_ratio, jnp.nan)
+    counted = _evenly_spaced(jnp.where(where, log_ratio, jnp.nan), ranked)
     # A value of the batch: interpolating between two rounds differently from program to program.
     low, high = jnp.nanpercentile(counted, jnp.array([5.0, 95.0]), method="nearest")
     moved = where & (advantage != 0)
@@ -67,6 +84,16 @@ def ratios(
         "log_ratio_p05": low,
         "log_ratio_p95": high,
     }
+
+
+def _evenly_spaced(values: Array, count: int | None) -> Array:
+    """At most about so many of the values, from the last axis first."""
+    if count is None:
+        return values
+    for axis in reversed(range(values.ndim)):
+        step = min(-(-values.size // count), values.shape[axis])
+        values = jax.lax.slice_in_dim(values, 0, values.shape[axis], step, axis)
+    return values
 
 
 def utilization(

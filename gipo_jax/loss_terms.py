@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gipo_jax import ratio_levels, signatures
+from gipo_jax import ratio_levels, segments, signatures
 from gipo_jax.objectives import clamp_straight_through
 
 # log_ratio, advantage -> surrogate, next state: an objective with all else filled in
@@ -26,20 +26,26 @@ def bind(
     behavior_log_prob: Array,
     log_ratio_start: Callable[[], Array] | None = None,
     mask: Array | None = None,
+    first: Array | None = None,
     ordered: bool = True,
 ) -> SurrogateFunction:
     """An objective with its parameters, kernel and state, and those of its inputs it asks for."""
     given = dict(given)
+
+    def at_level(x: Array) -> Array:
+        return ratio_levels.transform(x, ratio_level, mask, first)
+
     if "behavior_log_prob" in spec.inputs:
-        given["behavior_log_prob"] = ratio_levels.transform(behavior_log_prob, ratio_level, mask)
+        given["behavior_log_prob"] = at_level(behavior_log_prob)
     if "log_ratio_start" in spec.inputs:
         assert log_ratio_start is not None
-        given["log_ratio_start"] = ratio_levels.transform(log_ratio_start(), ratio_level, mask)
+        given["log_ratio_start"] = at_level(log_ratio_start())
     if spec.takes_mask and mask is not None:
         given["mask"] = mask
     if ordered and "position" in spec.inputs:
         counted = jnp.ones_like(behavior_log_prob, bool) if mask is None else mask
-        given["position"] = jnp.where(counted, jnp.cumsum(counted, axis=-1), 0)
+        place = segments.running_sum(counted.astype(int), first)
+        given["position"] = jnp.where(counted, place, 0)
     return functools.partial(signatures.evaluate, spec, **given)
 
 
@@ -64,19 +70,29 @@ def objective_weight(objective: SurrogateFunction, log_ratio: Array, advantage: 
 
 
 def aggregate(
-    values: Array, mask: Array, loss_agg_mode: str, max_tokens: ArrayLike | None = None
+    values: Array,
+    mask: Array,
+    loss_agg_mode: str,
+    max_tokens: ArrayLike | None = None,
+    first: Array | None = None,
+    denominator: ArrayLike | None = None,
 ) -> Array:
     """One number for values ``[batch, tokens]``, 0 over none; modes as in ``policy_loss``."""
     values = jnp.where(mask, values, 0)
-    lengths = jnp.sum(mask, axis=1)
-    if loss_agg_mode == "token-mean":
-        return jnp.sum(values) / jnp.maximum(jnp.sum(lengths), 1)
-    responses = jnp.sum(values, axis=1)
     if loss_agg_mode == "seq-mean-token-mean":
-        responses = responses / jnp.maximum(lengths, 1)
+        values = values / jnp.maximum(segments.total(mask.astype(int), first), 1)
     elif loss_agg_mode == "seq-mean-token-sum-norm":
-        responses = responses / (values.shape[1] if max_tokens is None else max_tokens)
-    return jnp.sum(responses) / jnp.maximum(jnp.sum(lengths > 0), 1)
+        values = values / (values.shape[1] if max_tokens is None else max_tokens)
+    if denominator is None:
+        denominator = jnp.maximum(count(mask, loss_agg_mode, first), 1)
+    return jnp.sum(values) / denominator
+
+
+def count(mask: Array, loss_agg_mode: str, first: Array | None = None) -> Array:
+    """How many tokens, or responses with a token, the mean of a mode is over."""
+    if loss_agg_mode != "token-mean":
+        mask &= segments.running_sum(mask.astype(int), first) == 1
+    return jnp.sum(mask)
 
 
 def standardize(advantage: Array) -> Array:

@@ -696,6 +696,7 @@ def ctpo(
     source="arXiv:2606.10968",
     positive=("delta", "min_weight", "budget"),
     discrete_only=True,
+    whole_rows=True,
 )
 def cppo(
     log_ratio: Array,

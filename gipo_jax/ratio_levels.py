@@ -18,10 +18,10 @@ whether it holds the factor of the prefix at 1 is unknown, and here it is free.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gipo_jax import segments
 from gipo_jax.config import ConfigError
 from gipo_jax.gradients import straight_through
 from gipo_jax.signatures import Spec
@@ -29,7 +29,9 @@ from gipo_jax.signatures import Spec
 MAX_LOG_RATIO = 1e4  # Bound on log-ratios; e to this power is infinite and e to its negative is 0
 
 
-def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
+def transform(
+    log_ratio: Array, level: str, mask: Array | None = None, first: Array | None = None
+) -> Array:
     """The log-ratio of a level for every token; 0 with gradient 0 at padding.
 
     Each token keeps a gradient of 1 to its own log-ratio and of 0 to all others. So an objective
@@ -44,6 +46,8 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
         level: one of ``LEVELS``.
         mask: true or 1 for the tokens of the answer, same shape; the others are padding, wherever
             they lie, and may be anything, NaN included. All tokens count without it.
+        first: true where a response begins, same shape, for rows that hold several; see
+            ``segments``.
 
     Raises:
         ConfigError: an unknown level, or a mask of another shape.
@@ -56,7 +60,7 @@ def transform(log_ratio: Array, level: str, mask: Array | None = None) -> Array:
         raise ConfigError("mask", mask.shape, f"the shape of the log-ratio, {log_ratio.shape}")
     mask = mask.astype(bool)
     log_ratio = jnp.where(mask, log_ratio, 0)
-    values = jnp.where(mask, bounded(LEVELS[level](bounded(log_ratio), mask)), 0)
+    values = jnp.where(mask, bounded(LEVELS[level](bounded(log_ratio), mask, first)), 0)
     # One ratio for each token even where all share it: [batch, 1] would leave the mask, means over
     # tokens and the scale of the gradient (a token's own at ratio 1) different from other levels.
     return straight_through(values, log_ratio)
@@ -79,36 +83,36 @@ def choose(level: str | None, spec: Spec) -> str:
     return level
 
 
-def _token(x: Array, mask: Array) -> Array:
+def _token(x: Array, mask: Array, first: Array | None) -> Array:
     return x
 
 
-def _joint(x: Array, mask: Array) -> Array:
-    return jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), x.shape)
+def _joint(x: Array, mask: Array, first: Array | None) -> Array:
+    return jnp.broadcast_to(segments.total(x, first), x.shape)
 
 
-def _sequence(x: Array, mask: Array) -> Array:
-    length = jnp.sum(mask, axis=-1, keepdims=True)
-    return _joint(x, mask) / jnp.maximum(length, 1)
+def _sequence(x: Array, mask: Array, first: Array | None) -> Array:
+    length = segments.total(mask.astype(int), first)
+    return _joint(x, mask, first) / jnp.maximum(length, 1)
 
 
-def _prefix_product(x: Array, mask: Array) -> Array:
-    return jnp.cumsum(x, axis=-1)
+def _prefix_product(x: Array, mask: Array, first: Array | None) -> Array:
+    return segments.running_sum(x, first)
 
 
-def _prefix_geometric(x: Array, mask: Array) -> Array:
-    return _prefix_product(x, mask) / jnp.maximum(jnp.cumsum(mask, axis=-1), 1)
+def _prefix_geometric(x: Array, mask: Array, first: Array | None) -> Array:
+    place = segments.running_sum(mask.astype(int), first)
+    return _prefix_product(x, mask, first) / jnp.maximum(place, 1)
 
 
-def _prefix_min(x: Array, mask: Array) -> Array:
-    smallest = jax.lax.cummin(jnp.where(mask, x, jnp.inf), axis=x.ndim - 1)
-    nothing = jnp.full_like(smallest[..., :1], jnp.inf)
-    before = jnp.concatenate([nothing, smallest[..., :-1]], axis=-1)
+def _prefix_min(x: Array, mask: Array, first: Array | None) -> Array:
+    smallest = segments.running_min(jnp.where(mask, x, jnp.inf), first)
+    before = segments.before(smallest, first, jnp.inf)
     return x + jnp.where(jnp.isinf(before), 0, before)
 
 
-# Name and values, of log-ratio (0 at padding) and mask, of each level
-LEVELS: dict[str, Callable[[Array, Array], Array]] = {
+# Name and values of each level, from log-ratio (0 at padding), mask and first tokens
+LEVELS: dict[str, Callable[[Array, Array, Array | None], Array]] = {
     "token": _token,
     "joint": _joint,
     "sequence": _sequence,

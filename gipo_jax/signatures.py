@@ -4,6 +4,7 @@ An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogat
 adds what its signature cannot say. The formulas are in ``objectives``.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -55,6 +56,7 @@ class Spec(NamedTuple):
     source: str = ""  # paper, as an arXiv number, or empty
     positive: tuple[str, ...] = ()  # parameters that must be > 0
     discrete_only: bool = False  # whether it reads probabilities, not densities
+    whole_rows: bool = False  # whether it sums over a row of tokens, which must be one response
     initial_state: InitialState | None = None  # of a stateful one, parameters -> first state
     ratio_level: str = "token"  # the one of config.RATIO_LEVELS that it is meant for
     choices: tuple[str, ...] = ()  # of a switch, the names that its parameter which counts from 0
@@ -71,6 +73,7 @@ def declare(
     source: str = "",
     positive: tuple[str, ...] = (),
     discrete_only: bool = False,
+    whole_rows: bool = False,
     initial_state: InitialState | None = None,
     ratio_level: str = "token",
 ) -> Callable[[Objective], Objective]:
@@ -82,6 +85,8 @@ def declare(
         positive: names of parameters that must be > 0, checked before anything compiles.
         discrete_only: true if it reads ``behavior_log_prob`` as the log of a probability, not of a
             density; training then refuses a Gaussian head.
+        whole_rows: true if it takes sums along a row of tokens; ``policy_loss`` then refuses rows
+            of several responses.
         initial_state: parameters -> first value of ``state``, an array or a pytree of arrays.
         ratio_level: the one it takes unless another is asked for, of ``config.RATIO_LEVELS``.
     """
@@ -205,6 +210,7 @@ def switch(specs: Sequence[Spec]) -> Objective:
         "kind": next(kind for kind in ("batch", "other-input", "per-sample") if kind in kinds),
         "positive": tuple(n for n in params if any(n in spec.positive for spec in specs)),
         "discrete_only": any(spec.discrete_only for spec in specs),
+        "whole_rows": any(spec.whole_rows for spec in specs),
         "initial_state": _states(stateful) if stateful else None,
         "ratio_level": levels.pop(),
         "choices": tuple(spec.name for spec in specs),
@@ -270,6 +276,8 @@ def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tu
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigError(name, _type_and_shape(result), "a pair (surrogate, new state)")
         result, state = result
+        with contextlib.suppress(ValueError):  # another structure, which is refused below
+            state = jax.tree.map(_in_type_of, given["state"], state)
         before, after = (jax.tree.map(_type_and_shape, tree) for tree in (given["state"], state))
         if before != after:
             raise ConfigError(name, after, f"a new state like the one before, {before}")
@@ -278,6 +286,12 @@ def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tu
         valid = f"a surrogate {wanted}, one number for each log-ratio"
         raise ConfigError(name, surrogate, valid)
     return result, state
+
+
+def _in_type_of(before: Any, new: Any) -> Any:
+    """A new state in the floating-point type of the one before, which float64 data would widen."""
+    floats = [isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) for x in (before, new)]
+    return new.astype(before.dtype) if all(floats) else new
 
 
 def _type_and_shape(value: Any) -> str:

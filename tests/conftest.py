@@ -112,16 +112,18 @@ def _optimize_a_test(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def _optimize(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compiles as for users, in this process and in those it starts, what is marked so."""
-    if request.node.get_closest_marker("optimized") is None:
+    marked = request.node.get_closest_marker("optimized") is not None
+    if not marked or not jax.config.read("jax_disable_most_optimizations"):
         yield
         return
-    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()  # of programs that were compiled otherwise
     jax.config.update("jax_disable_most_optimizations", False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
         patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(_OLD_KERNELS, ""))
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
 
 
 def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:

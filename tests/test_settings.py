@@ -98,6 +98,7 @@ OTHER: dict[str, Any] = {
     "normalize_obs": True,
     "truncation_is_termination": True,
     "max_episode_steps": 2,
+    "normalize_groups": True,
     "joint_grad_norm": True,
     "schedule": "cosine",
     "num_logs": 1,
@@ -120,6 +121,7 @@ OTHER: dict[str, Any] = {
     "ess_lr_power": 1.0,
     "temperature": 0.5,
     "imitation_updates": 2,
+    "env_params": {"gravity": 20.0},
 }
 """Another valid value of each setting."""
 

@@ -5,7 +5,9 @@ import contextvars
 import importlib
 import math
 import secrets
+import struct
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +21,9 @@ MODULES = {"tensorboard": "tensorboardX", "trackio": "trackio", "wandb": "wandb"
 NAME_LENGTH = (
     100  # Characters of a run's name: file systems take 255 bytes, trackers 128 characters
 )
+
+EVENTS = "tensorboard"  # Folder of the event files in that of a sweep
+_EVENT_FILE = "events.out.tfevents."
 
 # Names of columns that say which point a row is
 _PLACE = ("run", "iteration", "env_steps")
@@ -44,7 +49,7 @@ def check(name: str) -> None:
 def make(name: str, directory: Path, runs: Sequence[Run], warn: Callable[[str], None]) -> Logger:
     """The logger of a sweep in ``directory``; ``warn`` takes a line."""
     if name == "tensorboard":
-        return TensorBoard(directory / "tensorboard", [run.name for run in runs], warn)
+        return TensorBoard(directory / EVENTS, [run.name for run in runs], warn)
     return Tracker(name, directory, runs)
 
 
@@ -74,6 +79,7 @@ class TensorBoard:
         step = int(row["env_steps"])
         if run not in self._writers:
             name = _name(run, self._names[run]).replace("/", "_")
+            _put_before_new_files(self._directory / name)
             # What an earlier execution wrote from here on was lost with it, and is made again.
             self._writers[run] = SummaryWriter(str(self._directory / name), purge_step=step)
         writer = self._writers[run]
@@ -88,6 +94,51 @@ class TensorBoard:
         for writer in self._writers.values():
             if writer is not None:
                 writer.close()
+
+
+def _put_before_new_files(folder: Path) -> None:
+    """Renames event files that a new one, named by the clock, would not come after.
+
+    Files are read by name, and what is purged has to come before what is made again.
+    """
+    now = f"{_EVENT_FILE}{time.time() - 1:010.0f}"
+    files = sorted(folder.glob(f"{_EVENT_FILE}*"))
+    if files and files[-1].name >= now:
+        for index, file in enumerate(files):
+            file.rename(folder / f"{_EVENT_FILE}{index:010d}.{len(files)}{file.suffix}")
+
+
+def event_steps(directory: Path) -> dict[int, list[int]]:
+    """Steps that the event files of each run show, in order, once what was purged is left out.
+
+    Raises:
+        ImportError: tensorboardX is not installed.
+        ValueError: a file is damaged.
+    """
+    from tensorboardX.proto import event_pb2
+
+    steps: dict[int, list[int]] = {}
+    for folder in sorted(directory.iterdir()):
+        shown: list[int] = []
+        counted = None  # one tag of each point
+        for file in sorted(folder.glob(f"{_EVENT_FILE}*")):
+            data, at = file.read_bytes(), 0
+            while at < len(data):
+                (length,) = struct.unpack_from("<Q", data.ljust(at + 8, b"\0"), at)
+                if at + 16 + length > len(data):
+                    break  # a record that a kill cut off
+                try:
+                    event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+                except Exception as error:
+                    raise ValueError(f"{file} is damaged") from error
+                if event.HasField("session_log"):
+                    shown = [step for step in shown if step < event.step]
+                for value in event.summary.value:
+                    counted = counted or value.tag
+                    shown += [event.step] * (value.tag == counted)
+                at += 16 + length
+        steps[int(folder.name[:5])] = shown
+    return steps
 
 
 class Tracker:

@@ -18,7 +18,7 @@ import numpy as np
 
 from gipo_jax import train, user_files
 from gipo_jax.config import ConfigError, check_fields
-from gipo_jax.sweep import checkpoint, cluster, grid, loggers, plan, results
+from gipo_jax.sweep import audit, checkpoint, cluster, grid, loggers, plan, results
 from gipo_jax.sweep.folder import Folder
 from gipo_jax.sweep.grid import Run
 from gipo_jax.sweep.interrupts import EXIT_CODES, Interrupted, StopSignals, catch_stop_signals
@@ -137,6 +137,8 @@ def _train(
                         part = folder.take_up(job.parts.pop(0))
                         _train_part(context, job.group, program, part)
         folder.close()
+        if main:
+            audit.require_whole(folder.directory)
 
 
 def _train_part(context: SweepContext, group: Group, program: Program, part: Part) -> None:

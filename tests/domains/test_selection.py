@@ -291,6 +291,7 @@ def test_the_loss_of_the_difficulty_estimate_is_its_formula() -> None:
     np.testing.assert_allclose(selection.depo_loss(*given), expected, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_difficulty_estimate_ranks_fresh_prompts_as_their_measured_success() -> None:
     task = tasks.reverse_mixed(2, 14)

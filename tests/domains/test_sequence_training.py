@@ -92,8 +92,9 @@ def test_metrics_of_training_are_complete_and_finite(runs: Any) -> None:
         assert np.all(np.isfinite(metrics[name]))
 
 
-def test_replay_holds_the_answers_with_their_advantage_within_the_group() -> None:
-    domain: Any = train.make(SMALL)
+@pytest.mark.parametrize("standardized", [False, True])
+def test_replay_holds_the_answers_with_their_advantage_within_the_group(standardized: bool) -> None:
+    domain: Any = train.make(dataclasses.replace(SMALL, normalize_groups=standardized))
     hparams = settings(SMALL)
     state = jax.jit(lambda: train.init(domain, hparams))()
     collected = jax.jit(lambda s: domain.collect(s, hparams, jax.random.key(1)))(state)
@@ -102,7 +103,10 @@ def test_replay_holds_the_answers_with_their_advantage_within_the_group() -> Non
     np.testing.assert_array_equal(answers.prompt[0], answers.prompt[-1])
     reward = np.mean(answers.answer == answers.prompt[:, :, ::-1], axis=-1)
     assert len(np.unique(reward)) > 1
-    np.testing.assert_allclose(answers.advantage, reward - reward.mean(axis=0), atol=1e-6)
+    advantage = reward - reward.mean(axis=0)
+    if standardized:
+        advantage = np.where(advantage == 0, 0, advantage / np.maximum(reward.std(axis=0), 1e-8))
+    np.testing.assert_allclose(answers.advantage, advantage, atol=1e-5)
     np.testing.assert_allclose(counted["returns"], reward.sum(), rtol=1e-6)
     np.testing.assert_array_equal(counted["solved"], np.sum(reward == 1))
 
@@ -311,7 +315,7 @@ def test_a_sweep_over_a_task_of_the_user_is_trained_resumed_plotted_and_loaded(
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ("my_tasks.py:NUMBER", "FILE.py:TASK, not int"),
+        ("my_tasks.py:NUMBER", "an environment or a task, not int"),
         ("my_tasks.py:NOTHING", "has no NOTHING"),
         ("other.py:SORT", "there is no file other.py"),
         ("broken.py:SORT", "ZeroDivisionError"),

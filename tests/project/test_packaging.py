@@ -24,8 +24,11 @@ from tests.programs import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared though nothing here imports them; pyproject.toml says why.
 NOT_IMPORTED = {"jaxlib", "six"}
-# Extras whose imports are inside functions.
-OPTIONAL = ("tensorboard", "trackio", "envpool")
+# Extras whose imports are inside functions, or in a module of their own.
+OPTIONAL = ("tensorboard", "trackio", "envpool", "tunix", "brax", "craftax", "xminigrid")
+
+# Names of distributions that need not be installed, where they are not that of the import
+DISTRIBUTIONS = {"tunix": ["google-tunix"], "mujoco_playground": ["playground"]}
 
 
 def _names(requirements: Iterable[str]) -> set[str]:
@@ -48,7 +51,7 @@ def _imported(folder: str) -> dict[str, str]:
                 if top in sys.stdlib_module_names or top in local:
                     continue
                 # Several distributions may share a top name, as plugins do; the shortest owns it.
-                owner = min(distributions.get(top, [top]), key=len)
+                owner = min(distributions.get(top, DISTRIBUTIONS.get(top, [top])), key=len)
                 found.setdefault(canonicalize_name(owner), f"{path.relative_to(ROOT)}")
     return found
 

@@ -8,13 +8,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from gipo_jax import sweep
 from gipo_jax.sweep import checkpoint, grid, results
 from tests import programs
 
-pytestmark = [pytest.mark.slow, pytest.mark.optimized]  # loops and vmap give the same bits
+pytestmark = pytest.mark.slow
 
 SETTINGS = (
     *("--sigma", "0.5", "1", "2", "--num-envs", "2", "--rollout-length", "4"),
@@ -105,7 +106,9 @@ def test_tables_do_not_depend_on_the_number_of_devices(uninterrupted: Path, tmp_
     assert tables(tmp_path / "sweep") == tables(uninterrupted)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 4]
+)
 def test_one_process_resumes_a_sweep_of_two_on_any_number_of_devices(
     uninterrupted: Path, killed_pair: Path, tmp_path: Path, devices: int
 ) -> None:
@@ -162,7 +165,10 @@ def test_a_signal_to_one_process_stops_both_at_the_same_point(
     assert [part["runs"] for part in progress["started"]] == [[0, 1], [2, 3], [4, 5]]
     assert progress["metrics_bytes"] == (out / results.METRICS).stat().st_size
     resume_alone(out)
-    assert tables(out) == tables(uninterrupted)
+    # Compiled with few optimizations, a loop rounds otherwise than vmap; test_sweep has their bits.
+    for name in (results.RUNS, results.METRICS):
+        found, expected = (pd.read_csv(folder / name) for folder in (out, uninterrupted))
+        pd.testing.assert_frame_equal(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mistake_of_one_process_ends_the_other(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gipo_jax import networks, objectives, ratio_levels
+from gipo_jax import loss_terms, networks, objectives, ratio_levels
 from gipo_jax.config import TOKENS, Config, ConfigError, HParams, check_applies, check_fields
 from gipo_jax.domains.interface import Batch, Collected, Domain, Scores
 from gipo_jax.domains.tokens import decoder, preference, selection, tasks
@@ -136,7 +136,7 @@ class Tokens(Domain):
         def groups(x: Array) -> Array:
             return x.reshape(config.rollout_length, config.num_envs, *x.shape[1:])
 
-        advantage = group_advantage(groups(reward)) * hparams.reward_scale
+        advantage = group_advantage(groups(reward), config.normalize_groups) * hparams.reward_scale
         rows = Row(groups(prompt), groups(answer), groups(log_prob), advantage)
         counts = {
             "returns": jnp.sum(reward),
@@ -313,8 +313,14 @@ class Tokens(Domain):
         return block
 
 
-def group_advantage(reward: Array) -> Array:
-    """Reward ``[responses, prompts]`` minus the mean over the responses to the same prompt."""
+def group_advantage(reward: Array, standardize: bool = False) -> Array:
+    """Reward ``[responses, prompts]`` minus the mean over the responses to the same prompt.
+
+    Where standardised, over their population standard deviation too (floor 1e-8), as in GRPO
+    (arXiv:2402.03300).
+    """
+    if standardize:
+        return jax.vmap(loss_terms.standardize, in_axes=1, out_axes=1)(reward)
     return reward - jnp.mean(reward, axis=0)
 
 
