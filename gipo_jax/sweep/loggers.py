@@ -150,6 +150,7 @@ class Tracker:
 
     def __init__(self, name: str, directory: Path, runs: Sequence[Run]) -> None:
         self._name, self._directory, self._runs = name, directory, runs
+        self._settings = grid.settings_of_runs(grid.encode(runs))
         self._open: dict[int, tuple[Any, int]] = {}  # with the first step that is not logged yet
         self._identity = directory / f"{name}.id"  # what tells this sweep from others of its name
         self._resume = "allow" if self._identity.exists() else "never"
@@ -176,7 +177,7 @@ class Tracker:
             "project": self._directory.name,
             "name": _name(run, one.name),
             "group": one.name.partition(" seed=")[0],
-            "config": grid.flat_settings(one),
+            "config": self._settings[run],
             "resume": self._resume,
         }
         own: dict[str, Any]

@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gipo_jax import cli
+from gipo_jax import cli, objectives
 from tests import programs
 from tests.programs import ROOT
 
@@ -225,6 +225,18 @@ def test_forked_objective_of_the_readme_is_short() -> None:
 def test_python_examples_of_the_readme_have_at_most_twelve_lines_of_code() -> None:
     lines = [line for line in _blocks("python")[0].splitlines() if line.strip()]
     assert len(lines) <= 12
+
+
+def test_the_readme_lists_every_objective_with_its_paper_under_its_kind() -> None:
+    rows: dict[str, list[str]] = {}
+    for name in objectives.KNOWN:
+        spec = objectives.spec(name)
+        number = (spec.source or "").removeprefix("arXiv:")
+        paper = f"[{spec.source}](https://arxiv.org/abs/{number})" if spec.source else "(no paper)"
+        rows.setdefault(spec.kind, []).append(f"`{spec.name}` {paper}")
+    for kind, entries in rows.items():
+        assert f"| {kind} | {', '.join(entries)} |" in README
+    assert f"**{len(objectives.KNOWN)} objectives in one file**" in README
 
 
 def test_readme_commands_parse() -> None:
