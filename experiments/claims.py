@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments import metaworld, scores
-from experiments.store import NotRunError
-from experiments.tasks import PPO, REGIMES, REUSE, SAPO
+from . import metaworld, scores
+from .store import NotRunError
+from .tasks import PPO, REGIMES, REUSE, SAPO
 
 Read = Callable[[str], pd.DataFrame]
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.store import DataError, Store
-from experiments.tasks import COMMON, Cell, Method, Part, Scale, Task
 from gipo_jax import objectives, sweep
 from gipo_jax.sweep import results
+
+from .store import DataError, Store
+from .tasks import COMMON, Cell, Method, Part, Scale, Task
 
 Tables = dict[str, pd.DataFrame]
 

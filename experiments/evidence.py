@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments import metaworld, scores
-from experiments.engine import KEYS, Tables, best_rates
-from experiments.scores import OURS, regimes_of, scored
-from experiments.store import NotRunError, Store
-from experiments.tasks import NO_CLIP, PPO, SAPO
 from gipo_jax.analysis import stats
+
+from . import metaworld, scores
+from .engine import KEYS, Tables, best_rates
+from .scores import OURS, regimes_of, scored
+from .store import NotRunError, Store
+from .tasks import NO_CLIP, PPO, SAPO
 
 CEILINGS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "Catch-bsuite": 0.9}
 """Final return from which a run counts as at the ceiling; the other tasks have none.

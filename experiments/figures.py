@@ -16,13 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from experiments import flow, metaworld, scores, selection, sequences
-from experiments.store import NotRunError, Store
-from experiments.tasks import FRESH, REUSE, STALE
 from gipo_jax import ratio_levels
 from gipo_jax.analysis import plots
 from gipo_jax.analysis.plots import Look as Style
 from gipo_jax.domains.flow import tasks as flow_tasks
+
+from . import flow, metaworld, scores, selection, sequences
+from .store import NotRunError, Store
+from .tasks import FRESH, REUSE, STALE
 
 CLAIMS = {
     4: "final return (> 0: GIPO better)",

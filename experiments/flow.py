@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from experiments.store import Store
 from gipo_jax import learner, train
 from gipo_jax.analysis import plots, stats
 from gipo_jax.analysis.plots import Look
 from gipo_jax.config import Config, HParams, stack
 from gipo_jax.domains.flow import domain as flow_domain
 from gipo_jax.domains.flow import sampler, tasks
+
+from .store import Store
 
 
 @dataclasses.dataclass(frozen=True)

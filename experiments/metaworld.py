@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from experiments import engine
-from experiments.engine import Study, Sweep, Tables
-from experiments.store import DataError, Store
-from experiments.tasks import GIPO, NO_CLIP, PPO, SAPO, Method
 from gipo_jax import environments, protocols, sweep
 from gipo_jax.analysis import plots, stats
 from gipo_jax.config import Config
+
+from . import engine
+from .engine import Study, Sweep, Tables
+from .store import DataError, Store
+from .tasks import GIPO, NO_CLIP, PPO, SAPO, Method
 
 PROTOCOL = protocols.settings("gipo-metaworld") | {
     # As the stored runs had them, from before the protocol took the authors' values.

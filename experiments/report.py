@@ -12,11 +12,12 @@ from typing import Any
 
 import pandas as pd
 
-from experiments import claims, flow, metaworld, scores, sequences
-from experiments.claims import Read, cell, ends
-from experiments.store import NotRunError, Store
-from experiments.tasks import NO_CLIP, PPO, REGIMES, REUSE
 from gipo_jax.analysis import plots
+
+from . import claims, flow, metaworld, scores, sequences
+from .claims import Read, cell, ends
+from .store import NotRunError, Store
+from .tasks import NO_CLIP, PPO, REGIMES, REUSE
 
 BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

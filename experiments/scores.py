@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from experiments.engine import KEYS, Arm, Tables, Trained, best_rates
-from experiments.store import DataError, Store
-from experiments.tasks import (
+from gipo_jax.analysis import plots, stats
+
+from .engine import KEYS, Arm, Tables, Trained, best_rates
+from .store import DataError, Store
+from .tasks import (
     GIPO,
     GIPO_02,
     GIPO_05,
@@ -27,7 +29,6 @@ from experiments.tasks import (
     Method,
     Part,
 )
-from gipo_jax.analysis import plots, stats
 
 OURS = GIPO.label
 """The method that claims are judged by: sigma 1."""

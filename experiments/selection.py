@@ -6,12 +6,13 @@ import jax
 import numpy as np
 import pandas as pd
 
-from experiments.engine import Study, Sweep, Tables, Trained
-from experiments.store import Store
 from gipo_jax import sweep, train
 from gipo_jax.analysis import plots, stats
 from gipo_jax.config import stack
 from gipo_jax.domains.tokens import tasks
+
+from .engine import Study, Sweep, Tables, Trained
+from .store import Store
 
 THRESHOLD = 0.9
 PROMPTS, ANSWERS = 16, 8

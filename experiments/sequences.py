@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import pandas as pd
 
-from experiments import tasks
-from experiments.engine import Study, Sweep, Tables, Trained
-from experiments.store import Store
-from experiments.switch import sequence_methods
-from experiments.tasks import GIPO, NO_CLIP, PPO, Cell, Method, Part, Task, replay
 from gipo_jax import ratio_levels, sweep, train
 from gipo_jax.analysis import plots, stats
 from gipo_jax.config import HParams
+
+from . import tasks
+from .engine import Study, Sweep, Tables, Trained
+from .store import Store
+from .switch import sequence_methods
+from .tasks import GIPO, NO_CLIP, PPO, Cell, Method, Part, Task, replay
 
 WIDE_GIPO = Method("gipo", {"sigma": 10**0.5}, "GIPO σ=3.2")
 """With the width of one token's ratio for the joint ratio of 10 independent tokens, whose logarithm

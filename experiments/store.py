@@ -10,6 +10,7 @@ OUT/manifest.json           figure -> command, data files and checksums
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Store:
     @property
     def command(self) -> str:
         """The command line that runs this experiment."""
-        return f"python scripts/reproduce.py {self.experiment} {self.options}"
+        return f"gipo-jax reproduce {self.experiment} {self.options}"
 
     def of(self, experiment: str) -> "Store":
         """The same folder for another experiment, whose runs this one shares."""
@@ -123,7 +124,7 @@ class Store:
             DataError: as in ``read``.
         """
         entry = self.manifest()["data"].get(f"data/{table}.csv")
-        if entry is None or _without_folder(entry["command"]) != _without_folder(self.command):
+        if entry is None or _settings(entry["command"]) != _settings(self.command):
             return None
         # A store of its own: what is read here is no source of a figure. A table may have no rows,
         # as where nothing is tuned.
@@ -187,8 +188,9 @@ class Store:
         _replace(self.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def _without_folder(command: str) -> str:
-    return command.partition(" --out ")[0]
+def _settings(command: str) -> str:
+    """A stored command without the program that ran it and the folder that it wrote to."""
+    return re.sub(r"^.*?reproduce(\.py)? | --out .*", "", command)
 
 
 def _write_csv(path: Path, frame: pd.DataFrame, digits: int) -> None:

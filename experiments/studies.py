@@ -7,10 +7,12 @@ them. PLAN.md says why each is as it is. Old names of studies are aliases.
 import dataclasses
 from typing import Any
 
-from experiments import engine, evidence, flow, metaworld, scores, selection, sequences, switch
-from experiments.engine import Study
-from experiments.exact import bounds, gridworld, reuse_bias, sequence_bias, weights
-from experiments.tasks import (
+from gipo_jax.config import KERNELS
+
+from . import engine, evidence, flow, metaworld, scores, selection, sequences, switch
+from .engine import Study
+from .exact import bounds, gridworld, reuse_bias, sequence_bias, weights
+from .tasks import (
     ACROBOT,
     ASTERIX,
     BREAKOUT,
@@ -35,7 +37,6 @@ from experiments.tasks import (
     replay,
     windows,
 )
-from gipo_jax.config import KERNELS
 
 PRESETS = ("quick", "committed", "full")
 """Scales: a check in minutes, the results in this repository, and what a GPU should run."""

@@ -1,4 +1,4 @@
-"""The command ``gipo-jax``: sweep, plot, check, objectives.
+"""The command ``gipo-jax``: sweep, plot, show, check, reproduce, objectives.
 
 Options are read off the fields of ``Config``, ``HParams`` and ``sweep.Options`` and off the
 signatures of the objectives, so that a new setting is an option without a line here.
@@ -7,6 +7,7 @@ signatures of the objectives, so that a new setting is an option without a line 
 import argparse
 import dataclasses
 import functools
+import importlib
 import os
 import shlex
 import sys
@@ -29,6 +30,7 @@ _SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params", "env_params")
 # Old names of options, which work for one release more
 _RENAMED = {
     "--actor-every": "--policy-delay",
+    "--tensorboard": "--log=tensorboard",
     "--time-limit-is-death": "--truncation-is-termination",
     "--no-time-limit-is-death": "--no-truncation-is-termination",
 }
@@ -103,9 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     _add_sweep(commands)
 
-    plot = commands.add_parser("plot", help="draw the figures of a sweep")
-    plot.add_argument("directory", metavar="DIR", help="folder of a sweep")
+    text = "folders of sweeps; several count as one sweep of all their runs"
+    plot = commands.add_parser("plot", help="draw the figures of sweeps")
+    plot.add_argument("directories", nargs="+", type=_folder, metavar="DIR", help=text)
+    plot.add_argument(
+        "--out",
+        type=_folder,
+        metavar="FOLDER",
+        help="folder of the figures (default: figures in the sweep's folder; needed for several)",
+    )
     plot.set_defaults(act=_plot)
+
+    show = commands.add_parser("show", help="print the returns of sweeps, methods x buffer sizes")
+    show.add_argument("directories", nargs="+", type=_folder, metavar="DIR", help=text)
+    show.set_defaults(act=_show)
 
     checking = commands.add_parser(
         "check",
@@ -114,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     checking.add_argument("directory", metavar="DIR", help="folder of a sweep")
     checking.set_defaults(act=_check)
+
+    _add_reproduce(commands)
 
     listing = commands.add_parser("objectives", help="list the objectives")
     listing.set_defaults(act=_objectives)
@@ -155,6 +170,46 @@ def _add_sweep(commands: Any) -> None:
     _add_objective_parameters(parser, {f.name for f in dataclasses.fields(Config)} | set(names))
     _add_fields(parser.add_argument_group("execution"), Options, listed=())
     _add_distributed(parser.add_argument_group("several processes"))
+
+
+def _add_reproduce(commands: Any) -> None:
+    parser = commands.add_parser(
+        "reproduce",
+        help="run the experiments on the paper's claims and beyond",
+        description="Runs the experiments, on the paper's claims and beyond, and draws their"
+        " figures. The same command continues what was interrupted.",
+    )
+    parser.set_defaults(act=_reproduce)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experiments (default: all)")
+    parser.add_argument(
+        "--preset",
+        default="quick",
+        help="scale: a check in minutes (quick, default), that of the published results"
+        " (committed), or one for a GPU (full; metaworld stays on CPU)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/reproduce"),
+        metavar="DIR",
+        help="folder for data and figures (default: %(default)s); what it holds is continued",
+    )
+    parser.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="train only the I-th of N shares, to spread work over processes or evenings; whoever"
+        " comes last draws everything (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        dest="verdicts",
+        help="also write the verdict on every claim, from the numbers of all figures in --out",
+    )
+    parser.add_argument("--list", action="store_true", help="list the experiments and stop")
+    parser.add_argument("--plot-only", action="store_true", help="redraw from stored data")
 
 
 def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
@@ -263,7 +318,7 @@ def _sweep(given: dict[str, Any]) -> int:
         diverged = f", {len(summary.diverged)} of them diverged" if summary.diverged else ""
         print(f"{len(runs)} runs{diverged}; results in {out}")
         if draw:
-            _draw(Path(out))
+            _draw([Path(out)], Path(out) / results.FIGURES)
         look = (
             f"look at {out}/figures" if draw else f"gipo-jax plot {shlex.quote(out)} draws figures"
         )
@@ -319,12 +374,21 @@ def _join_cluster(given: dict[str, Any]) -> None:
         raise _UsageError(f"{flag} goes with --distributed")
 
 
+def _folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def _plot(given: dict[str, Any]) -> int:
     from gipo_jax.sweep import results
 
-    directory = Path(given["directory"]).expanduser()
-    results.check_holds_sweep(directory, "directory")
-    _draw(directory)
+    directories, out = given["directories"], given["out"]
+    for directory in directories:
+        results.check_holds_sweep(directory, "directory")
+    if out is None:
+        if len(directories) > 1:
+            raise _UsageError("plot: --out is missing; expected a folder for figures of several")
+        out = directories[0] / results.FIGURES
+    _draw(directories, out)
     return 0
 
 
@@ -341,11 +405,42 @@ def _check(given: dict[str, Any]) -> int:
     return 0 if whole else FAILED
 
 
-def _draw(directory: Path) -> None:
-    from gipo_jax.analysis import plots
+def _draw(directories: Sequence[Path], out: Path) -> None:
+    from gipo_jax.analysis import sweeps
 
-    for path in plots.draw_sweep(directory):
+    for path in sweeps.draw(directories, out):
         print(path)
+
+
+def _show(given: dict[str, Any]) -> int:
+    from rich.console import Console
+
+    from gipo_jax.analysis import sweeps
+    from gipo_jax.sweep import results
+
+    for directory in given["directories"]:
+        results.check_holds_sweep(directory, "directory")
+    sweeps.show(given["directories"], Console(highlight=False, markup=False))
+    return 0
+
+
+def _reproduce(given: dict[str, Any]) -> int:
+    # A checkout's own experiments; a wheel holds them under a name that nobody else has.
+    checkout = Path(gipo_jax.__file__).resolve().parents[1]
+    package = "gipo_jax_experiments"
+    if (checkout / "pyproject.toml").exists():
+        package = "experiments"
+        sys.path.insert(0, str(checkout))
+    reproduce = importlib.import_module(f"{package}.reproduce")
+    if given.pop("list"):
+        for name, study in reproduce.STUDIES.items():
+            print(f"{name:22} {study.question}")
+        return 0
+    try:
+        reproduce.run(**given)
+    except reproduce.DataError as error:
+        raise _UsageError(str(error)) from error
+    return 0
 
 
 def _objectives(given: dict[str, Any]) -> int:

@@ -5,11 +5,13 @@
 #   VENV    where the environment goes           (default: .venv in the checkout)
 #   PYTHON  interpreter that makes it            (default: the first Python 3.11 to 3.14 found)
 #   EXTRAS  extras of pyproject.toml to install  (default: dev; on a GPU machine dev,cuda)
+#   CONSTRAINTS  file with the exact versions    (default: constraints.txt in the checkout)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 extras=${EXTRAS:-dev}
+constraints=${CONSTRAINTS:-$root/constraints.txt}
 
 usable() { # a shim may exist for a Python that is not there, so run it
   "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' \
@@ -49,9 +51,9 @@ fi
 wanted=$(cd "$root" && "$python" -c '
 import hashlib, sys
 digest = hashlib.sha256("\0".join(sys.argv[1:]).encode())
-for name in ("pyproject.toml", "constraints.txt", "scripts/setup.sh"):
+for name in ("pyproject.toml", sys.argv[3], "scripts/setup.sh"):
     digest.update(open(name, "rb").read())
-print(digest.hexdigest())' "$root" "$extras")
+print(digest.hexdigest())' "$root" "$extras" "$constraints")
 
 if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
   echo "setup: installing into $venv (a few minutes the first time)" >&2
@@ -59,7 +61,7 @@ if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
   [[ -x $venv/bin/python ]] || "$python" -m venv "$venv" >&2
   python=$venv/bin/python
   log=$venv/setup.log
-  install=("$python" -m pip install --disable-pip-version-check --constraint "$root/constraints.txt")
+  install=("$python" -m pip install --disable-pip-version-check --constraint "$constraints")
   # The build back end is pinned too, so it comes from the environment and not from an isolated one.
   if ! {
     "${install[@]}" pip setuptools &&

@@ -61,6 +61,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
         ("--buffer-size 12", ("buffer_size", "12", "multiple of")),
         ("--buffer-size 8 --batch-size 16", ("buffer_size", "8", "batch_size 16")),
         ("--total-steps 97", ("total_steps", "97")),
+        ("--log paper", ("log", "paper", "tensorboard")),
         ("--batch-mode fast", ("batch_mode", "fast", "vmap")),
         ("--memory-limit much", ("memory_limit", "much", "8GB")),
         ("--kernel square", ("kernel", "square", "cauchy")),
@@ -140,10 +141,60 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert done.stderr == ""
 
 
-def test_plotting_a_folder_without_a_sweep_is_refused(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("command", ["plot", "show"])
+def test_looking_at_a_folder_without_a_sweep_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
 ) -> None:
-    assert "a folder that holds a sweep" in fails(capsys, "plot", str(tmp_path))
+    assert "a folder that holds a sweep" in fails(capsys, command, str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def two_sweeps(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Sweeps of two learning rates, which neither of them varies; the first has a run diverged
+    and a run unfinished, by its table."""
+    folder = tmp_path_factory.mktemp("two")
+    outs = str(folder / "a"), str(folder / "b")
+    for out, rate in zip(outs, ("0.001", "0.01"), strict=True):
+        settings = [*SMALL, "--env", "Catch-bsuite", "--learning-rate", rate, "--seeds", "3"]
+        assert cli.main(["sweep", *settings, "--out", out]) == 0
+    table = results.read_runs(outs[0])
+    table["final_return"] = [1.0, 2.0, 6.0]
+    table["status"] = ["done", "diverged", "waiting"]
+    table.to_csv(Path(outs[0], results.RUNS), index=False)
+    return outs
+
+
+def test_a_sweep_is_shown_with_its_returns_and_what_diverged_or_is_unfinished(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    two_sweeps: tuple[str, str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    capsys.readouterr()
+    assert cli.main(["show", two_sweeps[0]]) == 0
+    text = capsys.readouterr().out
+    assert "IQM 3 [1, 6]" in text and "mean 3 [1, 6]" in text and "3 of 3 seeds" in text
+    assert "diverged: Catch-bsuite GIPO buffer 16, seeds 1" in text
+    assert "unfinished: Catch-bsuite GIPO buffer 16, seeds 2" in text
+    assert f"--resume --out {two_sweeps[0]}" in text
+
+
+def test_sweeps_are_shown_and_drawn_together_with_the_setting_that_tells_them_apart(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    two_sweeps: tuple[str, str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    capsys.readouterr()
+    # The first again: its runs count once.
+    assert cli.main(["show", *two_sweeps, two_sweeps[0]]) == 0
+    text = capsys.readouterr().out
+    assert "learning_rate=0.001" in text and "learning_rate=0.01" in text
+    assert text.count("3 of 3 seeds") == 2
+    assert "--out" in fails(capsys, "plot", *two_sweeps)
+    assert cli.main(["plot", *two_sweeps, "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.glob("*.png"))
 
 
 def test_an_error_in_a_users_objective_is_shown_as_theirs(
@@ -221,6 +272,7 @@ def test_a_sweep_ends_with_figures_and_says_what_to_do_next(
     [
         (["--actor-every", "0"], "--policy-delay"),
         (["--actor-every=0"], "--policy-delay"),
+        (["--tensorboard", "--policy-delay", "0"], "--log=tensorboard"),
         (["--no-time-limit-is-death", "--policy-delay", "0"], "--no-truncation-is-termination"),
     ],
 )
@@ -252,7 +304,7 @@ def test_help_lists_every_option_with_its_default_and_meaning(
         --env --objective --sigma --sigma-neg-ratio --kernel --buffer-size --seeds --seed-offset
         --total-steps --num-envs --rollout-length --batch-size --updates-per-iteration
         --learning-rate --value-learning-rate --gamma --gae-lambda --resume --out --clip-eps
-        --batch-mode --distributed --tensorboard --objective-arg
+        --batch-mode --distributed --log --objective-arg
     """
     for option in options.split():
         assert f"{option} " in text

@@ -2,10 +2,11 @@
 
 import re
 import struct
+import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import gipo_jax
 from gipo_jax import sweep
 from gipo_jax.config import ConfigError
-from gipo_jax.sweep import report, results
+from gipo_jax.sweep import loggers, report, results
 from tests.programs import ROOT
 
 DOCUMENT = ROOT / "docs" / "sweeps.md"
@@ -46,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.extend(points)
         fail(points)
 
-    options = sweep.Options(quiet=True, tensorboard=True, devices=1)
+    options = sweep.Options(quiet=True, log="tensorboard", devices=1)
     sweep.run(runs, directory, options, on_log=both)
     assert [row["run"] for row in rows] == [0, 1]  # switched off after it failed
     return directory
@@ -108,7 +109,7 @@ def row(run: int, env_steps: int) -> dict[str, Any]:
 
 def test_tensorboard_drops_the_points_that_a_resumed_sweep_makes_again(tmp_path: Path) -> None:
     for steps in ((8, 16, 24), (16, 24)):
-        board = report.TensorBoard(tmp_path, ["run"], pytest.fail)
+        board = loggers.TensorBoard(tmp_path, ["run"], pytest.fail)
         for number in steps:
             board([row(0, number)])
         board.close()
@@ -123,18 +124,18 @@ def test_tensorboard_shows_each_point_once_whatever_the_clock_says(
 ) -> None:
     for now, steps in ((2e9, (8, 16, 24)), (clock, (16, 24, 32)), (clock, (32, 40))):
         monkeypatch.setattr(time, "time", lambda now=now: now)
-        board = report.TensorBoard(tmp_path, ["run"], pytest.fail)
+        board = loggers.TensorBoard(tmp_path, ["run"], pytest.fail)
         for number in steps:
             board([row(0, number)])
         board.close()
-    assert report.event_steps(tmp_path) == {0: [8, 16, 24, 32, 40]}
+    assert loggers.event_steps(tmp_path) == {0: [8, 16, 24, 32, 40]}
 
 
 def test_tensorboard_takes_names_of_any_length_and_a_fault_of_one_run_leaves_the_others(
     tmp_path: Path,
 ) -> None:
     warned: list[str] = []
-    board = report.TensorBoard(tmp_path, ["long" * 100, "b", "c"], warned.append)
+    board = loggers.TensorBoard(tmp_path, ["long" * 100, "b", "c"], warned.append)
     (tmp_path / "00001 b").write_text("in the way")
     for steps in (8, 16):
         board([row(run, steps) for run in range(3)])
@@ -142,6 +143,80 @@ def test_tensorboard_takes_names_of_any_length_and_a_fault_of_one_run_leaves_the
     written = [event.step for event in events(tmp_path) if event.summary.value]
     assert sorted(written) == [8, 8, 16, 16]
     assert len(warned) == 1 and "00001 b" in warned[0]
+
+
+CATCH = sweep.expand(
+    env="Catch-bsuite", num_envs=2, rollout_length=4, batch_size=8, total_steps=24, buffer_size=16,
+    num_logs=3, eval_episodes=0, hidden_sizes=(8,), seeds=2,
+)  # fmt: skip
+
+
+def log_and_go_on(logger: str, directory: Path) -> None:
+    """Logs two of three points of two seeds, then all again, as a resumed sweep may."""
+    for steps in ((8, 16), (8, 16, 24)):
+        tracker = loggers.make(logger, directory, CATCH, pytest.fail)
+        for number in steps:
+            tracker([row(run, number) | {"kl": float("nan")} for run in range(2)])
+        tracker.close()
+
+
+def test_trackio_has_a_run_for_each_seed_and_no_point_twice_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when trackio is imported
+    trackio = pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (tmp_path / "sizes").mkdir()
+    log_and_go_on("trackio", tmp_path / "sizes")
+    runs = {run.name: run for run in trackio.Api().runs("sizes")}
+    assert [name.rpartition(" ")[2] for name in sorted(runs)] == ["seed=0", "seed=1"]
+    for name, run in runs.items():
+        assert run.config["_Group"] == "Catch-bsuite gipo buffer_size=16"
+        points = SQLiteStorage.get_logs("sizes", name, run_id=run.id)
+        assert [(point["step"], point["entropy"]) for point in points] == [
+            *((8, 0.5), (16, 0.5), (24, 0.5))
+        ]
+        assert "kl" not in points[0]
+
+
+class StandIn:
+    """A run of Weights & Biases as far as a tracker uses it, kept by a server across sessions."""
+
+    kept: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given, self.finished = given, False
+        self.points: list[tuple[int, dict[str, float]]] = []
+
+    @classmethod
+    def init(cls, **given: Any) -> "StandIn":
+        assert (given["id"] in cls.kept) == (given["resume"] == "allow")
+        return cls.kept.setdefault(given["id"], cls(given))
+
+    @property
+    def step(self) -> int:
+        return max((step for step, _ in self.points), default=-1) + 1
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.points.append((step, values))
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_weights_and_biases_get_a_run_for_each_seed_in_the_group_of_its_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", StandIn)
+    monkeypatch.setattr(StandIn, "kept", {})
+    log_and_go_on("wandb", tmp_path)
+    first, second = StandIn.kept.values()
+    assert first.points == second.points == [(step, {"entropy": 0.5}) for step in (8, 16, 24)]
+    assert first.given["project"] == tmp_path.name
+    assert first.given["group"] == second.given["group"] == "Catch-bsuite gipo buffer_size=16"
+    assert second.given["config"]["seed"] == 1
+    assert first.finished and second.finished
 
 
 def hang(event: threading.Event) -> None:

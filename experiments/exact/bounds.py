@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.store import Store
 from gipo_jax import objectives
 from gipo_jax.analysis import gridworld
+
+from ..store import Store
 
 BOUND_SIGMAS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.5, 3.0)
 SIGMAS = (0.5, 1.0, 2.0)

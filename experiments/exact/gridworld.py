@@ -5,9 +5,10 @@ import functools
 import numpy as np
 import pandas as pd
 
-from experiments.store import Store
 from gipo_jax import objectives
 from gipo_jax.analysis import gridworld
+
+from ..store import Store
 
 SIGMAS = (0.1, 0.3, 0.5, 1.0, 2.0)
 CURVES = {

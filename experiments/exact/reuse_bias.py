@@ -18,9 +18,10 @@ import pandas as pd
 from gymnax.environments.bsuite import catch as gymnax_catch
 from jax import Array
 
-from experiments.store import Store
 from gipo_jax import loss_terms, networks, objectives
 from gipo_jax.analysis import reuse_bias, stats
+
+from ..store import Store
 
 SIZES = (30, 40, 50)
 """Episodes in the buffer."""

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.exact import reuse_bias
-from experiments.store import Store
 from gipo_jax import objectives, ratio_levels
 from gipo_jax.analysis import plots, sequence_tree, stats
 from gipo_jax.analysis.gridworld import softmax
+
+from ..store import Store
+from . import reuse_bias
 
 STEPS = len(reuse_bias.ANSWER)
 LEVELS = tuple(ratio_levels.LEVELS)

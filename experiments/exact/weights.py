@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from jax import Array
 
-from experiments.store import Store
-from experiments.switch import any_of_them
 from gipo_jax import objectives
+
+from ..store import Store
+from ..switch import any_of_them
 
 SIGMAS = (0.2, 0.5, 1.0, 2.0)
 SAPO_TAU = {"tau_pos": 1.0, "tau_neg": 2.0}

@@ -22,7 +22,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from gipo_jax.analysis import stats
-from gipo_jax.sweep import results
 
 WIDTH = 7.0  # Width of a figure in inches: a page's text width
 PANEL = 2.15  # Height of a row of panels in inches
@@ -278,28 +277,10 @@ def _lighter(color: str, steps: int) -> str:
     return "#" + "".join(f"{round(255 - (255 - c) * keep):02X}" for c in (red, green, blue))
 
 
-def draw_sweep(directory: str | Path) -> list[Path]:
-    """Draws what a sweep measured into ``figures/`` of its folder, and returns the files written.
-
-    Figures are learning curves; final return against buffer size; and, against buffer size, the
-    effective sample size, the share of samples with a weight near zero, and the age of the data.
-    Raises ``results.ResultsError`` where the folder holds no sweep, or nothing to draw yet.
-    """
-    directory = Path(directory)
-    runs, metrics = results.read_runs(directory), results.read_metrics(directory)
-    if metrics.empty:
-        raise results.ResultsError(f"{directory / results.METRICS} holds no logged point yet")
-    paths = []
-    with style():
-        for name, figure, _ in sweep_figures(runs, metrics):
-            paths += save(figure, directory / results.FIGURES / name)
-    return paths
-
-
 def sweep_figures(
     runs: pd.DataFrame, metrics: pd.DataFrame
 ) -> Iterator[tuple[str, Figure, pd.DataFrame]]:
-    """The figures of ``draw_sweep`` one by one: name, figure, and the numbers it shows."""
+    """The figures of ``sweeps.draw`` one by one: name, figure, and the numbers it shows."""
     names, looks = methods(runs)
     runs = runs.assign(method=names)
     columns = ["run", "env", "method", "buffer_size", "seed"]

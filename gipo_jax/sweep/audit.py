@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from gipo_jax.config import Config
 from gipo_jax.settings import log_boundaries
-from gipo_jax.sweep import checkpoint, folder, grid, lock, report, results
+from gipo_jax.sweep import checkpoint, folder, grid, lock, loggers, results
 from gipo_jax.sweep.plan import Progress
 from gipo_jax.sweep.results import ResultsError
 
@@ -75,8 +75,8 @@ def check(directory: Path, *, at_end: bool = False) -> Iterator[Finding]:
         config = results.read_config(directory)
         settings = grid.settings_of_runs(config["groups"])
         sizes = [_sizes(run) for run in settings]
-        began_with = config["metrics"], config["options"]["tensorboard"]
-    except (ResultsError, LookupError, TypeError, ValueError) as error:
+        began_with = config["metrics"], config["options"].get("log") == "tensorboard"
+    except (ResultsError, AttributeError, LookupError, TypeError, ValueError) as error:
         yield Finding(results.CONFIG, False, _line(error))
         return
     yield Finding(results.CONFIG, True, f"{len(settings)} runs")
@@ -98,7 +98,7 @@ def check(directory: Path, *, at_end: bool = False) -> Iterator[Finding]:
         text = f"cannot be judged where {finding.part} is not whole"
         yield Finding(results.RUNS, False, text)
     yield _params(sweep)
-    if not at_end and (directory / report.EVENTS).exists():
+    if not at_end and (directory / loggers.EVENTS).exists():
         yield _events(sweep)
     if held is None:
         yield Finding(lock.NAME, True, "no process writes here")
@@ -263,11 +263,11 @@ def _params(sweep: _Sweep) -> Finding:
 
 def _events(sweep: _Sweep) -> Finding:
     try:
-        steps = report.event_steps(sweep.directory / report.EVENTS)
+        steps = loggers.event_steps(sweep.directory / loggers.EVENTS)
     except ImportError:
-        return Finding(report.EVENTS, True, "not read: tensorboardX is not installed")
+        return Finding(loggers.EVENTS, True, "not read: tensorboardX is not installed")
     except (OSError, ValueError) as error:
-        return Finding(report.EVENTS, False, _line(error))
+        return Finding(loggers.EVENTS, False, _line(error))
     for run, points in enumerate(sweep.points):
         expected = [stop * sweep.blocks[run] for stop in sweep.stops[run][:points]]
         found = steps.get(run, [])
@@ -278,8 +278,10 @@ def _events(sweep: _Sweep) -> Finding:
             expected = expected[len(expected) - len(known) :]
         if known != expected:
             wrong = sorted(set(expected) ^ set(known)) or known
-            return Finding(report.EVENTS, False, f"run {run}: {_some('step', wrong)} lost or twice")
-    return Finding(report.EVENTS, True, f"{len(steps)} runs")
+            return Finding(
+                loggers.EVENTS, False, f"run {run}: {_some('step', wrong)} lost or twice"
+            )
+    return Finding(loggers.EVENTS, True, f"{len(steps)} runs")
 
 
 def _some(what: str, numbers: Sequence[int]) -> str:

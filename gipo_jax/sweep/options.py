@@ -43,5 +43,10 @@ class Options:
         "least time between two checkpoints; 0 makes one at every logged point",
         Validator("a number >= 0", lambda v: isinstance(v, int | float) and v >= 0),
     )
-    tensorboard: bool = setting(False, "also write TensorBoard event files", flag)
+    log: str | None = setting(
+        None,
+        "where logged points go besides the tables: TensorBoard event files, trackio, which is"
+        " local, or Weights & Biases",
+        optional(one_of("tensorboard", "trackio", "wandb")),
+    )
     quiet: bool = setting(False, "show no progress", flag)

@@ -18,21 +18,14 @@ import numpy as np
 
 from gipo_jax import train, user_files
 from gipo_jax.config import ConfigError, check_fields
-from gipo_jax.sweep import audit, checkpoint, cluster, grid, plan, results
+from gipo_jax.sweep import audit, checkpoint, cluster, grid, loggers, plan, results
 from gipo_jax.sweep.folder import Folder
 from gipo_jax.sweep.grid import Run
 from gipo_jax.sweep.interrupts import EXIT_CODES, Interrupted, StopSignals, catch_stop_signals
 from gipo_jax.sweep.options import Options, bytes_of
 from gipo_jax.sweep.plan import Group, Part, Slices
 from gipo_jax.sweep.program import Program
-from gipo_jax.sweep.report import (
-    EVENTS,
-    Callback,
-    Dispatcher,
-    Reporter,
-    TensorBoard,
-    median_returns,
-)
+from gipo_jax.sweep.report import Callback, Dispatcher, Reporter, median_returns
 
 
 class Summary(NamedTuple):
@@ -119,11 +112,10 @@ def _train(
     main = cluster.is_main_process()
     reporter = Reporter(*_steps(runs, folder), show=main and not options.quiet)
     callbacks, held = [on_log] if on_log and main else [], contextlib.ExitStack()
-    if options.tensorboard and main:
-        names = [run.name for run in runs]
-        board = TensorBoard(folder.directory / EVENTS, names, reporter.warn)
-        callbacks.append(board)
-        held.callback(board.close)
+    if options.log is not None and main:
+        logger = loggers.make(options.log, folder.directory, runs, reporter.warn)
+        callbacks.append(logger)
+        held.callback(logger.close)
     with (
         catch_stop_signals() as signals,
         contextlib.closing(reporter),
@@ -216,8 +208,8 @@ def _prepare(
         if not runs:
             raise ConfigError("runs", [], "at least one run")
         check_fields(options)
-        if options.tensorboard:
-            TensorBoard.check()
+        if options.log is not None:
+            loggers.check(options.log)
         folder = Folder(directory, runs, resume)
         groups = plan.group_runs(runs)
         memory = plan.memory_limit(jax.local_devices()[: options.devices])

@@ -1,13 +1,18 @@
 """The code of the pages in docs runs as printed, block after block, in an empty folder."""
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gipo_jax import cli, objectives
+from tests import programs
 from tests.programs import ROOT
 
 DOCS = ROOT / "docs"
@@ -70,6 +75,35 @@ def test_code_of_the_page_on_flows_runs_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("flow.md", tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_tour_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, for an eighth of the steps."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((DOCS / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "total_steps=16_384" in code
+    code = code.replace("total_steps=16_384", "total_steps=2_048")
+    names: dict[str, Any] = {"__name__": "tour"}
+    exec(compile(code, "tour.ipynb", "exec"), names)
+    assert names["metrics"]["eval_return"].shape[0] == len(names["rows"])
+    assert (tmp_path / "tour.png").exists()
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning() -> None:
+    pytest.importorskip("zensical")
+    pytest.importorskip("mkdocstrings")
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "docs.sh")],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=programs.SECONDS,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'id="gipo_jax.train.make_train"' in (ROOT / "build/site/docs/api/index.html").read_text()
 
 
 def test_the_page_of_related_systems_names_every_objective() -> None:

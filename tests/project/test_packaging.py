@@ -2,9 +2,11 @@
 
 import ast
 import importlib.metadata
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gipo_jax import cli
+from gipo_jax import cli, objectives
 from tests import programs
 from tests.programs import ROOT
 
@@ -23,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared though nothing here imports them; pyproject.toml says why.
 NOT_IMPORTED = {"jaxlib", "six"}
 # Extras whose imports are inside functions, or in a module of their own.
-OPTIONAL = ("tensorboard", "envpool", "tunix", "brax", "craftax", "xminigrid")
+OPTIONAL = ("tensorboard", "trackio", "envpool", "tunix", "brax", "craftax", "xminigrid")
 
 # Names of distributions that need not be installed, where they are not that of the import
 DISTRIBUTIONS = {"tunix": ["google-tunix"], "mujoco_playground": ["playground"]}
@@ -93,7 +95,7 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
 
 def test_environment_holds_the_pinned_versions() -> None:
     """What an installed requirement needs in turn is pinned too, at the version installed."""
-    text = (ROOT / "constraints.txt").read_text()
+    text = Path(os.environ.get("CONSTRAINTS", ROOT / "constraints.txt")).read_text()
     pins = {canonicalize_name(n): v for n, v in re.findall(r"^([\w.-]+)==(\S+)$", text, re.M)}
     seen: set[str] = set()
     pending = [canonicalize_name(name) for name in _names(PROJECT["dependencies"])]
@@ -134,6 +136,42 @@ def test_the_module_is_a_command_and_runs_outside_the_checkout(tmp_path: Path) -
     done = run_outside(tmp_path, sys.executable, "-m", "gipo_jax", *words)
     assert done.returncode == 2
     assert "gamma: 2 is not valid" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {
+        path.parent for top in ("gipo_jax", "experiments") for path in ROOT.glob(f"{top}/**/*.py")
+    }
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(listed) == {re.sub("^experiments", "gipo_jax_experiments", name) for name in names}
+
+
+@pytest.mark.slow
+def test_a_study_is_reproduced_from_the_wheel_in_an_empty_folder(tmp_path: Path) -> None:
+    source, site, folder = (tmp_path / name for name in ("source", "site", "empty"))
+    folder.mkdir()
+    for top in ("gipo_jax", "experiments"):
+        shutil.copytree(ROOT / top, source / top, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    unbuilt = ["--no-deps", "--no-index", "--no-build-isolation", "--target", str(site)]
+    done = run_outside(folder, *pip, "install", *unbuilt, str(source))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {
+        *("bin", "gipo_jax", "gipo_jax_experiments")
+    }
+    shutil.rmtree(source)
+    # What is in the wheel comes before what this environment has; its dependencies are shared.
+    words = ["reproduce", "trust_weights", "--preset", "quick", "--out", "made"]
+    code = f"import sys; sys.path.insert(0, {str(site)!r})\nfrom gipo_jax import cli; cli.main()"
+    done = run_outside(folder, sys.executable, "-P", "-c", code, *words)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "made" / "figures" / "trust_weights.png").exists()
+    manifest = json.loads((folder / "made" / "manifest.json").read_text())
+    command = "gipo-jax reproduce trust_weights --preset quick --out made"
+    assert manifest["data"]["data/trust_weights.csv"]["command"] == command
 
 
 def test_setup_says_what_is_missing(tmp_path: Path) -> None:
@@ -187,6 +225,18 @@ def test_forked_objective_of_the_readme_is_short() -> None:
 def test_python_examples_of_the_readme_have_at_most_twelve_lines_of_code() -> None:
     lines = [line for line in _blocks("python")[0].splitlines() if line.strip()]
     assert len(lines) <= 12
+
+
+def test_the_readme_lists_every_objective_with_its_paper_under_its_kind() -> None:
+    rows: dict[str, list[str]] = {}
+    for name in objectives.KNOWN:
+        spec = objectives.spec(name)
+        number = (spec.source or "").removeprefix("arXiv:")
+        paper = f"[{spec.source}](https://arxiv.org/abs/{number})" if spec.source else "(no paper)"
+        rows.setdefault(spec.kind, []).append(f"`{spec.name}` {paper}")
+    for kind, entries in rows.items():
+        assert f"| {kind} | {', '.join(entries)} |" in README
+    assert f"**{len(objectives.KNOWN)} objectives in one file**" in README
 
 
 def test_readme_commands_parse() -> None:

@@ -18,7 +18,7 @@ from gipo_jax.sweep import runner as sweep_runner
 
 pytestmark = pytest.mark.slow
 
-OPTIONS = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1, tensorboard=True)
+OPTIONS = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1, log="tensorboard")
 
 
 class StopError(Exception):
