@@ -7,7 +7,17 @@ them. PLAN.md says why each is as it is. Old names of studies are aliases.
 import dataclasses
 from typing import Any
 
-from experiments import engine, evidence, flow, metaworld, scores, selection, sequences, switch
+from experiments import (
+    engine,
+    evidence,
+    flow,
+    metaworld,
+    scores,
+    selection,
+    sequences,
+    switch,
+    width,
+)
 from experiments.engine import Study
 from experiments.exact import bounds, gridworld, reuse_bias, sequence_bias, weights
 from experiments.tasks import (
@@ -398,6 +408,7 @@ _ROWS = (
         scores=scores.objective_family,
     ),
     metaworld.STUDY,
+    *width.ROWS,
     Study(
         name="proposal_development",
         question="Which widths should proximal GIPO have, and should they follow the data?",
