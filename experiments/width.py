@@ -4,6 +4,7 @@ Meta-World under the authors' settings, GIPO (sigma 1) against PPO-Clip, a clip 
 weight, and plain importance sampling. PLAN.md has the steps and the rules.
 """
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from experiments import metaworld
+from experiments import metaworld, scores
 from experiments.engine import Study, Sweep, Tables, Trained
 from experiments.store import NotRunError, Store
 from experiments.tasks import GIPO, GIPO_02, NO_CLIP, PPO, Method
@@ -249,15 +250,13 @@ def verdicts(compared: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for without, part in compared[compared.question != ""].groupby("without", sort=False):
-        sign = {
-            row.method: np.sign(row.difference) if row.p_holm < LEVEL else 0
-            for row in part.itertuples()
-        }
+        left = np.where(part.p_holm < LEVEL, np.sign(part.difference), 0)
+        sign = dict(zip(part.method, left.astype(int), strict=True))
         enough = part.seeds.min() >= LEAST_SEEDS and part.tasks.min() >= LEAST_TASKS
         if not enough or set(sign) != set(RIVALS):
             rows.append((without, OPEN, OPEN, OPEN))
             continue
-        claim = {1: "holds", -1: "contradicted", 0: OPEN}[int(sign[PPO.label])]
+        claim = {1: "holds", -1: "contradicted", 0: OPEN}[sign[PPO.label]]
         wide, plain = sign[WIDE_PPO.label], sign[NO_CLIP.label]
         shape = "helps" if wide > 0 and plain > 0 else "harms" if wide < 0 else "not shown"
         if claim != "holds":
@@ -360,6 +359,117 @@ def _rates(store: Store) -> Tables:
     return {"width_rates": choose_rates(runs[pairs == pairs.max()])}
 
 
+# The same question on gymnax, where both families of widths are tuned at every replay size.
+
+AUTHORS: dict[str, Any] = {
+    **{key: PROTOCOL[key] for key in ("kl", "kl_coef", "joint_grad_norm", "max_grad_norm")},
+    "adam_epsilon": PROTOCOL["adam_epsilon"],
+    "eval_episodes": 32,
+}
+"""What a study on gymnax takes of the protocol, and fresh episodes at each logged point."""
+
+CLIPS = {
+    eps: Method("ppo_clip", {"clip_eps": eps}, f"PPO-Clip ε={eps:g}")
+    for eps in (0.1, 0.2, 0.4, 0.8, 1.6)
+}
+SIGMAS = {sigma: Method("gipo", {"sigma": sigma}) for sigma in (0.2, 0.5, 1.0, 2.0, 4.0)}
+FAMILIES = (*SIGMAS.values(), *CLIPS.values(), NO_CLIP)
+
+RULE = {4: 0.1, 16: 0.2, 64: 0.4, 128: 0.4, 256: 0.4}
+"""A clip for each replay size, chosen before any run."""
+
+BEST_GIPO, BEST_PPO, BY_RULE = "best GIPO", "best PPO-Clip", "PPO-Clip by the rule"
+PAIRS = (
+    (GIPO.label, CLIPS[0.2].label),
+    (BEST_GIPO, BEST_PPO),
+    (GIPO.label, NO_CLIP.label),
+)
+"""What is judged in each regime."""
+
+DESCRIBED = ((BY_RULE, GIPO.label), (BY_RULE, BEST_GIPO), (BY_RULE, NO_CLIP.label))
+"""The rule against each, without a verdict."""
+
+
+def best_widths(tuned: pd.DataFrame) -> pd.DataFrame:
+    """The width of each family with the highest tuning area in a cell.
+
+    Returns:
+        regime, env, age, ``family`` (``BEST_GIPO``, ``BEST_PPO``) and method.
+    """
+    cell = ["regime", "env", "age"]
+    worst = tuned.groupby(["regime", "env"]).auc.transform("min")
+    by = [*cell, "method", "learning_rate"]
+    areas = tuned.assign(auc=tuned.auc.fillna(worst)).groupby(by, sort=False).auc.mean()
+    highest: Any = areas.groupby([*cell, "method"], sort=False).max().reset_index()
+    found = []
+    for family, members in ((BEST_GIPO, SIGMAS), (BEST_PPO, CLIPS)):
+        own = highest[highest.method.isin([m.label for m in members.values()])]
+        best = own.loc[own.groupby(cell, sort=False).auc.idxmax()]
+        found.append(best[[*cell, "method"]].assign(family=family))
+    return pd.concat(found, ignore_index=True)
+
+
+def with_choices(runs: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """Runs, and again those that a choice of width names, with its name as their method."""
+    cell = ["regime", "env", "age", "method"]
+    chosen = runs.merge(best, on=cell).drop(columns="method").rename(columns={"family": "method"})
+    clips = {age: CLIPS[eps].label for age, eps in RULE.items()}
+    by_rule = runs[runs.method == runs.age.map(clips)]
+    return pd.concat([runs, chosen, by_rule.assign(method=BY_RULE)], ignore_index=True)
+
+
+def compare_sizes(scored: pd.DataFrame) -> pd.DataFrame:
+    """Differences of a regime's scores over all replay sizes, those of ``PAIRS`` with Holm's p."""
+    means: Any = scored.groupby(["method", "env", "seed"]).score.mean().unstack("env")
+    has = set(scored.method)
+    rows = [
+        (*pair, pair in PAIRS, *estimate(values), *values.shape)
+        for pair in (*PAIRS, *DESCRIBED)
+        if has.issuperset(pair)
+        for values in [means.loc[pair[0]] - means.loc[pair[1]]]
+    ]
+    names = ["ours", "method", "judged", "difference", "low", "high", "p", "seeds", "tasks"]
+    table = pd.DataFrame(rows, columns=names)
+    p = table.p[table.judged]
+    table.loc[table.judged, "p_holm"] = stats.holm([*p, *np.ones(len(PAIRS) - len(p))])[: len(p)]
+    return table
+
+
+def sizes(store: Store) -> Tables:
+    """Scores by replay size, judged differences, best widths, and policy lag beside the score."""
+    names = ["regime", "env", "method", "age", "seed", "auc", *scores.LATE]
+    runs = store.read("width_sizes_runs", names)
+    tables = {"width_sizes_units": store.read("width_sizes_units", ["regime", "env", "finished"])}
+    best = runs.head(0)[["regime", "env", "age", "method"]].assign(family="")
+    with contextlib.suppress(NotRunError):
+        best = best_widths(store.read("width_sizes_tuning", names[:6]))
+        tables["width_sizes_best"] = best
+    means, compared, lags = [], [], []
+    for regime in scores.regimes_of(runs):
+        scored = scores.normalized(runs[runs.regime == regime], "auc", ["env"], ["method", "age"])
+        everything = with_choices(scored, best)
+        for age in (0, *sorted(runs.age.unique())):
+            part = everything[everything.age == age] if age else everything
+            by_method: Any = part.groupby(["method", "env", "seed"]).score.mean().unstack("env")
+            means += [
+                (regime, age, method, *estimate(by_method.loc[method])[:3])
+                for method in part.method.unique()
+            ]
+        compared.append(compare_sizes(everything).assign(regime=regime))
+        lag = scored.assign(lag_by_age=scored.log_ratio_abs_p95 / scored.policy_age)
+        by = ["regime", "env", "method", "age"]
+        lags.append(lag.groupby(by, sort=False)[["lag_by_age", "score"]].mean().reset_index())
+    return tables | {
+        "width_sizes": pd.DataFrame(
+            means, columns=["regime", "age", "method", "score", "low", "high"]
+        ),
+        "width_sizes_comparison": pd.concat(compared, ignore_index=True),
+        "width_sizes_lag": pd.concat(lags, ignore_index=True),
+    }
+
+
+# The rows of the table.
+
 _HALF = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}
 _FIVE = (GIPO, PPO, WIDE_PPO, NO_CLIP, P3O_ESS)
 _BUFFER = (
@@ -384,7 +494,7 @@ def _quick(*variants: Variant, **changed: Any) -> Scale:
 
 
 def _step(
-    name: str, question: str, scores: Any, quick: Scale, committed: Scale, by: tuple[str, ...] = ()
+    name: str, question: str, numbers: Any, quick: Scale, committed: Scale, by: tuple[str, ...] = ()
 ) -> Study:
     """A step; ``full`` is three times as long."""
     full = dataclasses.replace(committed, iterations=min(3 * committed.iterations, 10_000))
@@ -398,7 +508,7 @@ def _step(
         curves_by_regime=False,
         extend=with_success,
         presets={"quick": quick, "committed": committed, "full": full},
-        scores=scores,
+        scores=numbers,
         check=metaworld.check,
     )
 
@@ -450,8 +560,8 @@ ROWS = (
         Scale(
             variants=_tuned(GIPO, PPO, NO_CLIP),
             tasks=TASKS,
-            seeds=range(7200, 7205),
-            iterations=1_500,
+            seeds=range(7200, 7203),
+            iterations=500,
             regime="fresh",
         ),
     ),
