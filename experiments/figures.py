@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from experiments import flow, metaworld, scores, selection, sequences
+from experiments import flow, metaworld, scores, selection, sequences, width
 from experiments.store import NotRunError, Store
 from experiments.tasks import FRESH, REUSE, STALE
 from gipo_jax import ratio_levels
@@ -41,6 +41,7 @@ STYLES = {
     "MASPO": Style("#8C6D1F", "v", "-", "MASPO"),
     "P3O-ESS": Style("#56B4E9", "<", "-", "P3O-ESS"),
     "M2PO": Style("#B3A100", ">", "-", "M2PO"),
+    width.WIDE_PPO.label: Style("#E69F00", "^", "--", width.WIDE_PPO.label),
     "CISPO": Style("#CC79A7", "P", "-", "CISPO"),
     "TIS": Style("#E69F00", "v", "-", "TIS"),
     "VESPO": Style("#8C6D1F", "X", "-", "VESPO"),
@@ -419,6 +420,14 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
     return own.assign(regime=own.regime.map(metaworld.SHOWN_AS))
 
 
+def _rivals(table: pd.DataFrame) -> pd.DataFrame:
+    """GIPO minus each rival, over all tasks and without each; filled where Holm leaves it."""
+    own = table.fillna({"question": "", "without": ""})
+    own = own[own.question != ""]
+    tasks = own.without.map(lambda task: f"without {task}" if task else "all tasks")
+    return own.assign(shown=tasks, filled=own.p_holm < width.LEVEL)
+
+
 def _best_width(table: pd.DataFrame) -> pd.DataFrame:
     counts = table.best_in.astype(str) + "/" + table.tasks.astype(str)
     return table.assign(note=counts).sort_values("regime", kind="stable")
@@ -547,6 +556,33 @@ FIGURES = (
         label=("environment steps", "return of an episode"),
         scale=("short", "linear"),
         size=(9.6, 2.0),
+    ),
+    *(
+        Figure(
+            name=name,
+            study=name,
+            kind=bands,
+            panel="task",
+            x="env_steps",
+            label=("environment steps", "success rate"),
+            scale=("short", "linear"),
+            limits=(0, 1),
+            size=(9.6, 2.2),
+        )
+        for name in ("width_tasks", "width")
+    ),
+    Figure(
+        name="width_comparison",
+        study="width",
+        kind=forest,
+        prepare=_rivals,
+        panel="shown",
+        x="method",
+        y="difference",
+        label=("GIPO σ=1 minus the other,\narea of the success rate", ""),
+        zero=0,
+        size=(10, 1.9),
+        options={"sharex": True, "sharey": True},
     ),
     Figure(
         name="proposal",

@@ -20,7 +20,7 @@ from experiments.engine import Study, Sweep, Tables, Trained
 from experiments.store import NotRunError, Store
 from experiments.tasks import GIPO, GIPO_02, NO_CLIP, PPO, Method
 from gipo_jax import protocols
-from gipo_jax.analysis import stats
+from gipo_jax.analysis import plots, stats
 
 PROTOCOL = protocols.settings("gipo-metaworld")
 
@@ -135,10 +135,11 @@ def with_success(found: Trained) -> pd.DataFrame:
     metrics = found.metrics
     logged = metrics.pivot(index="env_steps", columns="run", values="success_rate").fillna(0.0)
     runs, end = found.runs.set_index("run"), logged.index.max()
+    first = max(0.1 * end + 1, logged.index.min())
     late = metrics[metrics.env_steps > end / 2].groupby("run")[MEASURED[0]].mean()
     return runs.assign(
         success=logged.mean(),
-        early_success=logged[logged.index <= 0.1 * end + 1].mean(),
+        early_success=logged[logged.index <= first].mean(),
         late_success=logged[logged.index > 0.9 * end].mean(),
         **{f"late_{MEASURED[0]}": late},
         **metrics.groupby("run")[list(MEASURED)].mean(),
@@ -267,11 +268,23 @@ def verdicts(compared: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["without", "claim", "shape", "reading"])
 
 
+def curves(name: str, store: Store) -> pd.DataFrame:
+    """Success rate over training, mean over seeds, by task and method.
+
+    Raises:
+        DataError: as in ``Store.read``.
+    """
+    logged = store.read(f"{name}_curves", ["run", "env_steps", "success_rate"])
+    logged = logged.merge(load(store, name)[["run", "task", "method"]], on="run")
+    return plots.summarize(logged, ["task", "method", "env_steps"], "success_rate")
+
+
 def judged(name: str, store: Store) -> Tables:
-    """Means, comparisons and verdicts of a step."""
+    """Means, comparisons, verdicts and curves of a step."""
     runs = paired(load(store, name))
     compared = compare(runs)
     return {
+        name: curves(name, store),
         f"{name}_scores": summarize(runs),
         f"{name}_comparison": compared,
         f"{name}_verdicts": verdicts(compared),
@@ -333,7 +346,10 @@ def choose_tasks(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _tasks(store: Store) -> Tables:
-    return {"width_tasks": choose_tasks(load(store, "width_tasks"))}
+    return {
+        "width_tasks": curves("width_tasks", store),
+        "width_tasks_choice": choose_tasks(load(store, "width_tasks")),
+    }
 
 
 def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
