@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from experiments import (
+    age,
     engine,
     evidence,
     flow,
@@ -456,6 +457,7 @@ _ROWS = (
         },
         scores=width.sizes,
     ),
+    age.STUDY,
     Study(
         name="proposal_development",
         question="Which widths should proximal GIPO have, and should they follow the data?",
