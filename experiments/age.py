@@ -155,10 +155,10 @@ def measure(store: Store, preset: str) -> None:
             print(f"  {task.env}: {method.label}", flush=True)
             rate, tables = scale.rates[0], {}
             if len(scale.rates) > 1:
-                tuned = gains(
-                    *trained(scale, task, method, scale.rates, scale.tuning_seeds).values()
-                )
-                rate = float(tuned.groupby("learning_rate").gain.mean().idxmax())
+                tried = trained(scale, task, method, scale.rates, scale.tuning_seeds)
+                tuned = gains(*tried.values())
+                means = tuned.groupby("learning_rate").gain.mean()
+                rate = float(means.index.to_numpy(float)[means.to_numpy().argmax()])
                 tables["width_age_tuning"] = tuned.drop(columns="run")
             tables |= trained(scale, task, method, (rate,), scale.seeds)
             engine.write(STUDY, store, tables)
