@@ -71,6 +71,7 @@ class Study:
         sweeps: the sweeps of what is no grid.
         folders: prefixes of the names of the sweeps that tune and report.
         batch_mode: how the runs of a sweep share the device.
+        score: metric whose learning curve gives ``auc``, by which rates are tuned.
         choose: tuning runs and their part -> what is reported, instead of ``best_rates``.
         by: columns of the stored tables that tell parts apart.
         table: the reported runs; its rows say which parts are finished.
@@ -96,6 +97,7 @@ class Study:
     sweeps: Callable[[Any], "list[Sweep]"] | None = None
     folders: tuple[str, str] = ("", "")
     batch_mode: str = "loop"
+    score: str = "episode_return"
     choose: Callable[[pd.DataFrame, Part], "list[Arm]"] | None = None
     by: tuple[str, ...] = ("regime", "env")
     table: str = ""
@@ -222,7 +224,7 @@ def run(study: Study, store: Store, preset: str, share: tuple[int, int] = (1, 1)
     if study.sweeps is not None:
         for item in study.sweeps(study.presets[preset])[index - 1 :: count]:
             if not is_stored(study, store, [tuple(item.keys[name] for name in study.by)]):
-                write(study, store, _tables(study, train(store, item, study.batch_mode)))
+                write(study, store, _tables(study, train(study, store, item)))
     if study.parts is not None:
         scale = study.presets[preset]
         parts = study.parts(study, scale)
@@ -240,12 +242,12 @@ def _run_part(study: Study, store: Store, scale: Scale, part: Part) -> None:
     tables: Tables = {}
     first, tuned = tuning_sweep(study, scale, part), None
     if first is not None:
-        found = train(store, first, study.batch_mode)
+        found = train(study, store, first)
         tuned = found.runs
         extended = study.extend(found) if study.extend else tuned
         tables[f"{study.name}_tuning"] = _columns(extended, study.columns[1])
     reported = reported_sweep(study, scale, part, tuned)
-    tables |= _tables(study, train(store, reported, study.batch_mode))
+    tables |= _tables(study, train(study, store, reported))
     write(study, store, tables)
 
 
@@ -265,7 +267,7 @@ def is_stored(study: Study, store: Store, marks: list[tuple[Any, ...]]) -> bool:
     return set(marks) <= set(stored[list(study.by)].itertuples(index=False, name=None))
 
 
-def train(store: Store, item: Sweep, batch_mode: str) -> Trained:
+def train(study: Study, store: Store, item: Sweep) -> Trained:
     """Trains a sweep, unless that is done.
 
     Raises:
@@ -274,10 +276,10 @@ def train(store: Store, item: Sweep, batch_mode: str) -> Trained:
     directory = store.out / "sweeps" / item.name
     exists = (directory / results.CONFIG).exists()
     if exists and _is_finished(directory, item):
-        return read(directory, item)
+        return read(directory, item, study.score)
     print(f"  sweep {item.name}: {len(item.runs)} runs", flush=True)
-    sweep.run(item.runs, directory, sweep.Options(batch_mode=batch_mode), resume=exists)
-    return read(directory, item)
+    sweep.run(item.runs, directory, sweep.Options(batch_mode=study.batch_mode), resume=exists)
+    return read(directory, item, study.score)
 
 
 def _is_finished(directory: Path, item: Sweep) -> bool:
@@ -292,11 +294,17 @@ def _is_finished(directory: Path, item: Sweep) -> bool:
     return bool(runs["status"].isin(["done", "diverged"]).all())
 
 
-def read(directory: Path, item: Sweep) -> Trained:
-    """The runs of a finished sweep, with scores and the settings that tell them apart."""
+def read(directory: Path, item: Sweep, score: str = "episode_return") -> Trained:
+    """The runs of a finished sweep, with scores and the settings that tell them apart.
+
+    Fresh episodes, where they are the score, also give the final one: the last tenth of points.
+    """
     runs, metrics = results.read_runs(directory), results.read_metrics(directory)
-    returns = metrics.groupby("run")["episode_return"]
+    returns = metrics.groupby("run")[score]
     runs["auc"] = runs["run"].map(returns.mean())
+    if score != "episode_return":
+        late = metrics[metrics["env_steps"] > 0.9 * metrics["env_steps"].max()]
+        runs["final_return"] = runs["run"].map(late.groupby("run")[score].mean())
     # No episode ended in the last logged points: the newest that did counts.
     runs["final_return"] = runs["final_return"].fillna(runs["run"].map(returns.last()))
     runs["age"] = runs["buffer_size"] // np.array([run.config.block_size for run in item.runs])

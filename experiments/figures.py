@@ -21,7 +21,7 @@ from gipo_jax.analysis import plots
 from gipo_jax.analysis.plots import Look as Style
 from gipo_jax.domains.flow import tasks as flow_tasks
 
-from . import flow, metaworld, scores, selection, sequences
+from . import flow, metaworld, scores, selection, sequences, width
 from .store import NotRunError, Store
 from .tasks import FRESH, REUSE, STALE
 
@@ -42,6 +42,7 @@ STYLES = {
     "MASPO": Style("#8C6D1F", "v", "-", "MASPO"),
     "P3O-ESS": Style("#56B4E9", "<", "-", "P3O-ESS"),
     "M2PO": Style("#B3A100", ">", "-", "M2PO"),
+    width.WIDE_PPO.label: Style("#E69F00", "^", "--", width.WIDE_PPO.label),
     "CISPO": Style("#CC79A7", "P", "-", "CISPO"),
     "TIS": Style("#E69F00", "v", "-", "TIS"),
     "VESPO": Style("#8C6D1F", "X", "-", "VESPO"),
@@ -420,6 +421,14 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
     return own.assign(regime=own.regime.map(metaworld.SHOWN_AS))
 
 
+def _rivals(table: pd.DataFrame) -> pd.DataFrame:
+    """GIPO minus each rival, over all tasks and without each; filled where Holm leaves it."""
+    own = table.fillna({"question": "", "without": ""})
+    own = own[own.question != ""]
+    tasks = own.without.map(lambda task: f"without {task}" if task else "all tasks")
+    return own.assign(shown=tasks, filled=own.p_holm < width.LEVEL)
+
+
 def _best_width(table: pd.DataFrame) -> pd.DataFrame:
     counts = table.best_in.astype(str) + "/" + table.tasks.astype(str)
     return table.assign(note=counts).sort_values("regime", kind="stable")
@@ -548,6 +557,33 @@ FIGURES = (
         label=("environment steps", "return of an episode"),
         scale=("short", "linear"),
         size=(9.6, 2.0),
+    ),
+    *(
+        Figure(
+            name=name,
+            study=name,
+            kind=bands,
+            panel="task",
+            x="env_steps",
+            label=("environment steps", "success rate"),
+            scale=("short", "linear"),
+            limits=(0, 1),
+            size=(9.6, 2.2),
+        )
+        for name in ("width_tasks", "width")
+    ),
+    Figure(
+        name="width_comparison",
+        study="width",
+        kind=forest,
+        prepare=_rivals,
+        panel="shown",
+        x="method",
+        y="difference",
+        label=("GIPO σ=1 minus the other,\narea of the success rate", ""),
+        zero=0,
+        size=(10, 1.9),
+        options={"sharex": True, "sharey": True},
     ),
     Figure(
         name="proposal",

@@ -1,6 +1,7 @@
 """The paper's own ground: Meta-World with fresh and stale replay, under the authors' settings."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -77,26 +78,33 @@ def sweeps(scale: Scale) -> list[Sweep]:
     for seed in scale.seeds:
         for regime in scale.regimes:
             for task in scale.tasks:
-                settings = PROTOCOL | {
-                    "env": f"MetaWorld/{task}-v3",
-                    "buffer_size": REGIMES[regime],
-                    "max_buffer_size": REGIMES[regime],
-                    "total_steps": scale.iterations * EPISODE,
-                    "num_logs": min(scale.iterations // 2, 50),
-                }
+                settings = PROTOCOL | {"buffer_size": REGIMES[regime]}
                 runs = tuple(
                     run
                     for method in scale.methods
-                    for run in sweep.expand(
-                        **settings,
-                        objective=method.objective,
-                        objective_args=method.parameters,
-                        seed_offset=seed,
-                    )
+                    for run in runs_of(task, method, scale.iterations, seed, settings)
                 )
-                keys = {"regime": regime, "env": settings["env"], "seed": seed}
+                keys = {"regime": regime, "env": runs[0].config.env, "seed": seed}
                 found.append(Sweep(f"metaworld_{regime}_{task}_{seed}", runs, keys))
     return found
+
+
+def runs_of(
+    task: str, method: Method, iterations: int, seed: int, settings: dict[str, Any]
+) -> list[sweep.Run]:
+    """A method on a task, with up to 50 logged points."""
+    sizes = {
+        "max_buffer_size": settings["buffer_size"],
+        "total_steps": iterations * settings["num_envs"] * EPISODE,
+        "num_logs": min(iterations // 2, 50),
+    }
+    return sweep.expand(
+        **settings | sizes,
+        env=f"MetaWorld/{task}-v3",
+        objective=method.objective,
+        objective_args=method.parameters,
+        seed_offset=seed,
+    )
 
 
 def load(store: Store) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -46,8 +46,8 @@ def write(out: Path, path: Path) -> None:
         name = match[2]
         try:
             text = sources(stored) if name == "sources" else BLOCKS[name](read)
-        except NotRunError as absent:
-            text = f"Not run: {absent}."
+        except NotRunError:
+            text = "Not run: nothing is stored yet."
         return f"{match[1]}\n{text}\n\n{match[3]}"
 
     if path.exists():
@@ -293,6 +293,39 @@ def _metaworld_means(read: Read) -> str:
     return markdown(["regime", "GIPO σ=1 minus", "final return", "area"], rows)
 
 
+def _width_tasks(read: Read) -> str:
+    rows = [
+        [
+            *(row.task, row.method, f"{row.early_success:.0%}", f"{row.late_success:.0%}"),
+            *(f"{row.success:.2f}", "yes" if row.usable else "no", "yes" if row.chosen else "no"),
+        ]
+        for _, row in read("width_tasks_choice").iterrows()
+    ]
+    header = ["task", "method", "first tenth", "last tenth", "area", "usable", "chosen"]
+    return markdown(header, rows)
+
+
+def _width(read: Read) -> str:
+    compared = read("width_comparison").fillna({"question": "", "without": ""})
+    own = compared[(compared.without == "") & (compared.question != "")].set_index("method")
+    rows = [
+        [
+            row.method,
+            f"{row.success:.2f} [{row.low:.2f}, {row.high:.2f}]",
+            f"{row.late_success:.0%}",
+            f"{row.log_ratio_abs_p95:.2f}",
+            *(
+                (signed(own.loc[row.method]), f"{own.p_holm[row.method]:.2g}")
+                if row.method in own.index
+                else ("-", "-")
+            ),
+        ]
+        for _, row in read("width_scores").iterrows()
+    ]
+    header = ["method", "area of success", "last tenth", "D95", "GIPO σ=1 minus it", "p (Holm)"]
+    return markdown(header, rows)
+
+
 def _age(read: Read) -> str:
     rows = [
         [method, *(cell(part.set_index("effect").loc[effect]) for effect in ("older", "wider"))]
@@ -415,6 +448,8 @@ BLOCKS: dict[str, Callable[[Read], str]] = {
     "metaworld_scores": _metaworld_scores,
     "metaworld_comparison": _metaworld_comparison,
     "metaworld_means": _metaworld_means,
+    "width_tasks": _width_tasks,
+    "width": _width,
     "age": _age,
     "proposal": _proposal,
     "proposal_by_size": _proposal_by_size,

@@ -9,7 +9,18 @@ from typing import Any
 
 from gipo_jax.config import KERNELS
 
-from . import engine, evidence, flow, metaworld, scores, selection, sequences, switch
+from . import (
+    age,
+    engine,
+    evidence,
+    flow,
+    metaworld,
+    scores,
+    selection,
+    sequences,
+    switch,
+    width,
+)
 from .engine import Study
 from .exact import bounds, gridworld, reuse_bias, sequence_bias, weights
 from .tasks import (
@@ -78,6 +89,13 @@ def balanced(study: Study, scale: Scale) -> list[Part]:
         for regime in (both if number % 2 == 0 else reversed(both))
     ]
     return by_unit(study, scale, order)
+
+
+def as_the_authors(study: Study, scale: Scale) -> list[Part]:
+    """``regimes_first`` with the authors' KL and optimizer, scored by fresh episodes."""
+    return [
+        dataclasses.replace(part, settings=width.AUTHORS) for part in regimes_first(study, scale)
+    ]
 
 
 def high_reuse(study: Study, scale: Scale) -> list[Part]:
@@ -161,6 +179,10 @@ _AGED = (CATCH.lasting(32_768), CARTPOLE.lasting(49_152))
 _UNSEEN = (FOUR_ROOMS.lasting(32_768), BREAKOUT, INVADERS)
 _DEVELOPED = (CARTPOLE.lasting(32_768), CATCH.lasting(32_768), ACROBOT)
 _FAMILY = (CARTPOLE, ACROBOT, CATCH)
+_LONG_CARTPOLE = dataclasses.replace(
+    CARTPOLE, settings=CARTPOLE.settings | {"max_episode_steps": 2_000}
+)
+_OPEN = (_LONG_CARTPOLE, ACROBOT, CATCH.lasting(32_768), BREAKOUT.lasting(131_072))
 
 replay_sizes = Study(
     name="replay_sizes",
@@ -399,6 +421,44 @@ _ROWS = (
         scores=scores.objective_family,
     ),
     metaworld.STUDY,
+    *width.ROWS,
+    Study(
+        name="width_sizes",
+        question="Are PPO-Clip and GIPO apart where both have the best width at every replay size?",
+        methods=width.FAMILIES,
+        program=switch.compared,
+        parts=as_the_authors,
+        folders=("width_tune", "width_report"),
+        score="eval_return_sampled",
+        extend=scores.with_late_means,
+        columns=((*KEYS, "auc", "final_return", *scores.LATE), (*KEYS, "auc")),
+        progress=True,
+        presets={
+            "quick": Scale(
+                tasks=(CATCH.lasting(8_192),),
+                methods=(GIPO, width.CLIPS[0.2], NO_CLIP),
+                cells=replay(4, 16),
+                rates=(1e-3,),
+                seeds=range(7800, 7802),
+            ),
+            "committed": Scale(
+                tasks=_OPEN,
+                cells=replay(4, 16, 64, 128),
+                rates=(3e-4, 1e-3, 3e-3, 1e-2),
+                tuning_seeds=range(7700, 7703),
+                seeds=range(7800, 7810),
+            ),
+            "full": Scale(
+                tasks=(*_OPEN, *(t.lasting(262_144) for t in (INVADERS, ASTERIX))),
+                cells=replay(4, 16, 64, 128, 256),
+                rates=(3e-4, 1e-3, 3e-3, 1e-2),
+                tuning_seeds=range(7700, 7705),
+                seeds=range(7800, 7820),
+            ),
+        },
+        scores=width.sizes,
+    ),
+    age.STUDY,
     Study(
         name="proposal_development",
         question="Which widths should proximal GIPO have, and should they follow the data?",

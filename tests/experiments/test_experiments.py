@@ -662,8 +662,10 @@ def test_the_committed_report_has_the_tables_of_the_committed_scores(tmp_path: P
 
 
 def test_every_committed_figure_is_declared_and_every_declared_one_committed() -> None:
-    drawn = {figure.name for figure in figures.FIGURES}
-    manifest = json.loads((ROOT / "results" / "manifest.json").read_text())["figures"]
+    stored = json.loads((ROOT / "results" / "manifest.json").read_text())
+    manifest, planned = stored["figures"], {"width_tasks", "width"}
+    planned = {name for name in planned if f"data/{name}_runs.csv" not in stored["data"]}
+    drawn = {figure.name for figure in figures.FIGURES if figure.study not in planned}
     assert {Path(path).stem for path in manifest} == drawn
     files = (ROOT / "results" / "figures").iterdir()
     assert {path.stem for path in files} == drawn
