@@ -559,23 +559,21 @@ def _stopped(
 def _one_of_two_stopped(
     begun: Path, out: Path, chance: random.Random, say: Callable[[str], None]
 ) -> Iterator[str]:
-    processes = start(out, [*TINY, "--total-steps", "16000", "--num-logs", "500"], 2)
-    _compiling(out, processes[0], chance)
+    before = _stamp(out / results.RUNS)
+    processes = start(out, TINY, 2)
+    _wait(processes[0], lambda: _stamp(out / results.RUNS) != before)
     victim, other = chance.sample(processes, 2)
     victim.send_signal(signal.SIGSTOP)
     code = other.wait(timeout=cluster.START_SECONDS + cluster.HEARTBEAT_SECONDS + 120)
-    if code != cluster.LOST_CODE:
-        yield f"the other process ended with {code}, not {cluster.LOST_CODE}"
+    # Where JAX notes the silence before a collective does, it aborts the process itself.
+    if code not in (cluster.LOST_CODE, -signal.SIGABRT):
+        yield f"the other process ended with {code}"
+    say(f"the other process ended with {code}")
     victim.send_signal(signal.SIGCONT)
     if victim.wait(timeout=cluster.START_SECONDS + 120) == 0:
         yield "the process that was stopped ended well"
-    for finding in audit.check(out):
-        if not finding.whole:
-            yield str(finding)
-    # Another sweep than that left alone: it has to last.
-    yield from _ended_well(_attempt(out, ["--resume"]))
     yield from [str(finding) for finding in audit.check(out) if not finding.whole]
-    shutil.rmtree(out)
+    yield from _ended_well(_attempt(out, ["--resume"]))
 
 
 Fault = Callable[[Path, Path, random.Random, Callable[[str], None]], Iterable[str]]

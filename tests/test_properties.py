@@ -163,9 +163,7 @@ grid_of_settings = st.fixed_dictionaries(
     {
         "buffer_size": st.sampled_from([[16], [16, 64]]),
         "sigma": st.sampled_from([[0.5], [0.5, 2.0]]),
-        "seeds": st.integers(1, 2),
         "normalize_obs": st.booleans(),
-        "total_steps": st.sampled_from([48, 64]),
         "num_logs": st.sampled_from([2, 3]),
     }
 )
@@ -189,13 +187,14 @@ def stopped(patch: pytest.MonkeyPatch, moment: str, count: int) -> None:
 
 
 @given(grid_of_settings, kills, st.sampled_from(["map", "vmap", "loop"]), st.sampled_from([0, 60]))
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 def test_any_sweep_killed_anywhere_ends_in_the_tables_of_one_left_alone(
     grid: dict[str, Any], kills: list[tuple[str, int]], mode: str, seconds: float
 ) -> None:
     sizes: dict[str, Any] = {"num_envs": 2, "rollout_length": 4, "batch_size": 8}
-    own: dict[str, Any] = {"hidden_sizes": (4,), "eval_episodes": 0, "max_buffer_size": 64}
-    runs = sweep.expand(env="Catch-bsuite", **sizes, **own, **grid)
+    own: dict[str, Any] = {"hidden_sizes": (4,), "eval_episodes": 0, "total_steps": 48}
+    # The same allocation for all, so that they share compiled programs.
+    runs = sweep.expand(env="Catch-bsuite", max_buffer_size=64, **sizes, **own, **grid)
     options = sweep.Options(quiet=True, checkpoint_seconds=seconds, batch_mode=mode, devices=1)
     with tempfile.TemporaryDirectory() as place:
         alone, killed = Path(place) / "alone", Path(place) / "killed"
