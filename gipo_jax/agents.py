@@ -1,7 +1,6 @@
 """Trained runs as objects to act with, from a vmapped call or from a sweep's folder."""
 
 import functools
-import json
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -68,13 +67,14 @@ def load(directory: str | Path, run: int = 0, *, env: Any = None, objective: Any
         raise ConfigError("run", run, f"a run of the sweep, 0 to {len(runs) - 1}")
     config, hparams = runs[run].config, runs[run].hparams
     domain = train.make(config)
-    for folder in sorted((directory / results.PARAMS).glob("*")):
-        if folder.name.isdecimal():
-            members = json.loads((folder / "runs.json").read_text(encoding="utf-8"))
-            if run in members:
-                break
+    for folder, members in results.params_folders(directory):  # noqa: B007
+        if run in members:
+            break
     else:
         raise results.ResultsError(f"run {run} of {directory} has not finished")
+    # Those of an earlier version have no checksums.
+    if (folder / checkpoint.MANIFEST).exists() and (problem := checkpoint.damage(folder)):
+        raise results.ResultsError(f"{folder} is damaged: {problem}")
     acting = jax.eval_shape(lambda: domain.acting(train.init(domain, hparams)))
     count = len(members)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), acting)
@@ -88,7 +88,7 @@ def _agent(domain: domains.Domain, hparams: HParams, acting: Any) -> Agent:
         domain.config,
         hparams,
         acting["params"],
-        domain.env,
+        domain.env_of(hparams),
         functools.partial(domain.choose_action, acting, hparams),
         functools.partial(_evaluate, domain, acting, hparams),
     )

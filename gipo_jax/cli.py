@@ -1,4 +1,4 @@
-"""The command ``gipo-jax``: sweep, plot, objectives.
+"""The command ``gipo-jax``: sweep, plot, check, objectives.
 
 Options are read off the fields of ``Config``, ``HParams`` and ``sweep.Options`` and off the
 signatures of the objectives, so that a new setting is an option without a line here.
@@ -23,7 +23,8 @@ FAILED = 1
 # Static settings that take lists, beside all traced ones
 _LISTED = ("env", "objective", "kernel", "ratio_level", "selection")
 
-_SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params")  # Fields that the sweep sets itself
+# Fields that the sweep sets itself
+_SWEEP_ONLY = ("max_buffer_size", "seed", "objective_params", "env_params")
 
 # Old names of options, which work for one release more
 _RENAMED = {
@@ -36,8 +37,8 @@ _RENAMED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command of ``sys.argv``, or of these arguments, and returns its exit code.
 
-    It is 0; 2 where the input is not usable; 1 where reading or writing failed; 75 (SIGTERM, or
-    another process is gone) or 130 (Ctrl-C) where a sweep can go on.
+    It is 0; 2 where the input is not usable; 1 where reading or writing failed, or a checked folder
+    is not whole; 75 (SIGTERM, or another process is gone) or 130 (Ctrl-C) where a sweep can go on.
     """
     runtime.set_cpu_defaults()
     try:
@@ -105,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw the figures of a sweep")
     plot.add_argument("directory", metavar="DIR", help="folder of a sweep")
     plot.set_defaults(act=_plot)
+
+    checking = commands.add_parser(
+        "check",
+        help="say whether the folder of a sweep is whole",
+        description="A line for each part of the folder. Exit code 0: it is whole; 1: it is not.",
+    )
+    checking.add_argument("directory", metavar="DIR", help="folder of a sweep")
+    checking.set_defaults(act=_check)
 
     listing = commands.add_parser("objectives", help="list the objectives")
     listing.set_defaults(act=_objectives)
@@ -192,8 +201,11 @@ def _add_objective_parameters(parser: argparse.ArgumentParser, taken: set[str]) 
     for parameter, defaults in owners.items():
         option, text = "--" + parameter.replace("_", "-"), f"(default: {', '.join(defaults)})"
         several(option, type=_number, metavar="VALUE", help=text)
+    form: dict[str, Any] = {"action": "append", "metavar": ("NAME=VALUE", "VALUE")}
     text = "values of any parameter of an objective, such as one of your own"
-    several("--objective-arg", action="append", metavar=("NAME=VALUE", "VALUE"), help=text)
+    several("--objective-arg", help=text, **form)
+    text = "values of a parameter of a gymnax environment, swept in one program"
+    several("--env-arg", help=text, **form)
 
 
 def _add_distributed(group: Any) -> None:
@@ -227,11 +239,12 @@ def _sweep(given: dict[str, Any]) -> int:
     out, resume = str(Path(given.pop("out")).expanduser()), given.pop("resume", False)
 
     def begun_with() -> dict[str, Any]:
-        """A sweep goes on as quietly as it began."""
+        """A sweep goes on with the flags of the command that began it."""
         if not resume or not (Path(out) / results.CONFIG).exists():
             return {}
         words = shlex.split(results.read_config(out)["command"])
-        return {n: True for n in ("quiet", "no_figures") if "--" + n.replace("_", "-") in words}
+        flags = ("quiet", "no_figures", "tensorboard")
+        return {name: True for name in flags if "--" + name.replace("_", "-") in words}
 
     given = cluster.run_on_all_processes(begun_with) | given
     draw = not given.pop("no_figures", False)
@@ -275,13 +288,23 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         settings["objective"] = [
             grid.load_objective(name) if ".py:" in name else name for name in settings["objective"]
         ]
-    arguments = {}
-    for words in settings.pop("objective_arg", []):
+    arguments, env_params = (
+        _named_values(option, settings.pop(option, [])) for option in ("objective_arg", "env_arg")
+    )
+    settings |= {"env_params": env_params} if env_params else {}
+    return settings | {"objective_args": arguments}
+
+
+def _named_values(option: str, given: Sequence[Sequence[str]]) -> dict[str, list[Any]]:
+    """Values by name, of options that take ``NAME=VALUE VALUE ...``."""
+    values = {}
+    for words in given:
         name, equals, first = words[0].partition("=")
         if not equals:
-            raise _UsageError(f"objective-arg: {words[0]!r} is not valid; expected NAME=VALUE ...")
-        arguments[name] = [_number(word) for word in (first, *words[1:])]
-    return settings | {"objective_args": arguments}
+            field = option.replace("_", "-")
+            raise _UsageError(f"{field}: {words[0]!r} is not valid; expected NAME=VALUE ...")
+        values[name] = [_number(word) for word in (first, *words[1:])]
+    return values
 
 
 def _join_cluster(given: dict[str, Any]) -> None:
@@ -303,6 +326,19 @@ def _plot(given: dict[str, Any]) -> int:
     results.check_holds_sweep(directory, "directory")
     _draw(directory)
     return 0
+
+
+def _check(given: dict[str, Any]) -> int:
+    from gipo_jax.sweep import audit, results
+
+    directory = Path(given["directory"]).expanduser()
+    results.check_holds_sweep(directory, "directory")
+    whole = True
+    for finding in audit.check(directory):
+        print(finding)
+        whole &= finding.whole
+    print(f"{directory} is {'' if whole else 'not '}whole")
+    return 0 if whole else FAILED
 
 
 def _draw(directory: Path) -> None:

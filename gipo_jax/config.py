@@ -79,9 +79,7 @@ not_negative = Validator("a finite number >= 0", lambda v: _is_finite(v) and v >
 unit_interval = Validator("a number in [0, 1]", lambda v: _is_finite(v) and 0 <= v <= 1)
 flag = Validator("true or false", lambda v: isinstance(v, bool))
 environment = Validator(
-    "a gymnax environment name or object, an EnvPool name, or a task's name, FILE.py:TASK or"
-    " object",
-    lambda v: isinstance(v, str) or hasattr(v, "step_env") or hasattr(v, "reward"),
+    "a name, FILE.py:NAME, or an environment or a task itself", lambda v: v is not None
 )
 
 
@@ -200,15 +198,18 @@ KERNELS = ("gaussian", "laplacian", "cauchy")
 class Config:
     """Static settings: everything that changes shapes or code. Hashable; one program per value.
 
-    ``env`` may be a name, a gymnax environment or a task of tokens, ``objective`` a name or any
-    function ``objective(log_ratio, advantage, **its own parameters) -> surrogate``.
+    ``env`` may be a name, an environment (``environments.functional`` or gymnax makes it) or a task
+    of tokens, ``objective`` a name or any function ``objective(log_ratio, advantage, **its own
+    parameters) -> surrogate``.
     """
 
     env: Any = setting(
         "CartPole-v1",
-        "environment by gymnax's name, or EnvPool's such as MetaWorld/ButtonPress-v3; or a task of"
-        " answers of several tokens, such as tokens/reverse or your own; or a density for flows,"
-        " flow/ring or flow/moons",
+        "environment by the name of gymnax, a suite (brax/ant, playground/CartpoleBalance,"
+        " craftax/Craftax-Symbolic-v1, xminigrid/MiniGrid-Empty-8x8) or EnvPool"
+        " (MetaWorld/ButtonPress-v3), with parameters as in Pendulum-v1:g=9.8; or a task of answers"
+        " of several tokens, such as tokens/reverse; or an environment or task of your own,"
+        " FILE.py:NAME; or a density for flows, flow/ring or flow/moons",
         environment,
     )
     objective: Any = setting(
@@ -373,7 +374,12 @@ class Config:
     @property
     def allocated_size(self) -> int:
         """Transitions that replay has room for."""
-        return self.max_buffer_size or DEFAULT_BUFFER_SIZE
+        return self.max_buffer_size or self.default_buffer_size
+
+    @property
+    def default_buffer_size(self) -> int:
+        """The buffer size that is not given: the default, filled up to whole blocks."""
+        return -(-DEFAULT_BUFFER_SIZE // self.block_size) * self.block_size
 
 
 @jax.tree_util.register_dataclass
@@ -383,7 +389,10 @@ class HParams:
 
     seed: Scalar = setting(0, "seed of the run", index, integer=True)
     buffer_size: Scalar = setting(
-        DEFAULT_BUFFER_SIZE, "transitions (answers, chains) kept for replay", count, integer=True
+        DEFAULT_BUFFER_SIZE,
+        "transitions (answers, chains) kept for replay; the default fills up whole iterations",
+        count,
+        integer=True,
     )
     min_age: Scalar = setting(
         0, "newest iterations of data held back from sampling", index, integer=True
@@ -431,6 +440,17 @@ class HParams:
     )
     imitation_updates: Scalar = of_tokens(
         0, "updates on demonstrations before reinforcement learning", index, integer=True
+    )
+    env_params: dict[str, Scalar] | None = of_control(
+        None,
+        "parameters of the environment by name, those that do not decide its spaces",
+        optional(
+            Validator(
+                "finite numbers by name",
+                lambda v: isinstance(v, dict) and all(map(_is_finite, v.values())),
+            ),
+            "None",
+        ),
     )
     objective_params: dict[str, Scalar] = dataclasses.field(default_factory=dict)
 

@@ -14,6 +14,16 @@ CLIP_EPS = 0.2  # Half the width of PPO's interval in clip_fraction, whatever th
 NEW_AGE, OLD_AGE = 2, 10  # Data is new up to age 2 and old from age 10 on, in iterations
 
 
+OF_MOVED = (
+    "ess",
+    "near_zero_fraction",
+    "masked_fraction",
+    "suppressed_fraction",
+    "mean_weight",
+)
+"""What ``ratios`` takes over samples with an advantage: others have no effective weight."""
+
+
 def effective_sample_size(weight: Array, where: Array | None = None) -> Array:
     """(sum u)^2 / (n sum u^2) in [0, 1]; 0 where every weight is 0, NaN over no samples."""
     where = jnp.ones_like(weight, bool) if where is None else where

@@ -104,6 +104,7 @@ def bind_objective(
     """The objective with its parameters, inputs and state, at what it is a function of."""
     spec, mask, level = domain.objective, batch.mask, domain.ratio_level
     x = scores.log_ratio if mask is None else jnp.where(mask, scores.log_ratio, 0)
+    x = ratio_levels.bounded(x)
     log_ratio = ratio_levels.transform(x, level, mask)
     given: dict[str, Any] = dict(hparams.objective_params)
     if spec.takes_kernel:

@@ -336,7 +336,8 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
     policy and value have a last hidden layer of their own. ``value_hidden_sizes`` replaces the
     value's part.
     """
-    conv = len(obs_shape) == 3
+    # A convolution would leave nothing of an image narrower than its kernel.
+    conv = len(obs_shape) == 3 and min(obs_shape[:2]) >= 3
     types = precision(config)
     if config.shared_torso and not conv and len(config.hidden_sizes) == 1:
         valid = "False with one hidden size, because all but the last are shared"

@@ -31,8 +31,8 @@ class Normalizer(NamedTuple):
 
 def init(obs_shape: tuple[int, ...]) -> Normalizer:
     """A normaliser that has seen no observation: ``normalize`` only bounds them."""
-    zeros = jnp.zeros(obs_shape)
-    return Normalizer(jnp.zeros(()), zeros, zeros, jnp.zeros(()))
+    zero, zeros = jnp.float32(0), jnp.zeros(obs_shape, jnp.float32)
+    return Normalizer(zero, zeros, zeros, zero)
 
 
 def update(normalizer: Normalizer, obs: Array) -> Normalizer:

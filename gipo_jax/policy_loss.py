@@ -102,6 +102,8 @@ def policy_loss(
     level = ratio_levels.choose(ratio_level, spec)
     _check_aggregation(loss_agg_mode, max_tokens, denominator, segment_ids is not None)
     given = _check_parameters(spec, parameters)
+    log_prob, old_log_prob, advantages = map(jnp.asarray, (log_prob, old_log_prob, advantages))
+    response_mask = None if response_mask is None else jnp.asarray(response_mask)
     arrays = {"old_log_prob": old_log_prob, "rollout_log_prob": rollout_log_prob}
     mask = _check_arrays(spec, log_prob, arrays, advantages, response_mask, segment_ids)
     first = None if segment_ids is None else segments.starts(segment_ids)
@@ -135,7 +137,11 @@ def policy_loss(
             "kl": jnp.mean(loss_terms.kl_estimate(token_log_ratio), where=mask),
             "denominator": loss_terms.count(mask, loss_agg_mode, first),
         } | diagnostics.ratios(log_ratio, advantage, weight, mask, RANKED)
-        measured = {name: jnp.where(jnp.isnan(x), 0, x) for name, x in measured.items()}
+        # A NaN in what counts is shown.
+        any_token, any_moved = jnp.any(mask), jnp.any(mask & (advantage != 0))
+        for name, x in measured.items():
+            counted = any_moved if name in diagnostics.OF_MOVED else any_token
+            measured[name] = jnp.where(counted, x, 0)
     else:
         measured = {}
     if spec.initial_state is not None:
@@ -224,8 +230,8 @@ def _check_arrays(
 ) -> Array:
     """Refuses arrays that do not fit each other; the mask, bool ``[batch, tokens]``."""
     shape = jnp.shape(log_prob)
-    if len(shape) != 2:
-        raise ConfigError("log_prob", shape, "the shape (batch, tokens)")
+    if len(shape) != 2 or 0 in shape:
+        raise ConfigError("log_prob", shape, "the shape (batch, tokens), neither of them 0")
     same = {**others, "response_mask": response_mask, "segment_ids": segment_ids}
     for name, array in same.items():
         if array is not None and jnp.shape(array) != shape:

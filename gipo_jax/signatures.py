@@ -4,6 +4,7 @@ An objective is any function ``f(log_ratio, advantage, **parameters) -> surrogat
 adds what its signature cannot say. The formulas are in ``objectives``.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -275,6 +276,8 @@ def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tu
         if not isinstance(result, tuple) or len(result) != 2:
             raise ConfigError(name, _type_and_shape(result), "a pair (surrogate, new state)")
         result, state = result
+        with contextlib.suppress(ValueError):  # another structure, which is refused below
+            state = jax.tree.map(_in_type_of, given["state"], state)
         before, after = (jax.tree.map(_type_and_shape, tree) for tree in (given["state"], state))
         if before != after:
             raise ConfigError(name, after, f"a new state like the one before, {before}")
@@ -283,6 +286,12 @@ def evaluate(spec: Spec, log_ratio: Array, advantage: Array, **given: Any) -> tu
         valid = f"a surrogate {wanted}, one number for each log-ratio"
         raise ConfigError(name, surrogate, valid)
     return result, state
+
+
+def _in_type_of(before: Any, new: Any) -> Any:
+    """A new state in the floating-point type of the one before, which float64 data would widen."""
+    floats = [isinstance(x, Array) and jnp.issubdtype(x.dtype, jnp.floating) for x in (before, new)]
+    return new.astype(before.dtype) if all(floats) else new
 
 
 def _type_and_shape(value: Any) -> str:

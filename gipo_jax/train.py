@@ -200,15 +200,20 @@ def train_and_log(
     NaN where undefined, such as the mean return of no episodes.
     """
     state = state._replace(totals=jax.tree.map(jnp.zeros_like, state.totals))
+    compares = "log_ratio_start" in domain.objective.inputs
 
-    def step(iteration: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        state, metric_sums = carry
+    def step(
+        iteration: Array, carry: tuple[TrainState, Any, Metrics]
+    ) -> tuple[TrainState, Any, Metrics]:
+        state, _, metric_sums = carry
+        before = state.learner.params if compares else ()
         state, metrics = train_step(domain, state, hparams, iteration)
-        return state, jax.tree.map(jnp.add, metric_sums, metrics)
+        return state, before, jax.tree.map(jnp.add, metric_sums, metrics)
 
     shapes = jax.eval_shape(lambda s: train_step(domain, s, hparams, start)[1], state)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    state, metric_sums = jax.lax.fori_loop(start, stop, step, (state, zeros))
+    carry = (state, state.learner.params if compares else (), zeros)
+    state, before, metric_sums = jax.lax.fori_loop(start, stop, step, carry)
     learned = jnp.asarray(stop) - jnp.maximum(start, updates_begin(domain.config, hparams))
     metrics = {name: x / jnp.maximum(learned, 0) for name, x in metric_sums.items()}
     metrics["episode_return"] = state.totals["returns"] / state.totals["episodes"]
@@ -216,19 +221,30 @@ def train_and_log(
 
     last = jnp.asarray(stop) - 1
     key = jax.random.fold_in(jax.random.fold_in(state.key, LOG_STREAM), last)
-    return state, metrics | report(domain, state, hparams, last, key)
+    start_params = before if compares else state.learner.params
+    return state, metrics | report(domain, state, hparams, last, key, start_params)
 
 
 def report(
-    domain: Domain, state: TrainState, hparams: HParams, iteration: int | Array, key: Array
+    domain: Domain,
+    state: TrainState,
+    hparams: HParams,
+    iteration: int | Array,
+    key: Array,
+    start_params: Any,
 ) -> Metrics:
-    """Diagnostics of a fresh sample of replay under the policy as it now is, and evaluation."""
+    """Diagnostics of a fresh sample of replay under the policy as it now is, and evaluation.
+
+    ``start_params`` are those at the start of the last update phase: objectives that compare with
+    them clip there, and not at the policy as it now is.
+    """
     key_evaluate, key_diagnose = jax.random.split(key)
     config, params = domain.config, state.learner.params
     index = sample_indices(config, hparams, iteration, key_diagnose, 1)[0]
     batch = domain.batch(state, params, *gather(config, state.replay, index, iteration), hparams)
     scores = domain.score(params, batch, hparams)
-    bound = losses.bind_objective(domain, state, state.learner, batch, scores, hparams)
+    start = state._replace(learner=state.learner._replace(params=start_params))
+    bound = losses.bind_objective(domain, start, state.learner, batch, scores, hparams)
     weight, advantage = bound.weight()
     metrics = diagnostics.utilization(
         bound.log_ratio, advantage, weight, batch.age[:, None], batch.mask

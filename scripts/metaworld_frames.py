@@ -29,6 +29,7 @@ from gipo_jax.agents import Agent  # noqa: E402
 from gipo_jax.analysis import plots  # noqa: E402
 from gipo_jax.config import ConfigError  # noqa: E402
 from gipo_jax.environments import envpool_env  # noqa: E402
+from gipo_jax.environments.options import base_name  # noqa: E402
 from gipo_jax.sweep.results import ResultsError  # noqa: E402
 
 LIBRARIES = ("libEGL.so.1", "libGL.so.1")
@@ -71,7 +72,7 @@ def episode(agent: Agent, seed: int, frames: int) -> tuple[list[np.ndarray], lis
 
     steps = agent.env.max_episode_steps
     pool = envpool.make(
-        envpool_env.base_name(agent.env.name), env_type="gymnasium", num_envs=1, seed=seed,
+        base_name(agent.env.name), env_type="gymnasium", num_envs=1, seed=seed,
         render_mode="rgb_array", **envpool_env.read_task(agent.config).options,
     )  # fmt: skip
     act = jax.jit(agent.policy)

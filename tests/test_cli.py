@@ -9,7 +9,7 @@ import pytest
 
 import gipo_jax
 from gipo_jax import cli
-from gipo_jax.sweep import results
+from gipo_jax.sweep import results, runner
 
 SMALL = (
     *("--num-envs", "2", "--rollout-length", "4", "--batch-size", "8", "--total-steps", "96"),
@@ -101,6 +101,22 @@ def test_a_folder_without_permission_is_refused(
     error = fails(capsys, "sweep", *SMALL, "--out", str(tmp_path / "out"))
     assert "permission" in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/sys/x/y"])
+def test_a_folder_that_takes_no_file_is_refused_before_anything_is_traced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.setattr(runner, "_trace", lambda *arguments: pytest.fail("traced"))
+    assert f"out: '{out}' is not valid; expected a folder" in fails(
+        capsys, "sweep", *SMALL, "--out", out
+    )
+
+
+def test_a_folder_is_tried_without_leaving_a_trace(tmp_path: Path) -> None:
+    before = tmp_path.stat()
+    results.check_directory(tmp_path / "out", resume=False)
+    assert tmp_path.stat() == before and not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_nothing_to_resume_is_refused(

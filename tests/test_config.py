@@ -157,6 +157,32 @@ def test_settings_that_do_not_fit_each_other(
     assert re.match(message, str(error))
 
 
+def test_the_default_buffer_size_follows_the_block_where_it_does_not_fit() -> None:
+    for envs, length, expected in ((16, 8, 512), (64, 128, 8192), (6, 8, 528)):
+        sizes: dict[str, Any] = {"num_envs": envs, "rollout_length": length, "batch_size": 128}
+        config = Config(total_steps=envs * length, **sizes)
+        assert train.make_hparams(config).buffer_size == config.allocated_size == expected
+        hparams, _ = train.grid(config, seed=[0, 1])
+        assert np.array_equal(hparams.buffer_size, [expected] * 2)
+
+
+def weighs_by_rank(log_ratio: Any, advantage: Any) -> Any:
+    return log_ratio * advantage**3
+
+
+@pytest.mark.parametrize("objective", ["awr", weighs_by_rank])
+def test_the_rate_follows_ess_only_where_fresh_samples_weigh_alike(objective: Any) -> None:
+    error = error_of(Config(**SETTINGS, objective=objective), ess_lr_power=0.5)
+    assert str(error).startswith("ess_lr_power: 0.5 is not valid; expected 0, because")
+    train.make_hparams(Config(**SETTINGS, objective=objective))
+
+
+@pytest.mark.parametrize("objective", ["gipo", "r2vpo", "p3o_ess", "geppo", "dppo_tv", "gipo+sapo"])
+def test_the_rate_may_follow_ess_where_fresh_samples_weigh_alike(objective: str) -> None:
+    hparams = train.make_hparams(Config(**SETTINGS, objective=objective), ess_lr_power=0.5)
+    assert hparams.ess_lr_power == 0.5
+
+
 def test_replacement_allows_batches_larger_than_the_buffer() -> None:
     config = Config(**SETTINGS, sampling="uniform")
     assert train.make_hparams(config, buffer_size=32).buffer_size == 32
@@ -205,7 +231,7 @@ def test_config_is_hashable_and_hparams_is_a_tree_of_numbers() -> None:
     assert hash(Config()) == hash(Config()) and Config() == Config()
     hparams = train.make_hparams(Config(**SETTINGS))
     leaves = jax.tree.leaves(hparams)
-    scalars = len(dataclasses.fields(HParams)) - 1
+    scalars = len(dataclasses.fields(HParams)) - 2  # those of objective and environment
     assert len(leaves) == scalars + len(hparams.objective_params)
     assert all(isinstance(x, int | float) for x in leaves)
 
@@ -249,6 +275,7 @@ OTHER: dict[str, Any] = {
     "value_coef": 1.0,
     "temperature": 0.5,
     "imitation_updates": 3,
+    "env_params": {"gravity": 1.0},
 }
 """Another value of every setting that some domain lacks."""
 

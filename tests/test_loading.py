@@ -3,6 +3,7 @@
 import re
 import struct
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def test_tensorboard_drops_the_points_that_a_resumed_sweep_makes_again(tmp_path:
     starts = [e.step for e in events(tmp_path) if e.WhichOneof("what") == "session_log"]
     # TensorBoard forgets what an earlier session wrote from the start of the next one on.
     assert starts[-1] == 16
+
+
+@pytest.mark.parametrize("clock", [2e9 + 100, 2e9, 1.9e9])
+def test_tensorboard_shows_each_point_once_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: float
+) -> None:
+    for now, steps in ((2e9, (8, 16, 24)), (clock, (16, 24, 32)), (clock, (32, 40))):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        board = report.TensorBoard(tmp_path, ["run"], pytest.fail)
+        for number in steps:
+            board([row(0, number)])
+        board.close()
+    assert report.event_steps(tmp_path) == {0: [8, 16, 24, 32, 40]}
 
 
 def test_tensorboard_takes_names_of_any_length_and_a_fault_of_one_run_leaves_the_others(

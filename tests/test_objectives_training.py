@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from gipo_jax import objectives, train
+from gipo_jax import learner, objectives, train
 from gipo_jax.config import Config, ConfigError, HParams
 
 pytestmark = pytest.mark.slow
@@ -251,3 +251,28 @@ def test_recent_fraction_draws_from_the_newest_iteration(reweighted: dict[str, A
     assert 0 < age["half_recent"] < 0.75 * age["plain"]
     # Half of the batch is still drawn from all of replay.
     assert reweighted["policy_age_max"]["half_recent"] > 2
+
+
+def test_utilization_is_judged_against_the_start_of_the_last_update_phase() -> None:
+    """Where the clips of an objective that compares with it act, counted in NumPy."""
+    config = Config(**TINY, objective="geppo", updates_per_iteration=8)
+    domain, hparams = train.make(config), settings_of(config, learning_rate=0.1)
+    step = jax.jit(train.train_and_log, static_argnums=(0, 3, 4))
+    first = jax.jit(lambda: train.init(domain, hparams))()
+    before, _ = step(domain, first, hparams, 0, 3)
+    after, metrics = step(domain, before, hparams, 3, 4)
+
+    key = jax.random.fold_in(jax.random.fold_in(after.key, learner.LOG_STREAM), 3)
+    index = learner.sample_indices(config, hparams, 3, jax.random.split(key)[1], 1)[0]
+    rows, age = learner.gather(config, after.replay, index, 3)
+    batch = domain.batch(after, after.learner.params, rows, age, hparams)
+    ratios = [
+        np.exp(np.asarray(domain.score(state.learner.params, batch, hparams).log_ratio, float))
+        for state in (before, after)
+    ]
+    moved = ratios[1] - ratios[0]
+    advantage = np.asarray(batch.advantage)[:, None]
+    advantage = advantage - advantage.mean() if domain.standardize else advantage
+    clipped = np.where(advantage > 0, moved > 0.2, moved < -0.2)
+    assert 0 < clipped.mean() < 1
+    assert metrics["masked_fraction"] == pytest.approx(clipped.mean(), abs=1e-6)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gipo_jax import losses, objectives, ratio_levels
+from gipo_jax import diagnostics, losses, objectives, ratio_levels
 from gipo_jax.config import LOSS_AGG_MODES, ConfigError
 from gipo_jax.losses import policy_loss
 
@@ -395,6 +395,29 @@ def test_no_tokens_at_all_give_a_loss_of_zero(data: dict[str, Any]) -> None:
             assert loss == 0 and not gradient.any()
 
 
+@pytest.mark.parametrize("change", ["advantages", "response_mask"])
+def test_metrics_over_nothing_are_0(change: str, data: dict[str, Any]) -> None:
+    empty = data | {change: np.zeros_like(data[change])}
+    for (_, metrics), _ in evaluated(empty, objective="gipo").values():
+        assert {float(metrics[name]) for name in diagnostics.OF_MOVED} == {0}
+        assert all(np.isfinite(x) for x in metrics.values())
+        if change == "response_mask":
+            assert metrics["kl"] == metrics["log_ratio_abs_p95"] == metrics["clip_fraction"] == 0
+
+
+def test_a_nan_of_ones_own_is_not_hidden(data: dict[str, Any]) -> None:
+    spoilt = data | {"log_prob": np.where(data["response_mask"], np.nan, data["log_prob"])}
+    for (_, metrics), _ in evaluated(spoilt, objective="gipo").values():
+        assert np.isnan(metrics["kl"]) and np.isnan(metrics["mean_weight"])
+
+
+def test_lists_are_taken_as_arrays(data: dict[str, Any]) -> None:
+    arrays: dict[str, Any] = {name: jnp.array(x) for name, x in data.items()}
+    lists = {name: x.tolist() for name, x in data.items()}
+    expected, _ = losses.policy_loss(**arrays)
+    assert losses.policy_loss(**lists)[0] == expected
+
+
 @objectives.declare(kind="batch")
 def without_mask(log_ratio: Any, advantage: Any) -> Any:
     return log_ratio * advantage / jnp.mean(advantage)
@@ -407,6 +430,7 @@ def without_mask(log_ratio: Any, advantage: Any) -> Any:
         ("response_mask", {"response_mask": jnp.ones(BATCH)}),
         ("old_log_prob", {"old_log_prob": jnp.zeros((BATCH, 1))}),
         ("log_prob", {"log_prob": jnp.zeros(BATCH)}),
+        ("log_prob", {"log_prob": jnp.zeros((0, TOKENS))}),
         ("advantages", {"advantages": jnp.zeros((BATCH, 1))}),
         ("loss_agg_mode", {"loss_agg_mode": "mean"}),
         ("max_tokens", {"max_tokens": 4}),

@@ -14,6 +14,7 @@ from gipo_jax import losses, train
 from gipo_jax.config import Config
 from gipo_jax.domains.flow import tasks as densities
 from gipo_jax.domains.tokens import tasks
+from tests import programs
 
 SMALL: dict[str, Any] = {
     "num_envs": 4,
@@ -151,3 +152,38 @@ def test_products_behind_log_ratios_keep_all_bits_of_float32_on_any_device(
     ]
     assert len(products) > 2
     assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
+
+
+# In a program of its own, since the setting counts for all of a process.
+DOUBLE = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gipo_jax import losses, train
+from gipo_jax.config import Config
+
+assert jnp.zeros(()).dtype == jnp.float64
+small = dict(total_steps=64, batch_size=32, eval_episodes=0, num_logs=2, hidden_sizes=(4,))
+config = Config(objective="r2vpo", normalize_obs=True, **small)
+state, metrics = jax.jit(train.make_train(config))(train.make_hparams(config))
+assert {x.dtype for x in jax.tree.leaves(state.learner.params)} == {jnp.dtype("float32")}
+assert int(state.diverged_at) == -1 and np.isfinite(metrics["policy_loss"][-1])
+
+for given in (jnp.float32, jnp.float64):
+    x = jnp.array([[0.3, -0.4]], given)
+    loss, metrics = losses.policy_loss(x, x * 0, jnp.array([1.0]), objective="r2vpo")
+    ratio = np.exp(np.asarray(x, float))
+    expected = -np.mean(ratio - 0.04 * ((ratio - 1) ** 2 - 0.04))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    assert loss.dtype == given and metrics["state"].dtype == jnp.float32
+    given = {"objective": "r2vpo", "state": metrics["state"]}
+    again = losses.policy_loss(x, x * 0, jnp.array([1.0]), **given)
+    assert again[1]["state"].dtype == jnp.float32
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_double_precision_trains_and_gives_losses() -> None:
+    done = programs.run("-c", DOUBLE, JAX_ENABLE_X64="1")
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr

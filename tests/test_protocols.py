@@ -21,7 +21,7 @@ def test_a_protocol_sets_everything_but_what_an_experiment_varies(name: str) -> 
     given = set(protocols.settings(name))
     varied = {"env", "objective", "kernel", "seed", "objective_params"}
     # What is switched off by default and not of these papers.
-    off = {"max_buffer_size", "max_episode_steps", "recent_fraction", "ess_lr_power"}
+    off = {"max_buffer_size", "max_episode_steps", "env_params", "recent_fraction", "ess_lr_power"}
     assert given <= CONFIG_FIELDS | HPARAM_FIELDS
     assert (CONFIG_FIELDS | HPARAM_FIELDS) - given >= varied
     # Settings of other domains are refused in control, so there is nothing to choose.
@@ -98,8 +98,8 @@ def meta_world() -> environments.Environment:
     """Spaces of a Meta-World task, which need no simulator."""
     env = environments.make(Config(env="Pendulum-v1"))
     bound = np.ones(4, np.float32)
-    return env._replace(
-        obs_shape=(39,), action_shape=(4,), action_low=-bound, action_high=bound
+    return dataclasses.replace(
+        env, obs_shape=(39,), action_shape=(4,), action_low=-bound, action_high=bound
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Acting and evaluating on an environment small enough to say what must come out."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -91,7 +92,7 @@ def test_evaluation_stops_with_the_episode(toy: Any) -> None:
         # The second action ends the episode.
         return taken._replace(terminated=taken.terminated | (action == 1))
 
-    quits = env._replace(step=one_step)
+    quits = dataclasses.replace(env, step=one_step)
 
     def outputs(obs: jax.Array) -> jax.Array:
         next(steps)
@@ -117,7 +118,7 @@ def test_an_evaluation_counts_what_an_episode_solved_and_not_the_one_after_it(to
         solved = (taken.final_obs[:, 0] == 2) & (jnp.arange(4) < 2)
         return taken._replace(terminated=taken.terminated | quits, success=solved)
 
-    solves = env._replace(step=one_step, reports_success=True)
+    solves = dataclasses.replace(env, step=one_step, reports_success=True)
     outputs = jnp.zeros((4, 1, 2))
     made = rollout.evaluate(solves, head, lambda obs: outputs, jax.random.key(0), 2)
     assert made.solved_greedy == 0.5 and made.solved_sampled == 0

@@ -121,6 +121,7 @@ OTHER: dict[str, Any] = {
     "ess_lr_power": 1.0,
     "temperature": 0.5,
     "imitation_updates": 2,
+    "env_params": {"gravity": 20.0},
 }
 """Another valid value of each setting."""
 

@@ -309,6 +309,6 @@ def test_an_old_name_works_and_says_the_new_one() -> None:
         runs = sweep.expand(objective="following_gipo", mean_weight=0.6)
     stored = grid.encode(runs)
     assert stored[0]["config"]["objective"] == "following_gipo"
-    assert grid.flat_settings(grid.decode(stored)[0])["objective"] == "adaptive_gipo"
+    assert grid.settings_of_runs(stored)[0]["objective"] == "adaptive_gipo"
     with pytest.raises(AttributeError, match="no_such_name"):
         objectives.no_such_name  # type: ignore[attr-defined]  # noqa: B018

@@ -404,7 +404,8 @@ def _lines(
 ) -> None:
     """A line for each method over a column of a table, by ``band`` or ``points``."""
     for method, appearance in looks.items():
-        line = table[table.method == method]
+        # Numbers also where no episode has ended, and so no row is left.
+        line = table[table.method == method][[x, "mean", "low", "high"]].astype(float)
         draw(axes, line[x], line, appearance)
 
 

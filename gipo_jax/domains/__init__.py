@@ -29,5 +29,5 @@ def check_hparams(config: Config, hparams: HParams) -> None:
     """Refuses traced settings that would do nothing. Raises ConfigError."""
     domain, objective = kind(config), objectives.spec(config.objective)
     check_applies(config, hparams, domain=domain, objective=objective)
-    if domain == TOKENS:
-        tokens.check_hparams(config, hparams)
+    if domain != FLOW:
+        (tokens if domain == TOKENS else control).check_hparams(config, hparams)

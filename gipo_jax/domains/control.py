@@ -1,5 +1,6 @@
 """Control: environments stepped side by side, with a value function."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -81,8 +82,11 @@ class Control(Domain):
 
     def init(self, hparams: HParams, key: Array) -> tuple[Any, State]:
         key_params, key_envs = _start_keys(key)
-        envs = rollouts.reset(self.env, key_envs, self.config.num_envs)
+        envs = rollouts.reset(self.env_of(hparams), key_envs, self.config.num_envs)
         return self.network.init(key_params), State(normalizer.init(self.env.obs_shape), envs)
+
+    def env_of(self, hparams: HParams) -> environments.Environment:
+        return self.env.with_params(hparams.env_params)
 
     def open(self, seeds: Iterable[int], devices: int = 1) -> Domain:
         if not self.host:
@@ -101,13 +105,16 @@ class Control(Domain):
         policy = self._policy(self.acting(state))
         keep = config.kl == "exact"
         envs, transition, returns, episodes = rollouts.collect(
-            self.env, self.head, policy, envs_before, key, config.rollout_length, keep
+            self.env_of(hparams), self.head, policy, envs_before, key, config.rollout_length, keep
         )
         counts = {"returns": returns, "episodes": episodes}
         if self.env.reports_success:
             before, after = (rollouts.solved_episodes(x) for x in (envs_before, envs))
             counts["solved"] = after - before
         transition = transition._replace(reward=transition.reward * hparams.reward_scale)
+        if config.truncation_is_termination:
+            done = transition.terminated | transition.truncated
+            transition = transition._replace(terminated=done, truncated=jnp.zeros_like(done))
         rows = self._with_targets(state, hparams, transition)
         if config.normalize_obs:
             moments = normalizer.update(moments, networks.numbers(transition.obs))
@@ -202,7 +209,8 @@ class Control(Domain):
         return {"params": state.learner.params, "normalizer": state.domain_state.normalizer}
 
     def evaluate(self, acting: Any, hparams: HParams, key: Array, episodes: int) -> Metrics:
-        made = rollouts.evaluate(self.env, self.head, self._policy(acting), key, episodes)
+        env, policy = self.env_of(hparams), self._policy(acting)
+        made = rollouts.evaluate(env, self.head, policy, key, episodes)
         names = ("eval_return", "eval_return_sampled", "eval_success", "eval_success_sampled")
         return {name: x for name, x in zip(names, made, strict=True) if x is not None}
 
@@ -263,6 +271,17 @@ def make(config: Config, env: environments.Environment | None = None) -> Control
         valid = "'token' or 'joint', because the tokens of an action have no order"
         raise ConfigError("ratio_level", domain.ratio_level, valid)
     return domain
+
+
+def check_hparams(config: Config, hparams: HParams) -> None:
+    """Refuses parameters that the environment does not take. Raises ConfigError."""
+    if hparams.env_params:
+        _check_params(config, tuple(hparams.env_params))
+
+
+@functools.cache
+def _check_params(config: Config, names: tuple[str, ...]) -> None:
+    environments.check_params(environments.make(config), names)
 
 
 def _start_keys(key: Array) -> tuple[Array, Array]:

@@ -73,6 +73,10 @@ class Domain(abc.ABC):
     def init(self, hparams: HParams, key: Array) -> tuple[Any, Any]:
         """First parameters, ``{"policy": ...}`` and ``"value"``, and first state of the domain."""
 
+    def env_of(self, hparams: HParams) -> Any:
+        """The environment of a run, with its parameters, or the task."""
+        return self.env
+
     def open(self, seeds: Iterable[int], devices: int = 1) -> "Domain":
         """The domain with the simulators of runs of these seeds made, each as often as there are
         such runs, for devices that share them evenly; without simulators the domain itself."""

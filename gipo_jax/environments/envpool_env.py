@@ -17,6 +17,7 @@ An evaluation has simulators of its own, made anew and ended with their one epis
 callback steps. Seeds follow from the run's key and the point, so a resumed run repeats them.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
@@ -32,6 +33,7 @@ from jax.experimental import io_callback
 
 from gipo_jax import runtime
 from gipo_jax.config import Config, ConfigError
+from gipo_jax.environments import options
 from gipo_jax.environments.interface import Environment, Simulator, Step
 
 EXTRA = 'pip install "gipo_jax[envpool]"'
@@ -74,11 +76,6 @@ def names() -> list[str] | None:
     return envpool.list_all_envs()
 
 
-def base_name(name: str) -> str:
-    """EnvPool's name of an environment, without options: ``NAME`` of ``NAME:option=value,...``."""
-    return name.partition(":")[0]
-
-
 def make(config: Config) -> Environment:
     """Builds an EnvPool environment whose pools are not open yet; see ``environments.make``."""
     if sys.platform != "linux":
@@ -93,7 +90,7 @@ class Task(NamedTuple):
     """What there is to know of one of EnvPool's environments before a pool of it is made."""
 
     name: str  # EnvPool's, with the options that were given
-    options: dict[str, Any]  # for envpool.make, which takes base_name(name)
+    options: dict[str, Any]  # for envpool.make, which takes options.base_name(name)
     encode: Callable[[Sequence[Any], Any], Any]  # leaves [n, ...], numpy module -> [n, *obs_shape]
     obs_shape: tuple[int, ...]
     obs_dtype: np.dtype
@@ -125,16 +122,21 @@ def read_task(config: Config) -> Task:
     from gymnasium import spaces
 
     name = config.env
-    options: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if config.max_episode_steps is not None:
-        options["max_episode_steps"] = config.max_episode_steps
+        settings["max_episode_steps"] = config.max_episode_steps
     try:
-        defaults = envpool.make_spec(base_name(name)).config._asdict()
+        defaults = envpool.make_spec(options.base_name(name)).config._asdict()
         # Meta-World hides the goal by default; the papers' agents see it.
         if "partially_observable" in defaults:
-            options["partially_observable"] = False
-        options |= _read_options(name, defaults)
-        spec = envpool.make_spec(base_name(name), **options)
+            settings["partially_observable"] = False
+        known = {
+            option: default
+            for option, default in defaults.items()
+            if option not in _NOT_OPTIONS and isinstance(default, bool | int | float | str)
+        }
+        settings |= options.read("env", name, known)
+        spec = envpool.make_spec(options.base_name(name), **settings)
         with warnings.catch_warnings():
             # gymnasium warns of bounds that it rounds.
             warnings.simplefilter("ignore")
@@ -159,15 +161,15 @@ def read_task(config: Config) -> Task:
 
     limit = int(spec.config.max_episode_steps)
     gap = None
-    if registry.specs[base_name(name)][0] not in _REPLAYABLE:
+    if registry.specs[options.base_name(name)][0] not in _REPLAYABLE:
         gap = f"{name} cannot be put back into the middle of an episode"
-    elif options.get("episodic_life"):
+    elif settings.get("episodic_life"):
         gap = f"{name} goes on with its game after a reset"
     elif limit > _LONGEST_REPLAY:
         gap = f"{name} has episodes of {limit} steps, too many to replay"
     return Task(
         name=name,
-        options=options,
+        options=settings,
         encode=encode,
         obs_shape=obs_shape,
         obs_dtype=obs_dtype,
@@ -188,27 +190,6 @@ _NOT_OPTIONS = (
     *("base_path", "seed", "env_seed", "gym_reset_return_info", "max_episode_steps", "task"),
     *("task_name", "xml_file", "reward_threshold", "gymnasium_v5_render_camera"),
 )
-
-
-def _read_options(name: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Options in a name, ``NAME:option=value,...``, as the type of their default."""
-    base, _, given = name.partition(":")
-    known = {
-        option: default
-        for option, default in defaults.items()
-        if option not in _NOT_OPTIONS and isinstance(default, bool | int | float | str)
-    }
-    options: dict[str, Any] = {}
-    for part in given.split(",") if ":" in name else []:
-        option, _, text = part.partition("=")
-        try:
-            kind = type(known[option])
-            options[option] = {"true": True, "false": False}[text] if kind is bool else kind(text)
-        except (KeyError, ValueError) as error:
-            shown = ", ".join(f"{k}={str(v).lower()}" for k, v in known.items()) or "none"
-            valid = f"{base}:OPTION=VALUE,... with its options (defaults: {shown})"
-            raise ConfigError("env", name, valid) from error
-    return options
 
 
 def _observations(
@@ -262,7 +243,7 @@ def _make_pool(task: Task, seeds: np.ndarray, threads: int, **settings: int) -> 
     import envpool
 
     return envpool.make(
-        base_name(task.name),
+        options.base_name(task.name),
         env_type="gymnasium",
         num_envs=seeds.size,
         num_threads=max(1, min(seeds.size, threads)),
@@ -420,7 +401,6 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
         actions = state.actions
         if actions is not None:
             actions = actions.at[state.elapsed, jnp.arange(num_envs)].set(action)
-        terminated = done if config.truncation_is_termination else result.terminated
         return Step(
             state=state._replace(
                 token=token,
@@ -430,8 +410,8 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
             ),
             obs=obs,
             reward=result.reward,
-            terminated=terminated,
-            truncated=done & ~terminated,
+            terminated=result.terminated,
+            truncated=result.truncated & ~result.terminated,
             final_obs=result.obs,
             success=result.success,
         )
@@ -464,7 +444,8 @@ def _environment(task: Task, config: Config, pools: tuple[_Pool, ...], axis: str
     def of_one_episode() -> tuple[Callable[..., Any], Callable[..., Any]]:
         return _of_one_episode(task, runtime.available_cores() // max(len(pools), 1))
 
-    spaces = {name: value for name, value in task._asdict().items() if name in Environment._fields}
+    fields = {field.name for field in dataclasses.fields(Environment)}
+    spaces = {name: value for name, value in task._asdict().items() if name in fields}
     return Environment(
         **spaces,
         reset=reset,

@@ -1,11 +1,14 @@
 """What every environment offers: a batch stepped at once, arrays in and out, endings kept apart."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
+
+from gipo_jax.config import ConfigError
 
 
 class Step(NamedTuple):
@@ -20,8 +23,9 @@ class Step(NamedTuple):
     success: Array | None = None  # [envs], bool, solved now; None where unknown
 
 
-class Environment(NamedTuple):
-    """A batch of environments of one kind, as functions to jit.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Environment:
+    """A batch of environments of one kind, as functions to jit; hashed by identity.
 
     The methods know about simulators, so that callers need not ask: in pure JAX they do nothing.
     """
@@ -39,6 +43,8 @@ class Environment(NamedTuple):
     max_episode_steps: int  # time limit in steps
     reports_success: bool = False  # whether Step.success is there
     own_truncation: bool = False  # whether anything but the time limit truncates
+    # values by name, which may be traced -> the same with other parameters; None without any
+    vary: "Callable[[Mapping[str, Any]], Environment] | None" = None
     simulator: "Simulator | None" = None  # None for one that is pure JAX
 
     @property
@@ -100,7 +106,19 @@ class Environment(NamedTuple):
         if self.simulator is None:
             return self
         reset, step = self.simulator.of_one_episode()
-        return self._replace(reset=reset, step=step, simulator=None)
+        return dataclasses.replace(self, reset=reset, step=step, simulator=None)
+
+    def with_params(self, values: Mapping[str, Any] | None) -> "Environment":
+        """The environment with other values of its parameters, by name; they may be traced.
+
+        Raises ConfigError where it has no such parameters, or one that cannot be traced is.
+        """
+        if not values:
+            return self
+        if self.vary is None:
+            valid = f"none: {self.name} takes no parameters"
+            raise ConfigError("env_params", ", ".join(values), valid)
+        return self.vary(values)
 
 
 class Simulator(NamedTuple):

@@ -29,7 +29,7 @@ KEEP = 2
 
 ARRAYS = "arrays"
 _PROGRESS = "progress.json"
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _TEMPORARY = "incomplete-"
 
 
@@ -52,7 +52,7 @@ def save(directory: Path, number: int, progress: dict[str, Any], state: Any | No
         if cluster.is_main_process():
             stored = {"format": FORMAT, "progress": progress}
             write_atomic(temporary / _PROGRESS, json.dumps(stored))
-            write_atomic(temporary / _MANIFEST, json.dumps(_checksums(temporary)))
+            seal(temporary)
             # A damaged one that was passed over may have the name.
             shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
@@ -77,7 +77,7 @@ def newest(directory: Path, warn: Callable[[str], None]) -> int | None:
     present = numbers(directory)
     for number in reversed(present):
         path = directory / f"{number:08d}"
-        problem = _damage(path)
+        problem = damage(path)
         if problem is None:
             return number
         warn(f"checkpoint {path.name} is damaged ({problem}); going back to an earlier one")
@@ -205,12 +205,17 @@ def _plain_shape(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=wanted)
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def seal(path: Path) -> None:
+    """Writes the checksums of all files of a folder, by which ``damage`` finds what changes."""
+    write_atomic(path / MANIFEST, json.dumps(_checksums(path)))
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the files of a folder since it was sealed, or None."""
     try:
-        expected = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        expected = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return f"{_MANIFEST} cannot be read"
+        return f"{MANIFEST} cannot be read"
     try:
         found = _checksums(path)
     except OSError as error:
@@ -226,7 +231,7 @@ def _checksums(path: Path) -> dict[str, int]:
     return {
         str(file.relative_to(path)): _checksum(file)
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name != _MANIFEST
+        if file.is_file() and file.name != MANIFEST
     }
 
 

@@ -2,12 +2,10 @@
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import sys
@@ -21,8 +19,9 @@ import pandas as pd
 
 from gipo_jax import provenance
 from gipo_jax.config import ConfigError
-from gipo_jax.sweep import checkpoint, cluster, grid, results
+from gipo_jax.sweep import checkpoint, cluster, grid, lock, results
 from gipo_jax.sweep.grid import Run
+from gipo_jax.sweep.lock import Lock
 from gipo_jax.sweep.plan import Group, Part, Progress
 from gipo_jax.sweep.results import ResultsError, write_atomic
 
@@ -37,9 +36,10 @@ class Folder:
         self.latest: dict[int, float] = {}
         self.encoded = json.loads(json.dumps(grid.encode(runs)))
         self._runs, self._resume = runs, resume
-        self.settings = [grid.flat_settings(run) for run in runs]
+        self.settings = grid.settings_of_runs(self.encoded)
         self.checkpoints = directory / results.CHECKPOINTS
         self._file: IO[bytes] | None = None
+        self._lock: Lock | None = None
         self._changed = False
         self._present = checkpoint.numbers(self.checkpoints)
         if resume:
@@ -50,11 +50,7 @@ class Folder:
 
     def load(self, number: int) -> None:
         """Takes over the progress of a checkpoint, 0 for none, without the states of its parts."""
-        if number:
-            stored = checkpoint.read_progress(self.checkpoints / f"{number:08d}")
-            stored["diverged"] = {int(run): at for run, at in stored["diverged"].items()}
-            started = [Part(tuple(p["runs"]), p["point"], None) for p in stored["started"]]
-            self.progress = Progress(number, **stored | {"started": started})
+        self.progress = read_progress(self.checkpoints, number)
 
     def load_states(self, like: list[Any]) -> None:
         """Reads the states of the started parts, for ``like`` see ``checkpoint.read_arrays``."""
@@ -65,35 +61,21 @@ class Folder:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Keeps the folder to this sweep, with a lock that the system drops if the process dies."""
+        """Keeps the folder to this sweep.
+
+        Raises:
+            ConfigError: another process writes to it, or has since ``self`` was made.
+        """
         if not cluster.is_main_process():
             yield
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        out, path = str(self.directory), self.directory / "lock"
-        with path.open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                valid = f"a folder that no other process writes to; {file.read()} does"
-                raise ConfigError("out", out, valid) from error
-            except OSError as error:
-                print(f"warning: {path} cannot be locked: {error.strerror}", file=sys.stderr)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                valid = "a folder that no other process is leaving; try again"
-                raise ConfigError("out", out, valid)
-            try:
-                results.check_directory(self.directory, self._resume)
-                if checkpoint.numbers(self.checkpoints) != self._present:
-                    valid = "a folder that no other process has changed since this one began"
-                    raise ConfigError("out", out, valid)
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}")
-                file.flush()
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        with lock.hold(self.directory) as held:
+            results.check_directory(self.directory, self._resume)
+            if checkpoint.numbers(self.checkpoints) != self._present:
+                valid = "a folder that no other process has changed since this one began"
+                raise ConfigError("out", str(self.directory), valid)
+            self._lock = held
+            yield
 
     def open(self, metrics: Sequence[str], options: Mapping[str, Any]) -> None:
         """Begins to write tables of these metrics; options are for the record."""
@@ -138,6 +120,7 @@ class Folder:
         self._changed = True
         self.latest |= {row["run"]: float(row.get("episode_return", math.nan)) for row in rows}
         if self._file is not None:
+            self._check_lock()
             self._file.write(_csv(self._columns, rows).encode())
             self._file.flush()
         return rows
@@ -164,7 +147,8 @@ class Folder:
             temporary.mkdir()
         checkpoint.write_arrays(temporary / checkpoint.ARRAYS, acting)
         if cluster.is_main_process():
-            (temporary / "runs.json").write_text(json.dumps(list(runs)), encoding="utf-8")
+            (temporary / results.MEMBERS).write_text(json.dumps(list(runs)), encoding="utf-8")
+            checkpoint.seal(temporary)
             shutil.rmtree(temporary.with_suffix(""), ignore_errors=True)
             temporary.replace(temporary.with_suffix(""))
         self.progress.finished += runs
@@ -175,6 +159,7 @@ class Folder:
 
     def save(self, training: Part | None = None) -> None:
         """Makes a checkpoint of everything, with the state of the part that is in training."""
+        self._check_lock()
         progress = self.progress
         parts = ([training] if training is not None else []) + progress.started
         if self._file is not None:
@@ -200,32 +185,55 @@ class Folder:
             self._file.close()
             path = self.directory / results.METRICS
             header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            cells = (row.split(",", 2) for row in rows)
-            places = [(int(run), int(iteration)) for run, iteration, _ in cells]
-            order = sorted(range(len(rows)), key=places.__getitem__)
-            write_atomic(path, header + "".join(rows[index] for index in order))
-            last = dict(sorted(places))
-            ends = {run: self._runs[run].config.num_iterations for run in self.progress.finished}
-            if lost := [str(run) for run in ends if last.get(run) != ends[run]]:
-                text = f"{path} was changed: it lacks the last point of runs {', '.join(lost)}"
-                raise ResultsError(text)
+            rows.sort(key=lambda row: [int(cell) for cell in row.split(",", 2)[:2]])
+            write_atomic(path, header + "".join(rows))
+
+    def _check_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.check()
 
     def _write_runs(self) -> None:
         """Writes runs.csv from the settings, the progress and metrics.csv."""
-        finished, diverged = set(self.progress.finished), self.progress.diverged
-        iterations = [run.config.num_iterations for run in self._runs]
-        rows = []
-        for run, summary in enumerate(summaries(self.directory / results.METRICS, iterations)):
-            status = "running" if summary["env_steps"] else "waiting"
-            row = self.settings[run] | summary
-            row |= {"run": run, "status": "done" if run in finished else status}
-            if run in diverged:
-                step = diverged[run] * self._runs[run].config.block_size
-                row |= {"status": "diverged", "diverged_step": step}
-            rows.append(row)
-        columns = _run_columns(self.settings)
-        header = ",".join(columns) + "\n"
-        write_atomic(self.directory / results.RUNS, header + _csv(columns, rows))
+        sizes = [(run.config.num_iterations, run.config.block_size) for run in self._runs]
+        metrics = self.directory / results.METRICS
+        text = runs_table(self.settings, sizes, self.progress, metrics)
+        write_atomic(self.directory / results.RUNS, text)
+
+
+def read_progress(checkpoints: Path, number: int) -> Progress:
+    """The progress in a whole checkpoint, 0 for none, without the states of its parts."""
+    if not number:
+        return Progress()
+    stored = checkpoint.read_progress(checkpoints / f"{number:08d}")
+    stored["diverged"] = {int(run): at for run, at in stored["diverged"].items()}
+    started = [Part(tuple(p["runs"]), p["point"], None) for p in stored["started"]]
+    return Progress(number, **stored | {"started": started})
+
+
+def runs_table(
+    settings: Sequence[Mapping[str, Any]],
+    sizes: Sequence[tuple[int, int]],
+    progress: Progress,
+    metrics: Path | IO[str],
+) -> str:
+    """The text of runs.csv.
+
+    Args:
+        settings: all settings of each run.
+        sizes: iterations, and transitions of an iteration, of each run.
+        progress: how far the sweep is.
+        metrics: metrics.csv.
+    """
+    finished, rows = set(progress.finished), []
+    for run, summary in enumerate(summaries(metrics, [iterations for iterations, _ in sizes])):
+        status = "running" if summary["env_steps"] else "waiting"
+        row = {**settings[run], **summary, "run": run}
+        row["status"] = "done" if run in finished else status
+        if run in progress.diverged:
+            row |= {"status": "diverged", "diverged_step": progress.diverged[run] * sizes[run][1]}
+        rows.append(row)
+    columns = _run_columns(settings)
+    return ",".join(columns) + "\n" + _csv(columns, rows)
 
 
 def _cell(value: Any) -> str:
@@ -254,7 +262,7 @@ def _run_columns(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*first, *(name for name in varying if name not in first), *last]
 
 
-def summaries(metrics: Path, iterations: Sequence[int]) -> list[dict[Any, Any]]:
+def summaries(metrics: Path | IO[str], iterations: Sequence[int]) -> list[dict[Any, Any]]:
     """``env_steps``, ``final_return`` and ``eval_return`` of every run so far.
 
     ``final_return`` is the mean training return of the episodes that ended in the last logged

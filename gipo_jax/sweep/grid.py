@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from gipo_jax import objectives, protocols, train, user_files
 from gipo_jax.config import Config, ConfigError, HParams
 from gipo_jax.domains.tokens import selection
+from gipo_jax.settings import product
 from gipo_jax.user_files import Reference
 
 CONFIG_FIELDS = tuple(field.name for field in dataclasses.fields(Config))
@@ -44,7 +44,8 @@ def expand(
         objective_args: parameters of objectives; each goes to the objectives that have it.
         protocol: settings of a published experiment, see ``protocols``; ``settings`` win over them.
         settings: fields of ``Config`` and ``HParams``, and parameters of objectives where no field
-            has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple).
+            has that name. A list is swept, anything else is one value (``hidden_sizes``: a tuple);
+            ``env_params`` is a dict of such.
 
     Returns:
         runs; seeds vary fastest, then parameters of objectives, then traced settings.
@@ -75,28 +76,38 @@ def expand(
     runs: dict[Any, Run] = {}
     chosen = static.get("selection", [])
     kernels = any(spec.takes_kernel for spec in specs)
-    for fixed in _product(static):
+    for fixed in product(static):
         spec = objectives.spec(fixed.get("objective", _CONFIG_DEFAULTS.objective))
         if kernels and not spec.takes_kernel:
             fixed.pop("kernel", None)
         config = _config(selection.own_settings(fixed, chosen) if chosen else fixed)
         takes = {name: values for name, values in own.items() if name in spec.params}
-        for numbers in _product(traced):
-            for parameters in _product(takes):
+        for numbers in product(traced):
+            for parameters in product(takes):
                 for seed in range(seed_offset, seed_offset + seeds):
                     hparams = train.make_hparams(
                         config, seed=seed, objective_params=parameters, **numbers
                     )
-                    named = numbers | parameters | {"seed": seed}
+                    named = _flat(numbers) | parameters | {"seed": seed}
                     values = [f"{key}={value}" for key, value in named.items()]
                     run = Run(" ".join([program_name(config), *values]), config, hparams)
                     runs.setdefault(_identity(run), run)
     return list(runs.values())
 
 
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with each parameter of the environment on its own, as ``env_params.NAME``."""
+    own = settings.get("env_params") or {}
+    rest = {key: value for key, value in settings.items() if key != "env_params"}
+    return rest | {f"env_params.{key}": value for key, value in own.items()}
+
+
 def env_name(env: Any) -> str:
-    """Name of an environment given by name or as an object."""
-    return env if isinstance(env, str) else str(env.name)
+    """Name of an environment given by name, or as an object or what makes one."""
+    if isinstance(env, str):
+        return env
+    made = isinstance(env, type) or not hasattr(env, "name")
+    return str(getattr(env, "__name__", type(env).__name__) if made else env.name)
 
 
 # How settings that may be objects are called, in tables and for people
@@ -115,13 +126,6 @@ def program_name(config: Config) -> str:
         if value != getattr(_CONFIG_DEFAULTS, field):
             parts.append(_CALLED.get(field, str)(value))
     return " ".join(parts)
-
-
-def flat_settings(run: Run) -> dict[str, Any]:
-    """Every setting of a run by name; objects by what they are called."""
-    called = {field: name(getattr(run.config, field)) for field, name in _CALLED.items()}
-    settings = vars(run.config) | vars(run.hparams) | run.hparams.objective_params | called
-    return {k: v for k, v in settings.items() if k not in ("max_buffer_size", "objective_params")}
 
 
 def encode(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -184,9 +188,10 @@ def _from_json(field: str, stored: Any, given: Any) -> Any:
         # JSON has no tuples.
         return tuple(stored) if isinstance(stored, list) else stored
     called = None if given is None else _CALLED[field](given)
-    found = Reference.from_json(stored).find(field, given, called)
+    reference = Reference.from_json(stored)
+    found = reference.find(field, given, called)
     own_file = field == "objective" and isinstance(found, str)
-    return load_objective(found) if own_file else found
+    return reference.check_values(field, load_objective(found)) if own_file else found
 
 
 def _plain(value: Any) -> Any:
@@ -209,44 +214,63 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
 
     Where there are more runs in one of them, the values are all that the setting takes.
     """
-    before, now = _settings_of_runs(stored), _settings_of_runs(given)
+    before, now = _by_run(stored), _by_run(given)
     names = dict.fromkeys(name for run in before + now for name in run)
     if len(before) == len(now):
         for old, new in zip(before, now, strict=True):
             for name in names:
                 values = old.get(name), new.get(name)
-                if _placeless(values[0]) != _placeless(values[1]):
+                if not _same(*values):
                     return name, values[0], values[1]
         return None
     for name in names:
         taken: list[list[Any]] = [[], []]
         for runs, values_taken in zip((before, now), taken, strict=True):
             for run in runs:
-                value = _placeless(run.get(name))
-                if value not in values_taken:
-                    values_taken.append(value)
-        if any(value not in taken[1] for value in taken[0]) or len(taken[0]) != len(taken[1]):
+                if not any(_same(run.get(name), value) for value in values_taken):
+                    values_taken.append(run.get(name))
+        known = [any(_same(value, other) for other in taken[1]) for value in taken[0]]
+        if not all(known) or len(taken[0]) != len(taken[1]):
             return name, taken[0], taken[1]
     return "number of runs", len(before), len(now)
 
 
-def _settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
-    """The settings of each run in a result of ``encode``, by name."""
+def settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """All settings of each run in a result of ``encode`` by name; objects by what they are called.
+
+    The order is that of the fields.
+    """
+    return [
+        {name: _called(name, value) for name, value in run.items() if name != "max_buffer_size"}
+        for run in _by_run(groups)
+    ]
+
+
+def _called(field: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        value = Reference.from_json(value).name
+    if field == "objective":
+        return objectives.RENAMED.get(value, value)
+    # JSON has no tuples.
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _by_run(groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """Settings of each run in a result of ``encode``, as they stand there."""
     runs = {}
     for group in groups:
         for entry in group["runs"]:
-            settings = group["config"] | entry | entry["objective_params"]
+            settings = group["config"] | _flat(entry) | entry["objective_params"]
             dropped = ("run", "name", "objective_params")
             runs[entry["run"]] = {k: v for k, v in settings.items() if k not in dropped}
     return [runs[index] for index in sorted(runs)]
 
 
-def _placeless(value: Any) -> Any:
-    """A stored setting without the place of its file: the same code elsewhere is the same."""
-    if not isinstance(value, dict) or "file" not in value:
-        return value
-    kind, name, _, sha256 = Reference.from_json(value)
-    return kind, name.rpartition(":")[2], sha256
+def _same(one: Any, other: Any) -> bool:
+    """Whether two stored settings are the same; code may lie elsewhere."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return Reference.from_json(one).same(Reference.from_json(other))
+    return bool(one == other)
 
 
 def load_objective(reference: str) -> Callable[..., Any]:
@@ -259,6 +283,8 @@ def load_objective(reference: str) -> Callable[..., Any]:
 
 
 def _values(name: str, value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(product({key: _values(f"{name}: {key}", v) for key, v in value.items()}))
     values = list(value) if isinstance(value, list | range | np.ndarray) else [value]
     if not values:
         raise ConfigError(name, value, "at least one value")
@@ -286,12 +312,7 @@ def _config(fixed: Mapping[str, Any]) -> Config:
     return config
 
 
-def _product(settings: Mapping[str, Sequence[Any]]) -> Iterable[dict[str, Any]]:
-    for values in itertools.product(*settings.values()):
-        yield dict(zip(settings, values, strict=True))
-
-
 def _identity(run: Run) -> Any:
-    numbers = dataclasses.asdict(run.hparams)
+    numbers = _flat(dataclasses.asdict(run.hparams))
     parameters = numbers.pop("objective_params")
-    return run.config, tuple(numbers.values()), tuple(sorted(parameters.items()))
+    return run.config, tuple(numbers.items()), tuple(sorted(parameters.items()))

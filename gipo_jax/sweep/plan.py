@@ -80,9 +80,11 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups runs by static configuration and checks each; raises ConfigError."""
     members: dict[Any, list[int]] = {}
     for index, run in enumerate(runs):
-        members.setdefault(dataclasses.replace(run.config, max_buffer_size=None), []).append(index)
+        config = dataclasses.replace(run.config, max_buffer_size=None)
+        varied = tuple(sorted(run.hparams.env_params or ()))
+        members.setdefault((config, varied), []).append(index)
     groups = []
-    for config, indices in members.items():
+    for (config, _), indices in members.items():
         hparams = [train.make_hparams(runs[i].config, **vars(runs[i].hparams)) for i in indices]
         # An allocation that the user asked for stands.
         sizes = [int(h.buffer_size) for h in hparams]

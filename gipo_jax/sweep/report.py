@@ -4,6 +4,7 @@ import contextlib
 import math
 import queue
 import statistics
+import struct
 import sys
 import threading
 import time
@@ -19,6 +20,11 @@ from gipo_jax.config import ConfigError
 LINE_SECONDS = 5.0  # Least time between two plain lines of progress
 WAITING = 1000  # Logged points that may wait for a slow callback before more are dropped
 NAME_LENGTH = 100  # Characters of a folder of event files: file systems take 255 bytes
+
+EVENTS = "tensorboard"
+"""Folder of the event files in that of a sweep."""
+
+_EVENT_FILE = "events.out.tfevents."
 
 Rows = Sequence[Mapping[str, Any]]
 Callback = Callable[[Rows], None]  # takes a logged point: run, iteration, env_steps, metrics
@@ -169,6 +175,7 @@ class TensorBoard:
         step = int(row["env_steps"])
         if run not in self._writers:
             name = f"{run:05d} {self._names[run]}".replace("/", "_")[:NAME_LENGTH]
+            _put_before_new_files(self._directory / name)
             # What an earlier execution wrote from here on was lost with it, and is made again.
             self._writers[run] = SummaryWriter(str(self._directory / name), purge_step=step)
         writer = self._writers[run]
@@ -183,3 +190,48 @@ class TensorBoard:
         for writer in self._writers.values():
             if writer is not None:
                 writer.close()
+
+
+def _put_before_new_files(folder: Path) -> None:
+    """Renames event files that a new one, named by the clock, would not come after.
+
+    Files are read by name, and what is purged has to come before what is made again.
+    """
+    now = f"{_EVENT_FILE}{time.time() - 1:010.0f}"
+    files = sorted(folder.glob(f"{_EVENT_FILE}*"))
+    if files and files[-1].name >= now:
+        for index, file in enumerate(files):
+            file.rename(folder / f"{_EVENT_FILE}{index:010d}.{len(files)}{file.suffix}")
+
+
+def event_steps(directory: Path) -> dict[int, list[int]]:
+    """Steps that the event files of each run show, in order, once what was purged is left out.
+
+    Raises:
+        ImportError: tensorboardX is not installed.
+        ValueError: a file is damaged.
+    """
+    from tensorboardX.proto import event_pb2
+
+    steps: dict[int, list[int]] = {}
+    for folder in sorted(directory.iterdir()):
+        shown: list[int] = []
+        counted = None  # one tag of each point
+        for file in sorted(folder.glob(f"{_EVENT_FILE}*")):
+            data, at = file.read_bytes(), 0
+            while at < len(data):
+                (length,) = struct.unpack_from("<Q", data.ljust(at + 8, b"\0"), at)
+                if at + 16 + length > len(data):
+                    break  # a record that a kill cut off
+                try:
+                    event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+                except Exception as error:
+                    raise ValueError(f"{file} is damaged") from error
+                if event.HasField("session_log"):
+                    shown = [step for step in shown if step < event.step]
+                for value in event.summary.value:
+                    counted = counted or value.tag
+                    shown += [event.step] * (value.tag == counted)
+                at += 16 + length
+        steps[int(folder.name[:5])] = shown
+    return steps

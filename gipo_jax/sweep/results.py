@@ -4,6 +4,7 @@ Numbers in the two tables are those of the algorithm alone: no wall-clock time, 
 executions of one sweep therefore give the same bytes, whatever interrupted them.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ CONFIG = "config.json"
 RUNS = "runs.csv"
 METRICS = "metrics.csv"
 PARAMS = "params"
+MEMBERS = "runs.json"
 CHECKPOINTS = "checkpoints"
 FIGURES = "figures"
 
@@ -57,6 +59,22 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return stored
 
 
+def params_folders(directory: Path) -> list[tuple[Path, list[int]]]:
+    """Folders of final parameters in a sweep's folder, and the runs of each, in their order there.
+
+    Raises:
+        ResultsError: one does not say whose it is.
+    """
+    found = []
+    for path in sorted((directory / PARAMS).glob("*")):
+        if path.name.isdecimal():
+            try:
+                found.append((path, json.loads((path / MEMBERS).read_text(encoding="utf-8"))))
+            except (OSError, ValueError) as error:
+                raise ResultsError(f"{path / MEMBERS} cannot be read: {error}") from error
+    return found
+
+
 def _read_table(directory: Path, name: str) -> pd.DataFrame:
     read_config(directory)
     path = directory / name
@@ -91,9 +109,25 @@ def check_directory(directory: Path, resume: bool) -> None:
         valid = f"a folder, but {nearest} is a file"
     elif not os.access(nearest, os.W_OK | os.X_OK):
         valid = f"a folder with write permission on {nearest}"
+    elif problem := _takes_no_file(nearest):
+        valid = f"a folder that takes files; {nearest}: {problem}"
     else:
         return
     raise ConfigError("out", str(directory), valid)
+
+
+def _takes_no_file(directory: Path) -> str | None:
+    """Why no file can be made in a folder, found out with one that never has a name."""
+    if not hasattr(os, "O_TMPFILE"):
+        return None
+    try:
+        os.close(os.open(directory, os.O_TMPFILE | os.O_WRONLY, 0o600))
+    except OSError as error:
+        unknown = error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
+        # File systems without any space, such as /proc, show the state of the system.
+        if not unknown or os.statvfs(directory).f_blocks == 0:
+            return error.strerror
+    return None
 
 
 def write_atomic(path: Path, text: str) -> None:

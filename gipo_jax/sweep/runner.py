@@ -18,14 +18,21 @@ import numpy as np
 
 from gipo_jax import train, user_files
 from gipo_jax.config import ConfigError, check_fields
-from gipo_jax.sweep import checkpoint, cluster, grid, plan, results
+from gipo_jax.sweep import audit, checkpoint, cluster, grid, plan, results
 from gipo_jax.sweep.folder import Folder
 from gipo_jax.sweep.grid import Run
 from gipo_jax.sweep.interrupts import EXIT_CODES, Interrupted, StopSignals, catch_stop_signals
 from gipo_jax.sweep.options import Options, bytes_of
 from gipo_jax.sweep.plan import Group, Part, Slices
 from gipo_jax.sweep.program import Program
-from gipo_jax.sweep.report import Callback, Dispatcher, Reporter, TensorBoard, median_returns
+from gipo_jax.sweep.report import (
+    EVENTS,
+    Callback,
+    Dispatcher,
+    Reporter,
+    TensorBoard,
+    median_returns,
+)
 
 
 class Summary(NamedTuple):
@@ -114,7 +121,7 @@ def _train(
     callbacks, held = [on_log] if on_log and main else [], contextlib.ExitStack()
     if options.tensorboard and main:
         names = [run.name for run in runs]
-        board = TensorBoard(folder.directory / "tensorboard", names, reporter.warn)
+        board = TensorBoard(folder.directory / EVENTS, names, reporter.warn)
         callbacks.append(board)
         held.callback(board.close)
     with (
@@ -138,6 +145,8 @@ def _train(
                         part = folder.take_up(job.parts.pop(0))
                         _train_part(context, job.group, program, part)
         folder.close()
+        if main:
+            audit.require_whole(folder.directory)
 
 
 def _train_part(context: SweepContext, group: Group, program: Program, part: Part) -> None:

@@ -315,7 +315,7 @@ def test_a_sweep_over_a_task_of_the_user_is_trained_resumed_plotted_and_loaded(
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ("my_tasks.py:NUMBER", "FILE.py:TASK, not int"),
+        ("my_tasks.py:NUMBER", "an environment or a task, not int"),
         ("my_tasks.py:NOTHING", "has no NOTHING"),
         ("other.py:SORT", "there is no file other.py"),
         ("broken.py:SORT", "ZeroDivisionError"),

@@ -273,7 +273,7 @@ def test_successful_episodes_are_counted(toy: Any) -> None:
         stepped = plain.step(keys, state, action)
         return stepped._replace(success=(stepped.final_obs[:, 0] == 3) & jnp.array([True, False]))
 
-    env = plain._replace(step=step, reports_success=True)
+    env = dataclasses.replace(plain, step=step, reports_success=True)
     head = networks.make_head(config, env)
     outputs = jnp.zeros((2, 1, 2))
     envs = rollout.reset(env, KEY, 2)

@@ -47,6 +47,15 @@ def test_code_of_the_page_on_objectives_runs_as_printed(
 
 
 @pytest.mark.slow
+def test_code_of_the_page_on_environments_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("environments.md", tmp_path, monkeypatch)
+    runs = (tmp_path / "runs" / "masses" / "runs.csv").read_text()
+    assert runs.splitlines()[0].count("env_params.m") == 1 and runs.count("done") == 3
+
+
+@pytest.mark.slow
 def test_code_of_the_page_on_sequences_runs_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,10 +23,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared though nothing here imports them; pyproject.toml says why.
 NOT_IMPORTED = {"jaxlib", "six"}
 # Extras whose imports are inside functions, or in a module of their own.
-OPTIONAL = ("tensorboard", "envpool", "tunix")
+OPTIONAL = ("tensorboard", "envpool", "tunix", "brax", "craftax", "xminigrid")
 
 # Names of distributions that need not be installed, where they are not that of the import
-DISTRIBUTIONS = {"tunix": ["google-tunix"]}
+DISTRIBUTIONS = {"tunix": ["google-tunix"], "mujoco_playground": ["playground"]}
 
 
 def _names(requirements: Iterable[str]) -> set[str]:

@@ -1,6 +1,7 @@
 """Grids, groups, and that a run's numbers do not depend on the runs beside it."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -11,11 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
 
-from gipo_jax import agents, sweep, train
+from gipo_jax import agents, sweep, train, user_files
 from gipo_jax.config import Config, ConfigError
 from gipo_jax.domains.tokens import tasks
 from gipo_jax.sweep import checkpoint, folder, grid, plan, program, report, results
@@ -135,6 +137,70 @@ def test_two_objects_of_one_name_are_refused_in_a_sweep() -> None:
     one = scaled(1.0)
     runs = [*sweep.expand(**SMALL, objective=one), *sweep.expand(**SMALL, objective=one, gamma=0.5)]
     assert len(grid.encode(runs)) == 1
+
+
+def test_two_closures_of_one_name_are_two_sweeps() -> None:
+    one, same, other = (grid.encode(sweep.expand(**SMALL, objective=scaled(p))) for p in (1, 1, 2))
+    assert grid.difference(one, same) is None
+    assert grid.difference(one, other)[0] == "objective"  # type: ignore[index]
+    assert len(grid.decode(one, objective=scaled(1))) == 1
+    with pytest.raises(ConfigError, match=r"^objective: 'mine' .* closes over other values now"):
+        grid.decode(one, objective=scaled(2))
+    # A folder of an earlier version does not say.
+    earlier, other = (json.loads(json.dumps(encoded)) for encoded in (one, other))
+    del earlier[0]["config"]["objective"]["values"]
+    assert grid.difference(earlier, other) is None
+    assert len(grid.decode(earlier, objective=scaled(2))) == 1
+
+
+def test_two_environments_of_one_class_are_two_sweeps(toy: Any) -> None:
+    one, same, other = (grid.encode(sweep.expand(**SMALL, env=toy(pay=p))) for p in (0.5, 0.5, 1.0))
+    assert grid.difference(one, same) is None
+    assert grid.difference(one, other)[0] == "env"  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"^env: 'Toy' .* closes over other values now"):
+        grid.decode(one, env=toy(pay=1.0))
+
+
+class Carrier:
+    """Values of every kind, one of them reached in a circle."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.me, self.names = value, self, {"b", "a"}
+
+    def shown(self) -> Any:
+        return self.value
+
+    @functools.cached_property
+    def computed(self) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 2),
+        (1, 1.0),
+        ("a", b"a"),
+        (None, 0),
+        ([1, 2], (1, 2)),
+        ({"a": 1}, {"a": 2}),
+        (np.arange(3), np.arange(3.0)),
+        (jnp.zeros(2), jnp.zeros((2, 1))),
+        (jax.random.key(0), jax.random.key(1)),
+        (functools.partial(pow, exp=2), functools.partial(pow, exp=3)),
+        (scaled(1.0), scaled(2.0)),
+        (jax.jit(scaled(1.0)), jax.jit(scaled(2.0))),
+        (lambda x, y=1: x, lambda x, y=2: x),
+        (Carrier(1).shown, Carrier(2).shown),
+        (grid.CONFIG_FIELDS, grid.HPARAM_FIELDS),
+    ],
+)
+def test_a_digest_tells_values_apart_and_knows_them_again(one: Any, other: Any) -> None:
+    digest = user_files.values_digest
+    assert digest(one) == digest(one) != digest(other)
+    carriers = [Carrier(one), Carrier(one), Carrier(other)]
+    assert carriers[0].computed == 3
+    assert digest(carriers[0]) == digest(carriers[1]) != digest(carriers[2])
 
 
 TASK = """
@@ -288,12 +354,13 @@ def test_vmap_is_the_same_bits_in_a_sweep_of_any_shape_and_close_to_map(
     pd.testing.assert_frame_equal(together[:1], rows(swept, 4)[:1], rtol=1e-3, atol=1e-5)
 
 
-def test_loop_is_the_same_bits_as_map(
-    grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
-) -> None:
-    sweep.run(grid_of_six, tmp_path, dataclasses.replace(QUIET, batch_mode="loop"))
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_loop_is_the_same_bits_as_map(grid_of_six: list[sweep.Run], tmp_path: Path) -> None:
+    for mode in ("loop", "map"):
+        sweep.run(grid_of_six, tmp_path / mode, dataclasses.replace(QUIET, batch_mode=mode))
     for name in (results.RUNS, results.METRICS):
-        assert (tmp_path / name).read_bytes() == (swept / name).read_bytes()
+        assert (tmp_path / "loop" / name).read_bytes() == (tmp_path / "map" / name).read_bytes()
 
 
 def test_runs_with_different_seeds_get_different_losses(tmp_path: Path) -> None:
@@ -428,8 +495,10 @@ def test_a_finished_run_without_its_last_point_ends_in_an_error(
 ) -> None:
     shutil.copytree(swept, tmp_path / "copy")
     path = tmp_path / "copy" / "metrics.csv"
-    path.write_text(path.read_text().replace("\n4,12,", "\n4,11,"))
-    with pytest.raises(results.ResultsError, match=r"last point of runs 4\b"):
+    path.write_text(path.read_text().replace("\n4,12,96", "\n4,11,88"))
+    with pytest.raises(
+        results.ResultsError, match=r"metrics.csv: NOT WHOLE: run 4 lacks iteration 12"
+    ):
         sweep.run(grid_of_six, tmp_path / "copy", QUIET, resume=True)
 
 

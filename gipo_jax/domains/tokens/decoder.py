@@ -63,7 +63,7 @@ def make(
         precision: types of numbers.
     """
     if width % heads:
-        raise ConfigError("width", width, f"a multiple of heads {heads}")
+        raise ConfigError("decoder_width", width, f"a multiple of decoder_heads {heads}")
     time = prompt_length + answer_length
     network = Transformer(vocab, time, layers, width, heads, feed_forward, precision)
     head = networks.categorical(answer_length, vocab)

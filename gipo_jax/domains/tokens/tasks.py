@@ -51,22 +51,19 @@ class Task(NamedTuple):
 
 def is_task(env: Any) -> bool:
     """Whether the setting ``env`` means a task of this kind, and not an environment."""
-    if isinstance(env, str):
-        return env.startswith(PREFIX) or user_files.is_reference(env)
-    return isinstance(env, Task)
+    if isinstance(env, str) and env.startswith(PREFIX):
+        return True
+    return isinstance(user_files.resolve("env", env), Task)
 
 
 def make(task: str | Task) -> Task:
     """The task of a name (in ``TASKS``, or FILE.py:TASK), or a given one, checked by shapes."""
-    if isinstance(task, str) and user_files.is_reference(task):
-        found = user_files.load("env", task, "TASK")
-        if not isinstance(found, Task):
-            raise ConfigError("env", task, f"FILE.py:TASK, not {type(found).__name__}")
-        task = found._replace(name=task)
-    if isinstance(task, str):
+    if isinstance(task, str) and not user_files.is_reference(task):
         if task not in TASKS:
             raise ConfigError("env", task, f"one of {', '.join(TASKS)}, or FILE.py:TASK")
         return TASKS[task]
+    found: Task = user_files.resolve("env", task)
+    task = found._replace(name=task) if isinstance(task, str) else found
     _check(task)
     return task
 
