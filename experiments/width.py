@@ -51,8 +51,8 @@ BUTTON = "ButtonPressTopdown"
 FALLBACK = ("ButtonPress", "CoffeeButton")
 """Tasks in place of usable ones that are lacking."""
 
-TASKS = (BUTTON, *FALLBACK)
-"""Tasks of the steps after ``width_tasks``, by its rule; those in place until it has run."""
+TASKS = (BUTTON, "HandlePress", "WindowOpen")
+"""Tasks of the steps after ``width_tasks``, by its rule from the tasks that it has finished."""
 
 RATES: dict[str, float] = {}
 """Rate of a method that ``width_rates`` chose; the others have the authors'."""
