@@ -24,8 +24,6 @@ import pytest
 from gipo_jax import train
 from gipo_jax.config import Config
 
-pytestmark = pytest.mark.optimized
-
 FOLDER = Path(__file__).parent / "frozen"
 
 CONTROL: dict[str, Any] = {
