@@ -52,7 +52,7 @@ METRICS = (
 
 
 def encoded(runs: Sequence[Any], fields: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs as config.json has them, without names, places and checksums of files.
+    """Runs as config.json has them, without names, places and checksums of files and values.
 
     Args:
         runs: of a sweep.
@@ -64,8 +64,10 @@ def encoded(runs: Sequence[Any], fields: Sequence[str]) -> list[dict[str, Any]]:
     groups = json.loads(json.dumps(grid.encode(runs)))
     assert [run["run"] for group in groups for run in group["runs"]] == list(range(len(runs)))
     for group in groups:
-        if isinstance(group["config"]["objective"], dict):
-            group["config"]["objective"] = {"function": group["config"]["objective"]["function"]}
+        for name, value in group["config"].items():
+            if isinstance(value, dict):  # of the study's own, by name alone
+                own = {kind: value[kind] for kind in ("function", "object") if kind in value}
+                group["config"][name] = own
         group["config"] = settled(group["config"], default["config"], fields)
         group["runs"] = [settled(run, default["runs"][0], fields) for run in group["runs"]]
     return groups
