@@ -138,9 +138,12 @@ def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
     # Norms of half-width numbers are taken in single precision.
     full = jax.tree.map(networks.at_least_single, grads)
     norm = optax.tree.norm(full)
+    overflows = jnp.isinf(norm)
     # The second norm costs nothing: both sums are of one pass.
-    shrink = jnp.where(jnp.isinf(norm), 1e-25, 1.0)
-    norm = jnp.where(jnp.isinf(norm), optax.tree.norm(optax.tree.scale(1e-25, full)), norm)
+    shrink = jnp.where(overflows, 1e-25, 1.0)
+    norm = jnp.where(overflows, optax.tree.norm(optax.tree.scale(1e-25, full)), norm)
+    # Squares of numbers below 1e18, which Adam keeps, do not overflow.
+    max_norm = jnp.where(overflows, jnp.minimum(max_norm, 1e18), max_norm)
     factor = jnp.where(norm < max_norm * shrink, 1.0, max_norm / norm)
     return jax.tree.map(lambda x, given: (x * shrink * factor).astype(given.dtype), full, grads)
 

@@ -121,6 +121,7 @@ def test_moments_of_bytes_are_of_the_numbers_from_0_to_1_that_networks_see(
 ) -> None:
     space = spaces.Box(0, 255, (1,), jnp.uint8)
     monkeypatch.setattr(toy, "observation_space", lambda self, params: space)
+    monkeypatch.setattr(toy, "_observe", lambda self, time: jnp.asarray(time, jnp.uint8)[None])
     config = Config(
         env=toy(limit=250, clock=True), normalize_obs=True, num_envs=4, rollout_length=125,
         batch_size=32, max_buffer_size=1000, total_steps=1000, eval_episodes=0, num_logs=1,
