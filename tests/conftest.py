@@ -28,10 +28,18 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import pytest  # noqa: E402
+from flax import struct  # noqa: E402
 from gymnax.environments import environment, spaces  # noqa: E402
 from jax._src import compiler  # noqa: E402
 
 from tests import limits  # noqa: E402
+
+
+@struct.dataclass
+class ToyParams(environment.EnvParams):
+    """What is added to each reward."""
+
+    bonus: float = 0.0
 
 
 class Toy(environment.Environment):
@@ -58,8 +66,8 @@ class Toy(environment.Environment):
         self.actions = actions or spaces.Discrete(2)
 
     @property
-    def default_params(self) -> environment.EnvParams:
-        return environment.EnvParams(max_steps_in_episode=self.limit)
+    def default_params(self) -> ToyParams:
+        return ToyParams(max_steps_in_episode=self.limit)
 
     def _observe(self, time: jax.Array) -> jax.Array:
         return jnp.float32(time if self.clock else 1)[None]
@@ -70,7 +78,7 @@ class Toy(environment.Environment):
 
     def step_env(self, key: jax.Array, state: Any, action: Any, params: Any) -> Any:
         state = environment.EnvState(time=state.time + 1)
-        reward = 1 - self.pay + self.pay * jnp.float32(action).sum()
+        reward = 1 - self.pay + self.pay * jnp.float32(action).sum() + params.bonus
         terminated = jnp.bool_(False) if self.ends_at is None else state.time >= self.ends_at
         return self._observe(state.time), state, reward, terminated, {}
 

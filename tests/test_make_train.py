@@ -122,6 +122,7 @@ def test_make_train_under_vmap_equals_single_runs_with_one_compilation(toy: Any)
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_make_train_under_map_and_shard_map_gives_the_bits_of_single_runs(toy: Any) -> None:
     config = whole_config(toy)
     hparams, _ = train.grid(config, seed=range(2), sigma=[0.5, 1.0], buffer_size=4 * BLOCK)
@@ -172,6 +173,7 @@ def test_grid_refuses_what_no_run_could_use(toy: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_sweep_and_make_train_give_the_same_bits(toy: Any, tmp_path: Path) -> None:
     """Metrics as stored, and final parameters, of every run."""
     env = toy(pay=1.0, clock=True)

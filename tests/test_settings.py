@@ -121,7 +121,7 @@ OTHER: dict[str, Any] = {
     "ess_lr_power": 1.0,
     "temperature": 0.5,
     "imitation_updates": 2,
-    "env_params": {"gravity": 20.0},
+    "env_params": {"bonus": 1.0},
 }
 """Another valid value of each setting."""
 
@@ -187,6 +187,8 @@ def of_traced(domain: str, standardized: bool) -> dict[str, list[np.ndarray]]:
     """Results by the traced setting that is changed, of one program; "" is the base, twice."""
     base = BASE[domain] | ({} if standardized else {"normalize_advantage": False})
     config, traced = split(base)
+    if domain == CONTROL:
+        traced["env_params"] = {"bonus": 0.0}  # runs side by side vary the same parameters
     names = [n for n in FIELDS if n not in STATIC and domain in FIELDS[n].metadata["domains"]]
     if standardized and domain == FLOW:
         names.remove("reward_scale")

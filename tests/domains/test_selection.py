@@ -53,6 +53,7 @@ def everything(group: Any, state: Any, key: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_weights_of_one_for_all_answers_equal_no_selection_bit_for_bit() -> None:
     results = []
     for config in (
@@ -374,7 +375,7 @@ def test_the_code_and_the_commands_of_the_guide_are_usable(
         return types.SimpleNamespace(diverged=[])
 
     monkeypatch.setattr(sweep, "run", run)
-    monkeypatch.setattr(cli, "_draw", lambda _: None)
+    monkeypatch.setattr(cli, "_draw", lambda *_: None)
     for line in commands.replace("\\\n", " ").splitlines():
         assert cli.main(shlex.split(line)[1:]) == 0
     assert trained == [3, 4, 2]

@@ -234,7 +234,7 @@ def without_mask(log_ratio: Any, advantage: Any) -> Any:
         ("loss_agg_mode", {"loss_agg_mode": "mean"}),
         ("hidden_sizes", {"hidden_sizes": (32,)}),
         ("advantage_mode", {"advantage_mode": "vtrace"}),
-        ("width", {"decoder_width": 9}),
+        ("decoder_width", {"decoder_width": 9}),
         ("min_age", {"min_age": 4}),
         ("gamma", {"gamma": 0.9}),
         ("value_learning_rate", {"value_learning_rate": 1e-5}),

@@ -534,9 +534,9 @@ def test_programs_with_simulators_stay_out_of_the_compilation_cache(
         ("MetaWorld/ButonPress-v3", "such as MetaWorld/ButtonPress-v3"),
         ("Chess-v1", "one player"),
         ("Breakout-v5:lives=3", "episodic_life=false, reward_clip=false"),
-        ("Breakout-v5:episodic_life=yes", "Breakout-v5:OPTION=VALUE,..."),
+        ("Breakout-v5:episodic_life=yes", "Breakout-v5:NAME=VALUE,..."),
         ("Breakout-v5:stack_num=2.5", "stack_num=4"),
-        ("Breakout-v5:seed=1", "Breakout-v5:OPTION=VALUE,..."),
+        ("Breakout-v5:seed=1", "Breakout-v5:NAME=VALUE,..."),
         ("BabyAI-UnlockPickup-v0", "Box or Discrete observations, or a Dict of Box ones"),
     ],
 )

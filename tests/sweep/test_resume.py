@@ -19,7 +19,7 @@ from gipo_jax.sweep import checkpoint, results
 from scripts import kill_test
 from tests import programs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.optimized]  # bits are those that users get
 
 OPTIONS = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
 

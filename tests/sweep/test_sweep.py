@@ -22,6 +22,8 @@ from gipo_jax.config import Config, ConfigError
 from gipo_jax.domains.tokens import tasks
 from gipo_jax.sweep import checkpoint, folder, grid, plan, program, report, results
 
+pytestmark = pytest.mark.optimized  # bits are those that users get
+
 QUIET = sweep.Options(quiet=True, checkpoint_seconds=0, devices=1)
 SMALL: dict[str, Any] = {
     "num_envs": 2,
@@ -341,7 +343,6 @@ def test_a_run_is_the_same_bits_in_a_sweep_of_any_shape(
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
 def test_vmap_is_the_same_bits_in_a_sweep_of_any_shape_and_close_to_map(
     grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
 ) -> None:
@@ -355,7 +356,6 @@ def test_vmap_is_the_same_bits_in_a_sweep_of_any_shape_and_close_to_map(
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
 def test_loop_is_the_same_bits_as_map(grid_of_six: list[sweep.Run], tmp_path: Path) -> None:
     for mode in ("loop", "map"):
         sweep.run(grid_of_six, tmp_path / mode, dataclasses.replace(QUIET, batch_mode=mode))
