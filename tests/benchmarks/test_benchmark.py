@@ -25,6 +25,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_accelerator_benchmark_measures_rates_and_memory(rows: list[dict[str, Any]]) -> None:
     ours = [row for row in rows if row["case"]["by"] == "gipo_jax"]
     assert [row["case"]["runs"] for row in ours] == [1, 4]
@@ -37,6 +38,7 @@ def test_the_accelerator_benchmark_measures_rates_and_memory(rows: list[dict[str
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_revision_benchmark_compares_two_checkouts(rows: list[dict[str, Any]]) -> None:
     this, before, ratio = (row for row in rows if row["benchmark"] == "revision")
     assert [row["case"]["by"] for row in (this, before, ratio)] == ["this", "before", "ratio"]

@@ -105,6 +105,7 @@ def test_token_minus_joint_of_the_lag_study_is_paired_on_seeds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_lag_study_trains_every_method_at_its_level_and_lag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +185,7 @@ def test_a_rise_is_from_the_warm_up_of_the_same_seed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_selection_study_trains_and_goes_on_from_what_is_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,7 @@ def test_a_step_trains_on_metaworld(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_gymnax_is_scored_by_fresh_episodes(tmp_path: Path) -> None:
     assert reproduce.main(["width_sizes", "--preset", "quick", "--out", str(tmp_path)]) == 0
     runs = pd.read_csv(tmp_path / "data" / "width_sizes_runs.csv")

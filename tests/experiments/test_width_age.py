@@ -58,6 +58,7 @@ def test_without_data_held_back_it_is_a_plain_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_quick_stores_a_task_and_method_at_a_time(tmp_path: Path) -> None:
     command = ["width_age", "--preset", "quick", "--out", str(tmp_path)]
     assert reproduce.main(command) == 0
