@@ -110,8 +110,10 @@ def policy_loss(
 
     dtype = jnp.promote_types(log_prob.dtype, jnp.float32)
     log_prob, old_log_prob = log_prob.astype(dtype), stop_gradient(old_log_prob.astype(dtype))
-    # Impossible under both policies, a token says nothing.
-    mask &= ~(jnp.isneginf(log_prob) & jnp.isneginf(old_log_prob))
+    # Impossible under both policies that a ratio compares, a token says nothing.
+    others = [log_prob] if rollout_log_prob is None else [log_prob, rollout_log_prob]
+    for other in others:
+        mask &= ~(jnp.isneginf(other) & jnp.isneginf(old_log_prob))
     token_log_ratio = log_prob - old_log_prob
     advantage = advantages if advantages.ndim == 2 else advantages[:, None]
     advantage = jnp.where(mask, stop_gradient(advantage.astype(dtype)), 0)

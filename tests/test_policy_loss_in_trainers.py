@@ -180,6 +180,23 @@ def test_a_rollout_policy_weights_the_surrogate_as_numpy_does(
     np.testing.assert_allclose(each, each_plain * kept_weights, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "mean"])
+def test_a_token_impossible_in_rollout_and_old_policy_is_left_out(
+    level: str, responses: list[dict[str, Any]]
+) -> None:
+    arrays = rows_of(responses, ALONE)
+    del arrays["segment_ids"], arrays["log_ratio_start"]
+    impossible = arrays | {
+        name: arrays[name].at[0, 0].set(-jnp.inf) for name in ("old_log_prob", "rollout_log_prob")
+    }
+    left_out = arrays | {"response_mask": arrays["response_mask"].at[0, 0].set(False)}
+    (loss, metrics), gradient = evaluated(impossible, rollout_level=level)
+    (expected, _), slope = evaluated(left_out, rollout_level=level)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-8)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
+
+
 def test_without_metrics_the_loss_is_the_same_and_nothing_is_measured(
     responses: list[dict[str, Any]],
 ) -> None:
