@@ -117,12 +117,14 @@ def gradient_step(
     vectors, unravel = {}, {}
     for group, tree in grads.items():
         vectors[group], unravel[group] = ravel_pytree(tree)
-    parts = [vectors] if config.joint_grad_norm else [{g: v} for g, v in vectors.items()]
+    parts = [list(grads)] if config.joint_grad_norm else [[group] for group in grads]
     params, opt_state = dict(learner.params), dict(learner.opt_state)
-    single = jax.tree.map(networks.at_least_single, vectors)
-    norms = {group: optax.tree.norm(vector) for group, vector in single.items()}
+    norms = {group: _norm(vectors[group], grads[group]) for group in grads}
     for part in parts:
-        clipped = clip_by_global_norm(part, hparams.max_grad_norm)
+        same = {group: grads[group] for group in part}
+        clipped = clip_by_global_norm(
+            {group: vectors[group] for group in part}, hparams.max_grad_norm, same
+        )
         for group, gradient in clipped.items():
             optimizer = make_optimizer(hparams.adam_epsilon)
             step, opt_state[group] = optimizer.update(gradient, learner.opt_state[group])
@@ -131,21 +133,35 @@ def gradient_step(
     return learner._replace(params=params, opt_state=opt_state), norms
 
 
-def clip_by_global_norm(grads: Any, max_norm: Any) -> Any:
+def clip_by_global_norm(vectors: Any, max_norm: Any, trees: Any) -> Any:
     """Like Optax's, which returns zeros for finite gradients whose squares overflow; here they keep
-    their direction.
+    their direction. ``trees`` are the gradients that ``vectors`` hold.
     """
-    # Norms of half-width numbers are taken in single precision.
-    full = jax.tree.map(networks.at_least_single, grads)
-    norm = optax.tree.norm(full)
+    norm = _norm(vectors, trees)
     overflows = jnp.isinf(norm)
     # The second norm costs nothing: both sums are of one pass.
     shrink = jnp.where(overflows, 1e-25, 1.0)
-    norm = jnp.where(overflows, optax.tree.norm(optax.tree.scale(1e-25, full)), norm)
+    norm = jnp.where(overflows, _norm(vectors, trees, 1e-25), norm)
     # Squares of numbers below 1e18, which Adam keeps, do not overflow.
     max_norm = jnp.where(overflows, jnp.minimum(max_norm, 1e18), max_norm)
     factor = jnp.where(norm < max_norm * shrink, 1.0, max_norm / norm)
-    return jax.tree.map(lambda x, given: (x * shrink * factor).astype(given.dtype), full, grads)
+
+    def clipped(x: Array) -> Array:
+        return (networks.at_least_single(x) * shrink * factor).astype(x.dtype)
+
+    return jax.tree.map(clipped, vectors)
+
+
+def _norm(vectors: Any, trees: Any, scale: float = 1.0) -> Array:
+    """Norm of gradients times ``scale``; half-width numbers are added up in single precision."""
+
+    def of(numbers: Any) -> Array:
+        return optax.tree.norm(jax.tree.map(lambda x: scale * networks.at_least_single(x), numbers))
+
+    # XLA on CPU would put a vector together anew, number by number, for each sum over it.
+    return jax.lax.platform_dependent(
+        vectors, trees, cpu=lambda _, trees: of(trees), default=lambda vectors, _: of(vectors)
+    )
 
 
 def learning_rate_factor(config: Config, hparams: HParams, iteration: int | Array) -> Array:

@@ -590,8 +590,9 @@ def test_clipping_keeps_the_direction_of_gradients_whose_squares_overflow() -> N
     """optax.clip_by_global_norm divides by an infinite norm and returns zeros."""
     for size in (1e-3, 3.0, 1e17, 1e20, 1e30):
         grads = {"a": jnp.array([3.0, 0.0]) * size, "b": jnp.array(-4.0) * size}
-        clipped = learner.clip_by_global_norm(grads, 0.5)
+        clipped = learner.clip_by_global_norm(grads, 0.5, grads)
         scale = min(1.0, 0.5 / (5 * size)) * size
         np.testing.assert_allclose(clipped["a"], np.array([3.0, 0.0]) * scale, rtol=1e-5)
         np.testing.assert_allclose(clipped["b"], -4.0 * scale, rtol=1e-5)
-    assert not np.isfinite(learner.clip_by_global_norm({"a": jnp.array([jnp.inf])}, 0.5)["a"]).all()
+    infinite = {"a": jnp.array([jnp.inf])}
+    assert not np.isfinite(learner.clip_by_global_norm(infinite, 0.5, infinite)["a"]).all()
