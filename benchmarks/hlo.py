@@ -471,8 +471,9 @@ def _is_product(instruction: Instruction, computations: dict[str, Computation]) 
             for called in instruction.called("calls")
             for inner in computations[called].values()
         )
+    # Kernels written by hand, Triton's and Mosaic's, hold products here.
     return instruction.opcode in ("dot", "convolution") or bool(
-        re.search(r"gemm|matmul|conv|dot", _target(instruction))
+        re.search(r"gemm|matmul|conv|dot|triton|tpu_custom_call", _target(instruction))
     )
 
 

@@ -127,6 +127,15 @@ class Condition(NamedTuple):
 
 
 _BINS = Condition(lambda c: c.config.action_head != "gaussian", "a gaussian head has no bins")
+WIDEST_FUSED = 128
+_FUSED = Condition(
+    lambda c: (
+        not (c.config.layer_norm or c.config.shared_torso)
+        and {c.config.compute_dtype, c.config.param_dtype} == {"float32"}
+        and max(c.config.hidden_sizes + c.config.value_hidden_sizes) <= WIDEST_FUSED
+    ),
+    f"its kernels take float32 layers up to {WIDEST_FUSED} wide, no layer_norm and no shared_torso",
+)
 _SHARED = Condition(lambda c: c.config.shared_torso, "shared_torso is false")
 _TRACES = Condition(
     lambda c: c.config.advantage_mode != "vtrace", "advantage_mode 'vtrace' does not use it"
@@ -334,6 +343,13 @@ class Config:
     shared_torso: bool = of_control(False, "policy and value share the first layers", flag)
     detach_value: bool = of_control(
         True, "with a shared torso, the value head does not train it", flag, applies=[_SHARED]
+    )
+    mlp: str = of_control(
+        "layers",
+        "dense networks layer by layer, or fused: in one kernel each way, which on accelerators"
+        " keeps hidden activations on the chip and on CPU is only slow",
+        one_of("layers", "fused"),
+        applies=[_FUSED],
     )
     compute_dtype: str = setting(
         "float32", "type of the numbers in which networks compute", one_of(*DTYPES)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from gipo_jax import cpu
-from gipo_jax.config import Config, ConfigError
+from gipo_jax import cpu, fused
+from gipo_jax.config import WIDEST_FUSED, Config, ConfigError
 from gipo_jax.environments import Environment
 
 Params = Any
@@ -290,14 +291,21 @@ class PolicyOutput(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        columns = self.num_tokens * (self.width if self.discrete else 1)
+        x = dense(columns, 0.01, self.precision)(x)
         if self.discrete:
-            outputs = dense(self.num_tokens * self.width, 0.01, self.precision)(x)
-            return outputs.reshape(*x.shape[:-1], self.num_tokens, self.width)
-        mean = dense(self.num_tokens, 0.01, self.precision)(x)
+            return self.shaped(x)
         first = nn.initializers.constant(-0.5)
-        log_std = self.param("log_std", first, (self.num_tokens,), self.precision.param)
-        log_std = log_std.astype(mean.dtype)
-        return jnp.stack([mean, jnp.broadcast_to(log_std, mean.shape)], axis=-1)
+        return self.shaped(
+            x, self.param("log_std", first, (self.num_tokens,), self.precision.param)
+        )
+
+    @nn.nowrap
+    def shaped(self, x: Array, log_std: Array | None = None) -> Array:
+        """Outputs of the head, ``[..., num_tokens, width]``, from those of the dense layer."""
+        if log_std is None:
+            return x.reshape(*x.shape[:-1], self.num_tokens, self.width)
+        return jnp.stack([x, jnp.broadcast_to(log_std.astype(x.dtype), x.shape)], axis=-1)
 
 
 def dense(size: int, scale: float, precision: Precision) -> nn.Dense:
@@ -343,6 +351,9 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
         valid = "False with one hidden size, because all but the last are shared"
         raise ConfigError("shared_torso", True, valid)
     obs_rank = len(obs_shape)
+    if config.mlp == "fused" and (conv or math.prod(obs_shape) > WIDEST_FUSED):
+        valid = f"'layers', because the kernels take vectors of at most {WIDEST_FUSED} numbers"
+        raise ConfigError("mlp", config.mlp, f"{valid}, not observations {obs_shape}")
     shared, own = config.hidden_sizes[:-1], config.hidden_sizes[-1:]
     if not config.shared_torso:
         shared, own = (), config.hidden_sizes
@@ -371,14 +382,28 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
 
     @exact
     def policy_from(params: Params, x: Array) -> Array:
+        if config.mlp == "fused":
+            output = params["policy"]["output"]["params"]
+            x = in_one_kernel(params["policy"]["tower"], output["Dense_0"], x)
+            return policy_output.shaped(x, output.get("log_std"))
         x = _apply(policy_tower, params["policy"]["tower"], x)
         return at_least_single(_apply(policy_output, params["policy"]["output"], x))
 
     def value_from(params: Params, x: Array) -> Array:
         if config.shared_torso and config.detach_value:
             x = jax.lax.stop_gradient(x)
+        if config.mlp == "fused":
+            output = params["value"]["output"]["params"]
+            return in_one_kernel(params["value"]["tower"], output, x)[..., 0]
         x = _apply(value_tower, params["value"]["tower"], x)
         return at_least_single(_apply(value_output, params["value"]["output"], x)[..., 0])
+
+    def in_one_kernel(tower: Params, output: Params, x: Array) -> Array:
+        hidden = [tower["params"][f"Dense_{i}"] for i in range(len(tower["params"]))]
+        layers = tuple((layer["kernel"], layer["bias"]) for layer in (*hidden, output))
+        rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+        y = fused.mlp(_ACTIVATIONS[config.activation], layers, rows)
+        return y.reshape(*x.shape[:-1], -1)
 
     def init(key: Array) -> Params:
         key_torso, key_policy, key_output, key_value, key_value_output = jax.random.split(key, 5)

@@ -100,6 +100,7 @@ PROGRAMS: dict[str, Work] = {
         4096,
     ),
     "minatar": program(PPO | {"env": "Breakout-MinAtar"}, 8192),
+    "fused": program(PPO | {"mlp": "fused"}, 8192),
     "normalize_obs": program(PPO | {"normalize_obs": True}, 8192),
     "recomputed": program(PPO | {"advantage_mode": "recomputed"}, 8192),
     "vtrace": program(PPO | {"advantage_mode": "vtrace"}, 8192),

@@ -93,6 +93,7 @@ OTHER: dict[str, Any] = {
     "layer_norm": True,
     "shared_torso": True,
     "detach_value": False,
+    "mlp": "fused",
     "compute_dtype": "bfloat16",
     "param_dtype": "bfloat16",
     "normalize_obs": True,

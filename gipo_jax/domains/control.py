@@ -1,6 +1,7 @@
 """Control: environments stepped side by side, with a value function."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jax.lax import stop_gradient
 from gipo_jax import (
     advantages,
     environments,
+    fused,
     networks,
     normalizer,
     objectives,
@@ -73,6 +75,8 @@ class Control(Domain):
         self.gather_once = len(env.obs_shape) < 3  # batches of images are too large for it
         self.cut_once = not env.own_truncation and config.rollout_length <= env.max_episode_steps
         self.activations = 6 * sum(config.hidden_sizes)
+        if config.mlp == "fused":
+            self.activations = fused.row_numbers(math.prod(env.obs_shape))
         if len(env.obs_shape) == 3:
             towers = 1 if config.shared_torso else 2
             self.activations += networks.image_numbers(env.obs_shape, towers)
