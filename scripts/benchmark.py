@@ -50,6 +50,7 @@ from rich.table import Table  # noqa: E402
 from gipo_jax import (  # noqa: E402
     buffer,
     environments,
+    learner,
     networks,
     protocols,
     provenance,
@@ -57,7 +58,7 @@ from gipo_jax import (  # noqa: E402
     train,
 )
 from gipo_jax.config import Config  # noqa: E402
-from gipo_jax.domains import control, tokens  # noqa: E402
+from gipo_jax.domains import Domain, control, tokens  # noqa: E402
 from gipo_jax.environments import envpool_env  # noqa: E402
 from gipo_jax.sweep import plan, program  # noqa: E402
 from scripts import compiled, peer_env  # noqa: E402
@@ -388,6 +389,7 @@ def ppo_config(work: Work) -> Config:
         updates_per_iteration=work["epochs"] * work["minibatches"],
         hidden_sizes=(64, 64),
         activation="tanh",
+        mlp=work.get("mlp", "layers"),
         eval_episodes=0,
     )
 
@@ -397,8 +399,26 @@ def ppo_worker(work: Work) -> tuple[Callable[[], float], Work]:
     block = config.block_size
     mode = work.get("mode", "auto")
     training = Training(config, work["runs"], work["total_steps"] // block, block, mode)
-    memory = memory_of(training) if "mode" in work else {}
-    return training, {"compile_s": training.compile_s, **memory}
+    about: Work = {"compile_s": training.compile_s}
+    if "mode" in work:
+        about |= memory_of(training) | {"fresh_d95": fresh_d95(training.domain)}
+    return training, about
+
+
+def fresh_d95(domain: Domain) -> float:
+    """95th percentile of |log r| on data of the very same policy: 0 but for rounding."""
+    hparams = train.make_hparams(domain.config, buffer_size=domain.config.allocated_size)
+
+    @jax.jit
+    def log_ratio(key: jax.Array) -> jax.Array:
+        state = train.init(domain, hparams)
+        rows = domain.collect(state, hparams, key).rows
+        replay = buffer.add(state.replay, rows, 0)
+        gathered = learner.gather(domain.config, replay, jnp.arange(domain.config.batch_size), 0)
+        batch = domain.batch(state, state.learner.params, *gathered, hparams)
+        return domain.score(state.learner.params, batch, hparams).log_ratio
+
+    return float(np.percentile(np.abs(log_ratio(jax.random.key(0))), 95))
 
 
 def replay_worker(work: Work) -> tuple[Callable[[], float], Work]:
@@ -558,34 +578,56 @@ def bench_peer(context: Context) -> list[Row]:
 
 def bench_accelerator(context: Context) -> list[Row]:
     """PPO with 1 to 1,024 runs side by side in vector operations, beside the peers there are."""
-    rows = []
+    rows = device_constants(context)
     steps = PPO_WORK["total_steps"] // (32 if context.quick else 1)
     peers = installed_peers()
+    own = {"gipo_jax": "layers", "gipo_jax, fused": "fused"}
     for runs in (1, 4) if context.quick else (1, 16, 64, 256, 1024):
         work = PPO_WORK | {"runs": runs, "total_steps": steps, "mode": "vmap"}
-        commands = [own_worker("ppo", work), *(peer_worker(peer, work) for peer in peers)]
+        commands = [own_worker("ppo", work | {"mlp": mlp}) for mlp in own.values()]
+        commands += [peer_worker(peer, work) for peer in peers]
         # Several processes share the device: none may take all its memory beforehand.
         with workers(commands, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}) as started:
             about = [worker.about for worker in started]
             seconds = in_turn(started, context.repeats)
-        for by, info, times in zip(("gipo_jax", *peers), about, seconds, strict=True):
-            case = {"runs": runs, "by": by}
-            measured = row("accelerator", case, "env-steps/s", runs * steps, times)
-            rows.append(measured | {"compile_s": info["compile_s"]})
-        ours = rows[-len(commands)]
         block = work["num_envs"] * work["rollout_length"]
         updates = runs * steps // block * work["epochs"] * work["minibatches"]
-        ours["updates_per_s"] = updates / statistics.median(seconds[0])
-        ours["planned"], ours["measured"] = about[0]["planned"], about[0]["measured"]
-        if runs == 1024:
-            ours["aim"] = ACCELERATOR_AIMS["env_steps_per_s"]
+        for by, info, times in zip((*own, *peers), about, seconds, strict=True):
+            case = {"runs": runs, "by": by}
+            measured = row("accelerator", case, "env-steps/s", runs * steps, times)
+            measured["compile_s"] = info["compile_s"]
+            if by in own:
+                measured["updates_per_s"] = updates / statistics.median(times)
+                measured |= {key: info[key] for key in ("planned", "measured", "fresh_d95")}
+                if runs == 1024:
+                    measured["aim"] = ACCELERATOR_AIMS["env_steps_per_s"]
+            rows.append(measured)
         if peers:
-            better = min(seconds[1:], key=statistics.median)
-            ratios = [ours / theirs for ours, theirs in zip(seconds[0], better, strict=True)]
-            case = {"runs": runs, "by": "ratio to the better peer"}
-            ratio = row("accelerator", case, "times", 1.0, ratios)
-            rows.append(ratio | {"aim": ACCELERATOR_AIMS["times_better_peer"]})
+            better = min(seconds[len(own) :], key=statistics.median)
+            for by, times in zip(own, seconds, strict=False):
+                ratios = [ours / theirs for ours, theirs in zip(times, better, strict=True)]
+                case = {"runs": runs, "by": f"{by}, by the better peer"}
+                ratio = row("accelerator", case, "times", 1.0, ratios)
+                rows.append(ratio | {"aim": ACCELERATOR_AIMS["times_better_peer"]})
     return rows
+
+
+def device_constants(context: Context) -> list[Row]:
+    """What the model of ``compiled`` assumes, measured: launches and bytes a second."""
+    launches, numbers = (1_000, 2**20) if context.quick else (20_000, 2**28)
+    one_by_one = jax.jit(lambda x: jax.lax.fori_loop(0, launches, lambda _, x: jnp.sin(x[::-1]), x))
+    double = jax.jit(lambda x: 2 * x)
+    small, large = jnp.ones(1024), jnp.ones(numbers)
+    seconds = in_turn(
+        [lambda: stopwatch(lambda: one_by_one(small)), lambda: stopwatch(lambda: double(large))],
+        context.repeats,
+    )
+    return [
+        row(
+            "accelerator", {"by": "steps of a loop of one kernel"}, "steps/s", launches, seconds[0]
+        ),
+        row("accelerator", {"by": "doubling an array"}, "bytes/s", 8 * numbers, seconds[1]),
+    ]
 
 
 REVISION_CASES: dict[str, Work] = {

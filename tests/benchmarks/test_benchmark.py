@@ -27,9 +27,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_accelerator_benchmark_measures_rates_and_memory(rows: list[dict[str, Any]]) -> None:
-    ours = [row for row in rows if row["case"]["by"] == "gipo_jax"]
-    assert [row["case"]["runs"] for row in ours] == [1, 4]
+    ours = [row for row in rows if row["case"]["by"] in ("gipo_jax", "gipo_jax, fused")]
+    assert [row["case"]["runs"] for row in ours] == [1, 1, 4, 4]
     for row in ours:
+        # Policies acted in other shapes than they learn in: rounding alone tells them apart.
+        assert 0 <= row["fresh_d95"] < 1e-5
         assert row["benchmark"] == "accelerator"
         assert row["unit"] == "env-steps/s" and row["median"] > 0
         # 16 updates for each 64 x 128 steps.
