@@ -184,7 +184,7 @@ def test_imitation_learns_the_task_before_training() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["gipo", "ppo_clip"])
+@pytest.mark.parametrize("objective", ["gipo", pytest.param("ppo_clip", marks=pytest.mark.long)])
 def test_reversing_four_tokens_is_learned_from_rewards_alone(objective: str) -> None:
     config = dataclasses.replace(
         SMALL,

@@ -640,7 +640,7 @@ def swept() -> list[sweep.Run]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["loop", "map"])
+@pytest.mark.parametrize("mode", ["loop", pytest.param("map", marks=pytest.mark.long)])
 def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

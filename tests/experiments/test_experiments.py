@@ -269,7 +269,13 @@ def test_another_scale_in_the_same_folder(
     assert "another sweep" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["staleness", "sigma", "asymmetry", "kernel", "token_vs_joint"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("staleness", "asymmetry", "token_vs_joint"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("sigma", "kernel")),
+    ],
+)
 def test_training_experiments(
     name: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +425,7 @@ def test_effects_of_age_and_size_by_hand() -> None:
     assert effects.difference["wider"] == pytest.approx(0.2)
 
 
+@pytest.mark.long
 def test_the_proposal_is_compared_with_every_method(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

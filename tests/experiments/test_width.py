@@ -276,6 +276,7 @@ def test_success_counts_what_was_not_logged_as_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_step_trains_on_metaworld(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("envpool")
     small = {"hidden_sizes": (8, 8), "value_hidden_sizes": (8,), "num_bins": 5, "batch_size": 64}

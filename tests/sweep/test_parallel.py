@@ -122,6 +122,7 @@ def test_one_process_resumes_a_sweep_of_two_on_any_number_of_devices(
     assert config["resumed"][-1]["provenance"]["device"]["count"] == devices
 
 
+@pytest.mark.long
 def test_two_processes_resume_a_sweep_of_one_and_survive_the_death_of_process_0(
     uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -245,6 +245,7 @@ def test_a_checkpoint_that_finds_no_room_fails_with_one_line(tmp_path: Path) -> 
     assert checkpoint.read_progress(first) == {"n": 1}
 
 
+@pytest.mark.long
 def test_a_sweep_killed_three_times_ends_like_one_left_alone(tmp_path: Path) -> None:
     settings = [word for word in kill_test.SETTINGS if word != "ppo_clip"]
     assert kill_test.check(tmp_path, 3, random.Random(0), print, settings) == []

@@ -333,7 +333,7 @@ def swept(grid_of_six: list[sweep.Run], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chosen", [[4], [1, 4]])
+@pytest.mark.parametrize("chosen", [pytest.param([4], marks=pytest.mark.long), [1, 4]])
 def test_a_run_is_the_same_bits_in_a_sweep_of_any_shape(
     grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path, chosen: list[int]
 ) -> None:
