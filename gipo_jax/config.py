@@ -127,14 +127,12 @@ class Condition(NamedTuple):
 
 
 _BINS = Condition(lambda c: c.config.action_head != "gaussian", "a gaussian head has no bins")
-WIDEST_FUSED = 128
 _FUSED = Condition(
     lambda c: (
         not (c.config.layer_norm or c.config.shared_torso)
         and {c.config.compute_dtype, c.config.param_dtype} == {"float32"}
-        and max(c.config.hidden_sizes + c.config.value_hidden_sizes) <= WIDEST_FUSED
     ),
-    f"its kernels take float32 layers up to {WIDEST_FUSED} wide, no layer_norm and no shared_torso",
+    "its kernels compute in float32, without layer_norm and shared_torso",
 )
 _SHARED = Condition(lambda c: c.config.shared_torso, "shared_torso is false")
 _TRACES = Condition(

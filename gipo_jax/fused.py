@@ -6,6 +6,7 @@ Pallas: Triton on GPUs, Mosaic on TPUs, and its interpreter on CPU, which is rig
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +16,17 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu, triton
 
+from gipo_jax.config import ConfigError
+
 Layers = tuple[tuple[Array, Array], ...]  # kernel [in, out] and bias [1, out] of each layer
 Activation = Callable[[Array], Array]
+Network = Callable[[Layers, Array], Array]
+Precision = str | jax.lax.DotAlgorithmPreset
 
+_WIDEST = 128
+_MOST_WEIGHTS = 40_960  # With as much again for products, all of an H100's shared memory
 _NARROW = 16
+_MOST_IN_SHARED_MEMORY = 12_000  # Weights
 _CHUNK = 32  # Rows whose activations are on the chip at once
 _ROWS = 512  # Rows of which one program adds up the weights' gradients
 
@@ -29,7 +37,7 @@ def mlp(activation: Activation, layers: Sequence[tuple[Array, Array]], x: Array)
 
     Args:
         activation: of each number apart.
-        layers: kernel ``[in, out]`` and bias ``[out]`` of each, float32, up to 128 wide.
+        layers: kernel ``[in, out]`` and bias ``[out]`` of each, float32; see ``check``.
         x: ``[rows, in]``, float32.
     """
     return _forward(activation, layers, x)[0]
@@ -58,10 +66,21 @@ def _backward(activation: Activation, residuals: Any, dy: Array) -> tuple[Any, A
 mlp.defvjp(_forward, _backward)
 
 
-def plain(activation: Activation, layers: Layers, x: Array) -> Array:
+def check(widths: tuple[int, ...]) -> None:
+    """Refuses layers that a GPU's shared memory cannot hold. Raises ConfigError."""
+    weights = sum(_width(a) * _width(b) for a, b in itertools.pairwise(widths))
+    if max(widths) > _WIDEST or weights > _MOST_WEIGHTS:
+        valid = f"'layers', because observation, hidden sizes and outputs {widths} are more than"
+        valid += f" {_WIDEST} wide, or more than {_MOST_WEIGHTS} weights with widths as powers of 2"
+        raise ConfigError("mlp", "fused", valid)
+
+
+def plain(
+    activation: Activation, layers: Layers, x: Array, precision: Precision = "highest"
+) -> Array:
     """The same layer by layer."""
     for i, (kernel, bias) in enumerate(layers):
-        x = _product(x, kernel) + bias
+        x = _product(x, kernel, precision) + bias
         x = x if i == len(layers) - 1 else activation(x)
     return x
 
@@ -71,11 +90,11 @@ def row_numbers(columns: int) -> int:
     return 4 * _width(columns) + 64
 
 
-def _product(x: Array, kernel: Array) -> Array:
+def _product(x: Array, kernel: Array, precision: Precision) -> Array:
     """Matrix product; written out where a side is too narrow for Triton's own."""
     if min(kernel.shape) < _NARROW:
         return jnp.sum(x[:, :, None] * kernel[None], axis=1)
-    return jnp.dot(x, kernel, precision="highest")
+    return jnp.dot(x, kernel, precision=precision)
 
 
 def _block(rows: int) -> int:
@@ -104,21 +123,26 @@ def _pad_layers(layers: Sequence[tuple[Array, Array]]) -> Layers:
 def _on_platform(call: Callable[..., Any], activation: Activation, *arrays: Any) -> Any:
     """A kernel as the platform runs it."""
 
-    def of(**options: Any) -> Callable[..., Any]:
-        return functools.partial(call, activation, options)
+    def of(precision: Precision = "highest", **options: Any) -> Callable[..., Any]:
+        network = functools.partial(plain, activation, precision=precision)
+        return functools.partial(call, network, options)
 
+    # On a GPU's tensor cores three products of 11 bits keep what one of 24 bits keeps beside them.
+    # They need all weights in shared memory, several times.
+    small = sum(kernel.size for kernel, _ in arrays[0]) <= _MOST_IN_SHARED_MEMORY
+    three = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if small else "highest"
     return jax.lax.platform_dependent(
         *arrays,
         cpu=of(interpret=True),
-        cuda=of(compiler_params=triton.CompilerParams()),
+        cuda=of(three, compiler_params=triton.CompilerParams(num_stages=1)),
         tpu=of(compiler_params=tpu.CompilerParams()),
     )
 
 
-def _forward_kernel(activation: Activation, options: Any, layers: Layers, x: Array) -> Array:
+def _forward_kernel(network: Network, options: Any, layers: Layers, x: Array) -> Array:
     def kernel(x_ref: Any, *refs: Any) -> None:
         *weights, y_ref = refs
-        y_ref[...] = plain(activation, _read(weights), x_ref[...])
+        y_ref[...] = network(_read(weights), x_ref[...])
 
     # Acting passes few rows: a program for each chunk.
     shape = (x.shape[0], layers[-1][1].shape[1])
@@ -133,7 +157,7 @@ def _forward_kernel(activation: Activation, options: Any, layers: Layers, x: Arr
 
 
 def _backward_kernel(
-    activation: Activation, options: Any, layers: Layers, x: Array, dy: Array
+    network: Network, options: Any, layers: Layers, x: Array, dy: Array
 ) -> list[Array]:
     """Gradients of the rows, and those of the weights as one part of each program."""
     weights = jax.tree.leaves(layers)
@@ -146,7 +170,7 @@ def _backward_kernel(
 
         def chunk(i: Any, sums: Any) -> Any:
             here = pl.ds(i * _CHUNK, _CHUNK)
-            _, pull = jax.vjp(functools.partial(plain, activation), layers, x_ref[here, :])
+            _, pull = jax.vjp(network, layers, x_ref[here, :])
             grads, dx_ref[here, :] = pull(dy_ref[here, :])
             return jax.tree.map(jnp.add, sums, grads)
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from gipo_jax import cpu, fused
-from gipo_jax.config import WIDEST_FUSED, Config, ConfigError
+from gipo_jax.config import Config, ConfigError
 from gipo_jax.environments import Environment
 
 Params = Any
@@ -351,13 +351,16 @@ def make(config: Config, obs_shape: tuple[int, ...], head: ActionHead) -> Networ
         valid = "False with one hidden size, because all but the last are shared"
         raise ConfigError("shared_torso", True, valid)
     obs_rank = len(obs_shape)
-    if config.mlp == "fused" and (conv or math.prod(obs_shape) > WIDEST_FUSED):
-        valid = f"'layers', because the kernels take vectors of at most {WIDEST_FUSED} numbers"
-        raise ConfigError("mlp", config.mlp, f"{valid}, not observations {obs_shape}")
     shared, own = config.hidden_sizes[:-1], config.hidden_sizes[-1:]
     if not config.shared_torso:
         shared, own = (), config.hidden_sizes
     value_own = config.value_hidden_sizes or own
+    if config.mlp == "fused":
+        if conv:
+            raise ConfigError("mlp", config.mlp, "'layers', because observations are images")
+        outputs = head.num_tokens * (head.output_width if head.discrete else 1)
+        fused.check((math.prod(obs_shape), *own, outputs))
+        fused.check((math.prod(obs_shape), *value_own, 1))
 
     def layers(sizes: tuple[int, ...], first: bool) -> Torso:
         return Torso(sizes, config.activation, config.layer_norm, conv and first, types)

@@ -95,7 +95,17 @@ def test_training_in_one_kernel_goes_like_training_layer_by_layer(head: str) -> 
         np.testing.assert_allclose(one, found[1][1][name], rtol=2e-3, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("shape", [(10, 10, 4), (129,)])
-def test_images_and_wide_observations_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match=r"mlp: 'fused' .*at most 128 numbers, not observations"):
-        networks.make(Config(mlp="fused"), shape, networks.categorical(1, 2))
+@pytest.mark.parametrize(
+    ("shape", "hidden", "message"),
+    [
+        ((10, 10, 4), (64,), "mlp: 'fused' .*'layers', because observations are images"),
+        ((129,), (64,), r"mlp: 'fused' .*\(129, 64, 2\) are more than 128 wide"),
+        ((4,), (256,), r"mlp: 'fused' .*\(4, 256, 2\) are more than 128 wide"),
+        ((100,), (128, 128, 128), "mlp: 'fused' .*or more than 40960 weights"),
+    ],
+)
+def test_networks_that_do_not_fit_on_the_chip_are_refused(
+    shape: tuple[int, ...], hidden: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        networks.make(Config(mlp="fused", hidden_sizes=hidden), shape, networks.categorical(1, 2))
