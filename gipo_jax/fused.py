@@ -24,7 +24,7 @@ Network = Callable[[Layers, Array], Array]
 Precision = str | jax.lax.DotAlgorithmPreset
 
 _WIDEST = 128
-_MOST_WEIGHTS = 40_960  # With as much again for products, all of an H100's shared memory
+_MOST_WEIGHTS = 40_960  # With what products need, all of an H100's shared memory
 _NARROW = 16
 _MOST_IN_SHARED_MEMORY = 12_000  # Weights
 _CHUNK = 32  # Rows whose activations are on the chip at once

@@ -85,6 +85,17 @@ def program(config: Work, buffer_size: int, **more: Any) -> Work:
     } | more
 
 
+MINATAR = PPO | {"env": "Breakout-MinAtar"}
+TOKENS = {
+    "env": "tokens/reverse",
+    "num_envs": 16,
+    "rollout_length": 8,
+    "batch_size": 128,
+    "updates_per_iteration": 2,
+    "eval_episodes": 0,
+}
+HALF = {"compute_dtype": "bfloat16"}
+
 PROGRAMS: dict[str, Work] = {
     "ppo": program(PPO, 8192),
     "defaults": program({"env": "CartPole-v1", "eval_episodes": 0}, 512),
@@ -99,24 +110,14 @@ PROGRAMS: dict[str, Work] = {
         },
         4096,
     ),
-    "minatar": program(PPO | {"env": "Breakout-MinAtar"}, 8192),
+    "minatar": program(MINATAR, 8192),
+    "minatar_bf16": program(MINATAR | HALF, 8192),
     "fused": program(PPO | {"mlp": "fused"}, 8192),
     "normalize_obs": program(PPO | {"normalize_obs": True}, 8192),
     "recomputed": program(PPO | {"advantage_mode": "recomputed"}, 8192),
     "vtrace": program(PPO | {"advantage_mode": "vtrace"}, 8192),
-    "tokens": program(
-        {
-            "env": "tokens/reverse",
-            "num_envs": 16,
-            "rollout_length": 8,
-            "batch_size": 128,
-            "updates_per_iteration": 2,
-            "eval_episodes": 0,
-        },
-        512,
-        env_steps=10,
-        gae_steps=None,
-    ),
+    "tokens": program(TOKENS, 512, env_steps=10, gae_steps=None),
+    "tokens_bf16": program(TOKENS | HALF, 512, env_steps=10, gae_steps=None),
     "flow": program({"env": "flow/ring", "eval_episodes": 0}, 512, env_steps=10, gae_steps=None),
     "sweep": program(PPO, 8192, kind="sweep"),
 }
