@@ -17,6 +17,7 @@ RANKED = 1024  # Tokens that percentiles are taken of
 # By the names of trainers, the ratio levels at which a rollout policy is corrected for
 ROLLOUT_LEVELS = {"token": "token", "sequence": "joint", "mean": "sequence"}
 ROLLOUT_MODES = ("truncate", "mask")
+ROLLOUT_BOUNDS = (0.0, 2.0)
 
 
 def policy_loss(
@@ -34,7 +35,7 @@ def policy_loss(
     rollout_log_prob: Array | None = None,
     rollout_level: str = "token",
     rollout_mode: str = "truncate",
-    rollout_bounds: tuple[ArrayLike, ArrayLike] = (0.0, 2.0),
+    rollout_bounds: tuple[ArrayLike, ArrayLike] = ROLLOUT_BOUNDS,
     metrics: bool = True,
     **parameters: Any,
 ) -> tuple[Array, dict[str, Any]]:
@@ -68,7 +69,8 @@ def policy_loss(
             ``[batch, tokens]``, 0 at padding. The tokens of a response lie side by side.
         rollout_log_prob: log-probability under the engine that sampled, where ``old_log_prob`` is
             the trainer's own, same shape. The surrogate of each token is then weighted by
-            w = exp(old_log_prob - rollout_log_prob), which is not trained.
+            w = exp(old_log_prob - rollout_log_prob), which is not trained. The three options below
+            need it.
         rollout_level: w of the ``token``, of the whole response (``sequence``), or e to the
             ``mean`` of the log-ratios of its tokens.
         rollout_mode: w beyond the bounds is moved to the nearer one (``truncate``), or set to 0
@@ -88,8 +90,8 @@ def policy_loss(
         (share of tokens). Each is 0, not NaN, over nothing, for loggers that take means.
 
     Raises:
-        ConfigError: arrays that do not fit each other, an unknown name, or a ratio level, parameter
-            or mask that the objective cannot have.
+        ConfigError: arrays that do not fit each other, an unknown name, a ratio level, parameter or
+            mask that the objective cannot have, or an option that would do nothing.
 
     >>> log_prob = jnp.log(jnp.array([[0.5, 0.2], [0.4, 0.1]]))
     >>> old_log_prob = jnp.log(jnp.array([[0.4, 0.2], [0.4, 0.2]]))
@@ -102,6 +104,8 @@ def policy_loss(
     level = ratio_levels.choose(ratio_level, spec)
     _check_aggregation(loss_agg_mode, max_tokens, denominator, segment_ids is not None)
     given = _check_parameters(spec, parameters)
+    if rollout_log_prob is None:
+        _check_no_rollout(rollout_level, rollout_mode, rollout_bounds)
     log_prob, old_log_prob, advantages = map(jnp.asarray, (log_prob, old_log_prob, advantages))
     response_mask = None if response_mask is None else jnp.asarray(response_mask)
     arrays = {"old_log_prob": old_log_prob, "rollout_log_prob": rollout_log_prob}
@@ -183,6 +187,19 @@ def _rollout_weight(
         "rollout_mean_weight": jnp.mean(weight, where=mask),
         "rollout_out_of_bounds": jnp.mean(outside, where=mask),
     }
+
+
+def _check_no_rollout(level: str, mode: str, bounds: tuple[ArrayLike, ArrayLike]) -> None:
+    """Refuses options of a rollout policy, where there is none."""
+    numbers = all(isinstance(bound, int | float) for bound in bounds)
+    left_out = numbers and tuple(bounds) == ROLLOUT_BOUNDS
+    for name, value, default, same in (
+        ("rollout_level", level, "token", level == "token"),
+        ("rollout_mode", mode, "truncate", mode == "truncate"),
+        ("rollout_bounds", bounds, ROLLOUT_BOUNDS, left_out),
+    ):
+        if not same:
+            raise ConfigError(name, value, f"{default!r} without rollout_log_prob")
 
 
 def _check_aggregation(

@@ -408,6 +408,11 @@ def _ended_in_a_line(ended: tuple[int, str], *words: str) -> list[str]:
     return [f"{word!r} is not in: {line}" for word in words if word not in line]
 
 
+def _newest(directory: Path) -> int:
+    """Number of the newest checkpoint of a folder."""
+    return checkpoint.numbers(directory / results.CHECKPOINTS)[-1]
+
+
 def _checkpoint_stands(directory: Path) -> list[str]:
     """Whether the newest checkpoint of a folder is whole."""
     warned: list[str] = []
@@ -442,8 +447,10 @@ def _full_disk(
         shutil.copytree(begun, out, dirs_exist_ok=True)
         space = os.statvfs(out)
         used = (space.f_blocks - space.f_bfree) * space.f_frsize // 1024
-        newest = max((out / results.CHECKPOINTS).iterdir())
-        needed = sum(path.stat().st_blocks for path in newest.rglob("*")) // 2
+        newest = out / results.CHECKPOINTS / f"{_newest(out):08d}"
+        # Folders take no space in memory.
+        files = [path for path in newest.rglob("*") if path.is_file()]
+        needed = sum(path.stat().st_blocks for path in files) // 2
         # Room for a part of the next checkpoint.
         room = used + chance.randrange(16, needed)
         say(f"full disk: a file system of {room} KB in memory, {used} KB of it taken")

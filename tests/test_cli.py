@@ -9,14 +9,16 @@ import pytest
 
 import gipo_jax
 from gipo_jax import cli
+from gipo_jax.config import ConfigError
 from gipo_jax.sweep import results, runner
 
-SMALL = (
+BARE = (
     *("--num-envs", "2", "--rollout-length", "4", "--batch-size", "8", "--total-steps", "96"),
-    *("--hidden-sizes", "8", "--num-logs", "3", "--eval-episodes", "0", "--buffer-size", "16"),
+    *("--hidden-sizes", "8", "--num-logs", "3", "--eval-episodes", "0"),
     "--quiet",
     "--no-figures",
 )
+SMALL = (*BARE, "--buffer-size", "16")
 
 MINE = """
 import jax.numpy as jnp
@@ -71,16 +73,39 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
         ("--objective-arg width=3", ("width", "sigma")),
         ("--objective nowhere.py:f", ("objective", "nowhere.py")),
         ("--num-processes 2", ("--num-processes", "--distributed")),
+        ("--sigma 1 --sigma 2", ("--sigma", "twice")),
+        ("--clip-eps .1 --clip-eps .2 --objective ppo_clip", ("--clip-eps", "twice")),
+        ("--objective-arg sigma=1 --objective-arg sigma=2", ("objective-arg", "sigma", "twice")),
+        ("--sigma 3 --objective-arg sigma=2", ("sigma", "2", "[3]", "twice")),
+        ("--env-arg gravity=1 --env-arg gravity=2", ("env-arg", "gravity", "twice")),
+        ("--map-lanes 2 --batch-mode loop", ("map_lanes", "batch mode map")),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, names: tuple[str, ...]
 ) -> None:
     out = tmp_path / "out"
-    error = fails(capsys, "sweep", *SMALL, *arguments.split(), "--out", str(out))
+    settings = BARE if "--buffer-size" in arguments else SMALL
+    error = fails(capsys, "sweep", *settings, *arguments.split(), "--out", str(out))
     for name in names:
         assert name in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("--list --preset full", ("--list", "alone")),
+        ("--list bounds", ("--list", "alone")),
+        ("bounds --plot-only --preset full", ("--preset", "--plot-only")),
+        ("--plot-only --part 2/2", ("--part", "--plot-only")),
+    ],
+)
+def test_an_option_of_reproduce_that_would_do_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: str, names: tuple[str, ...]
+) -> None:
+    error = fails(capsys, "reproduce", *arguments.split())
+    assert all(name in error for name in names), error
 
 
 def test_a_sweep_without_out_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,6 +256,8 @@ def test_a_users_objective_is_swept_and_resumed(
     monkeypatch.setattr(sys, "argv", ["gipo-jax", *begun])
     assert cli.main() == 0
     assert f"4 runs; results in {out}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"^env: 'CartPole-v1' .* this sweep has CartPole-v1"):
+        gipo_jax.load(out, env="CartPole-v1")
     table = results.read_runs(out)
     assert table.objective.tolist() == ["mine"] * 4
     assert table.bound.tolist() == [1.5, 1.5, 3, 3]

@@ -254,6 +254,10 @@ def test_advantages_of_zero_leave_no_metric_undefined(
         ("rollout_mode", {"rollout_mode": "clip"}),
         ("rollout_bounds", {"rollout_bounds": (2.0, 1.0)}),
         ("rollout_bounds", {"rollout_bounds": (2.0,)}),
+        ("rollout_level", {"rollout_level": "sequence", "rollout_log_prob": None}),
+        ("rollout_mode", {"rollout_mode": "mask", "rollout_log_prob": None}),
+        ("rollout_bounds", {"rollout_bounds": (0.5, 2.0), "rollout_log_prob": None}),
+        ("rollout_bounds", {"rollout_bounds": (0.0, jnp.ones(())), "rollout_log_prob": None}),
     ],
 )
 def test_what_a_trainer_gets_wrong_is_refused_by_name(

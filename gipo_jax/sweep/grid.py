@@ -65,7 +65,10 @@ def expand(
     static = {k: _values(k, v) for k, v in settings.items() if k in CONFIG_FIELDS}
     traced = {k: _values(k, v) for k, v in settings.items() if k in HPARAM_FIELDS}
     own = {k: v for k, v in settings.items() if k not in static and k not in traced}
-    own |= objective_args or {}
+    for name, value in (objective_args or {}).items():
+        if name in settings:
+            raise ConfigError(name, value, f"one of this and {settings[name]!r}: it is given twice")
+        own[name] = value
     specs = [objectives.spec(o) for o in static.get("objective", [_CONFIG_DEFAULTS.objective])]
     known = {name for spec in specs for name in spec.params}
     if protocol is not None:
@@ -147,6 +150,12 @@ def decode(
 ) -> list[Run]:
     """Runs from ``encode``'s JSON, with the objects of runs that were made with some."""
     given = {"env": env, "objective": objective}
+    groups = list(groups)
+    for field, value in given.items():
+        stored = [group["config"][field] for group in groups]
+        if value is not None and not any(isinstance(one, dict) for one in stored):
+            valid = f"left out: this sweep has {', '.join(dict.fromkeys(stored))} by name"
+            raise ConfigError(field, _CALLED[field](value), valid)
     runs: dict[int, Run] = {}
     for group in groups:
         config = Config(**{k: _from_json(k, v, given.get(k)) for k, v in group["config"].items()})
