@@ -229,16 +229,16 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
         for old, new in zip(before, now, strict=True):
             for name in names:
                 values = old.get(name), new.get(name)
-                if not _same(*values):
+                if not same_setting(*values):
                     return name, values[0], values[1]
         return None
     for name in names:
         taken: list[list[Any]] = [[], []]
         for runs, values_taken in zip((before, now), taken, strict=True):
             for run in runs:
-                if not any(_same(run.get(name), value) for value in values_taken):
+                if not any(same_setting(run.get(name), value) for value in values_taken):
                     values_taken.append(run.get(name))
-        known = [any(_same(value, other) for other in taken[1]) for value in taken[0]]
+        known = [any(same_setting(value, other) for other in taken[1]) for value in taken[0]]
         if not all(known) or len(taken[0]) != len(taken[1]):
             return name, taken[0], taken[1]
     return "number of runs", len(before), len(now)
@@ -253,6 +253,21 @@ def settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
         {name: _called(name, value) for name, value in run.items() if name != "max_buffer_size"}
         for run in _by_run(groups)
     ]
+
+
+def named_objects(groups: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Any]:
+    """What stands for each environment, objective and selection in a result of ``encode``, by its
+    field and what it is called.
+    """
+    stored = [(field, group["config"][field]) for group in groups for field in _CALLED]
+    return {(field, _called(field, value)): value for field, value in stored}
+
+
+def same_setting(one: Any, other: Any) -> bool:
+    """Whether two settings in results of ``encode`` are the same; code may lie elsewhere."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return Reference.from_json(one).same(Reference.from_json(other))
+    return bool(one == other)
 
 
 def _called(field: str, value: Any) -> Any:
@@ -273,13 +288,6 @@ def _by_run(groups: Sequence[Any]) -> list[dict[str, Any]]:
             dropped = ("run", "name", "objective_params")
             runs[entry["run"]] = {k: v for k, v in settings.items() if k not in dropped}
     return [runs[index] for index in sorted(runs)]
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two stored settings are the same; code may lie elsewhere."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return Reference.from_json(one).same(Reference.from_json(other))
-    return bool(one == other)
 
 
 def load_objective(reference: str) -> Callable[..., Any]:
