@@ -244,8 +244,8 @@ def _compare(store: Store) -> Tables:
         names = ["case", "method", "age", "difference", "low", "high"]
         found["evidence_times"] = pd.DataFrame(times, columns=names)
     rows = [row for study, (own, normal) in studies.items() for row in _means(study, own, normal)]
-    names = f"study regime method age {scores.PAIRED} ceiling ceiling_other runs"
-    return found | {"evidence_means": scores._frame(rows, names)}
+    columns = f"study regime method age {scores.PAIRED} ceiling ceiling_other runs"
+    return found | {"evidence_means": scores._frame(rows, columns)}
 
 
 def _means(study: str, chosen: pd.DataFrame, all_runs: pd.DataFrame) -> Iterator[tuple[Any, ...]]:

@@ -572,9 +572,12 @@ def _one_of_two_stopped(
     victim, other = chance.sample(processes, 2)
     victim.send_signal(signal.SIGSTOP)
     code = other.wait(timeout=cluster.START_SECONDS + cluster.HEARTBEAT_SECONDS + 120)
-    # Where JAX notes the silence before a collective does, it aborts the process itself.
-    if code not in (cluster.LOST_CODE, -signal.SIGABRT):
-        yield f"the other process ended with {code}"
+    said = (out.parent / f"process-{processes.index(other)}.log").read_text(errors="replace")
+    # Where JAX notes the silence before a collective does, it aborts the process itself: what it
+    # calls then cannot be a function of Python (jaxlib 0.10 fails to convert its argument).
+    aborted = code == -signal.SIGABRT and JAX_ABORTS in said
+    if not aborted and code != cluster.LOST_CODE:
+        yield f"the other process ended with {code}: {said[-500:]}"
     say(f"the other process ended with {code}")
     victim.send_signal(signal.SIGCONT)
     if victim.wait(timeout=cluster.START_SECONDS + 120) == 0:
@@ -582,6 +585,9 @@ def _one_of_two_stopped(
     yield from [str(finding) for finding in audit.check(out) if not finding.whole]
     yield from _ended_well(_attempt(out, ["--resume"]))
 
+
+JAX_ABORTS = "JAX distributed service detected fatal errors"
+"""What JAX says where it aborts a process because another one is silent."""
 
 Fault = Callable[[Path, Path, random.Random, Callable[[str], None]], Iterable[str]]
 FAULTS: dict[str, Fault] = {

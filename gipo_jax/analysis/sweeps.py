@@ -33,13 +33,13 @@ def read(directories: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     for directory, groups, called in zip(directories, stored, names, strict=True):
         runs = results.read_runs(directory).assign(sweep=str(directory))
         metrics = results.read_metrics(directory)
-        own = grid.settings_of_runs(groups)
+        of_runs = grid.settings_of_runs(groups)
         for field, name in called:
-            for run in own:
+            for run in of_runs:
                 run[field] = called.get((field, run[field]), run[field])
             if field in runs:
                 runs[field] = runs[field].replace(name, called[field, name])
-        settings += own
+        settings += of_runs
         tables.append(runs.assign(run=runs["run"] + first))
         points.append(metrics.assign(run=metrics["run"] + first))
         first += len(runs)

@@ -168,8 +168,8 @@ def test_mean_beside_the_iqm_at_replay_16_with_high_reuse(papers: pd.DataFrame) 
 
     ceiling = papers.env.map({"CartPole-v1": 475, "Acrobot-v1": -100, "Catch-bsuite": 0.9})
     tops = papers[papers.age == 16].assign(top=papers.final_return >= ceiling)
-    for regime, words in (("reuse-heavy", "high reuse"), ("gentle", "low reuse")):
-        by_pair = tops[tops.regime == regime].pivot(
+    for reuse, words in (("reuse-heavy", "high reuse"), ("gentle", "low reuse")):
+        by_pair = tops[tops.regime == reuse].pivot(
             index=["env", "seed"], columns="method", values="top"
         )
         both = (by_pair.gipo & by_pair.ppo_clip).mean()
