@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads has seen enough, as head does; Python would write the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
+    except OSError as error:
+        code = _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", FAILED)
     except KeyboardInterrupt:
         code = _fail("stopped at once; continue from the last checkpoint with --resume", 130)
     return cluster.leave(code)
@@ -140,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         help="say whether the folder of a sweep is whole",
         description="A line for each part of the folder. Exit code 0: it is whole; 1: it is not.",
     )
-    checking.add_argument("directory", metavar="DIR", help="folder of a sweep")
+    checking.add_argument("directory", type=_folder, metavar="DIR", help="folder of a sweep")
     checking.set_defaults(act=_check)
 
     _add_reproduce(commands)
@@ -165,7 +167,9 @@ def _add_sweep(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(act=_sweep)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--out", required=True, type=_folder, metavar="DIR", help="folder for the results"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -203,7 +207,7 @@ def _add_reproduce(commands: Any) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help="folder for data and figures (default: runs/reproduce); what it holds is continued",
     )
@@ -305,7 +309,7 @@ def _sweep(given: dict[str, Any]) -> int:
     from gipo_jax import sweep
     from gipo_jax.sweep import cluster, grid, results
 
-    out, resume = str(Path(given.pop("out")).expanduser()), given.pop("resume", False)
+    out, resume = str(given.pop("out")), given.pop("resume", False)
 
     def begun_with() -> dict[str, Any]:
         """A sweep goes on with what it was begun with of what is seen and logged."""
@@ -398,6 +402,9 @@ def _join_cluster(given: dict[str, Any]) -> None:
 
 
 def _folder(text: str) -> Path:
+    if not text:
+        # That is the current one, where a variable of a shell is not set.
+        raise argparse.ArgumentTypeError("'' is not valid; expected a folder")
     return Path(text).expanduser()
 
 
@@ -418,7 +425,7 @@ def _plot(given: dict[str, Any]) -> int:
 def _check(given: dict[str, Any]) -> int:
     from gipo_jax.sweep import audit, results
 
-    directory = Path(given["directory"]).expanduser()
+    directory = given["directory"]
     results.check_holds_sweep(directory, "directory")
     whole = True
     for finding in audit.check(directory):

@@ -1,5 +1,6 @@
 """The policy's loss on responses of several tokens, for any trainer in JAX."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -106,8 +107,15 @@ def policy_loss(
     given = _check_parameters(spec, parameters)
     if rollout_log_prob is None:
         _check_no_rollout(rollout_level, rollout_mode, rollout_bounds)
-    log_prob, old_log_prob, advantages = map(jnp.asarray, (log_prob, old_log_prob, advantages))
-    response_mask = None if response_mask is None else jnp.asarray(response_mask)
+    log_prob = _array("log_prob", log_prob)
+    old_log_prob = _array("old_log_prob", old_log_prob)
+    advantages = _array("advantages", advantages)
+    if response_mask is not None:
+        response_mask = _array("response_mask", response_mask)
+    if segment_ids is not None:
+        segment_ids = _array("segment_ids", segment_ids, whole=True)
+    if rollout_log_prob is not None:
+        rollout_log_prob = _array("rollout_log_prob", rollout_log_prob)
     arrays = {"old_log_prob": old_log_prob, "rollout_log_prob": rollout_log_prob}
     mask = _check_arrays(spec, log_prob, arrays, advantages, response_mask, segment_ids)
     first = None if segment_ids is None else segments.starts(segment_ids)
@@ -172,8 +180,9 @@ def _rollout_weight(
         raise ConfigError("rollout_level", level, f"one of {', '.join(ROLLOUT_LEVELS)}")
     if mode not in ROLLOUT_MODES:
         raise ConfigError("rollout_mode", mode, f"one of {', '.join(ROLLOUT_MODES)}")
-    numbers = [bound for bound in bounds if isinstance(bound, int | float)]
-    if len(bounds) != 2 or (len(numbers) == 2 and not 0 <= numbers[0] < numbers[1]):
+    pair = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(_is_scalar, bounds))
+    numbers = [bound for bound in bounds if isinstance(bound, int | float)] if pair else []
+    if not pair or (len(numbers) == 2 and not 0 <= numbers[0] < numbers[1]):
         raise ConfigError("rollout_bounds", bounds, "two numbers, 0 <= low < high")
     low, high = bounds
     log_ratio = stop_gradient(log_ratio)
@@ -189,10 +198,28 @@ def _rollout_weight(
     }
 
 
-def _check_no_rollout(level: str, mode: str, bounds: tuple[ArrayLike, ArrayLike]) -> None:
+def _array(name: str, value: Any, whole: bool = False) -> Array:
+    """An array of real numbers, or of integers; ConfigError for anything else."""
+    kind = jnp.integer if whole else jnp.floating
+    try:
+        array = jnp.asarray(value)
+        usable = jnp.issubdtype(array.dtype, kind) or (not whole and array.dtype.kind in "iub")
+    except (TypeError, ValueError):
+        usable = False
+    if not usable:
+        shown = getattr(value, "dtype", type(value).__name__)
+        raise ConfigError(
+            name, str(shown), f"an array of {'integers' if whole else 'real numbers'}"
+        )
+    return array
+
+
+def _check_no_rollout(level: str, mode: str, bounds: Any) -> None:
     """Refuses options of a rollout policy, where there is none."""
-    numbers = all(isinstance(bound, int | float) for bound in bounds)
-    left_out = numbers and tuple(bounds) == ROLLOUT_BOUNDS
+    left_out = isinstance(bounds, tuple) and all(
+        isinstance(bound, int | float) and bound == default
+        for bound, default in itertools.zip_longest(bounds, ROLLOUT_BOUNDS)
+    )
     for name, value, default, same in (
         ("rollout_level", level, "token", level == "token"),
         ("rollout_mode", mode, "truncate", mode == "truncate"),
@@ -214,8 +241,14 @@ def _check_aggregation(
         valid = f"a number > 0 with loss_agg_mode {mode!r} and segment_ids"
         raise ConfigError("max_tokens", max_tokens, valid)
     for name, value in (("max_tokens", max_tokens), ("denominator", denominator)):
-        if isinstance(value, int | float) and not 0 < value < math.inf:
+        known = isinstance(value, int | float)
+        if value is not None and (not _is_scalar(value) or (known and not 0 < value < math.inf)):
             raise ConfigError(name, value, "a finite number > 0")
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether a value is a number, traced or not."""
+    return isinstance(value, int | float) or (hasattr(value, "dtype") and jnp.ndim(value) == 0)
 
 
 def _check_parameters(spec: signatures.Spec, parameters: Mapping[str, Any]) -> dict[str, Any]:

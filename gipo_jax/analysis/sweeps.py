@@ -34,11 +34,11 @@ def read(directories: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
         runs = results.read_runs(directory).assign(sweep=str(directory))
         metrics = results.read_metrics(directory)
         of_runs = grid.settings_of_runs(groups)
-        for field, name in called:
+        for (field, alone), together in called.items():
             for run in of_runs:
-                run[field] = called.get((field, run[field]), run[field])
+                run[field] = together if run[field] == alone else run[field]
             if field in runs:
-                runs[field] = runs[field].replace(name, called[field, name])
+                runs[field] = runs[field].replace(alone, together)
         settings += of_runs
         tables.append(runs.assign(run=runs["run"] + first))
         points.append(metrics.assign(run=metrics["run"] + first))

@@ -56,7 +56,8 @@ def expand(
     if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
         raise ConfigError("seeds", seeds, "an integer >= 1")
     top = 2**31 - seeds
-    if not isinstance(seed_offset, int) or not 0 <= seed_offset <= top:
+    whole = isinstance(seed_offset, int) and not isinstance(seed_offset, bool)
+    if not whole or not 0 <= seed_offset <= top:
         raise ConfigError("seed_offset", seed_offset, f"an integer in [0, {top}]")
     if "seed" in settings:
         raise ConfigError("seed", settings["seed"], "left out: give seeds and seed_offset")
@@ -65,6 +66,8 @@ def expand(
     static = {k: _values(k, v) for k, v in settings.items() if k in CONFIG_FIELDS}
     traced = {k: _values(k, v) for k, v in settings.items() if k in HPARAM_FIELDS}
     own = {k: v for k, v in settings.items() if k not in static and k not in traced}
+    if not isinstance(objective_args or {}, Mapping):
+        raise ConfigError("objective_args", objective_args, "values by name")
     for name, value in (objective_args or {}).items():
         if name in settings:
             raise ConfigError(name, value, f"one of this and {settings[name]!r}: it is given twice")
@@ -170,6 +173,8 @@ def _check_names(config: Config, objects: dict[tuple[str, str], Any]) -> None:
     for field, called in _CALLED.items():
         value = getattr(config, field)
         name = called(value)
+        if not name.strip() or not name.isprintable():
+            raise ConfigError(field, name, "an object whose name tables can show")
         if field == "objective" and objectives.KNOWN.get(name) is value:
             value = name
         if len({value, objects.setdefault((field, name), value)}) > 1:

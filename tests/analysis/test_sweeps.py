@@ -11,6 +11,7 @@ from jax import Array
 
 from gipo_jax import sweep
 from gipo_jax.analysis import plots, sweeps
+from gipo_jax.config import ConfigError
 from gipo_jax.sweep import grid, results
 
 
@@ -73,3 +74,12 @@ def test_one_closure_in_two_sweeps_is_one_method_with_the_seeds_of_both(
     assert table.objective.tolist() == ["mine", "mine"] and table.seed.tolist() == [0, 1]
     table, _ = sweeps.read([other, first, again])
     assert table.objective.tolist() == [f"mine of {place}" for place in (other, first, first)]
+
+
+@pytest.mark.parametrize("name", ["", "  ", "two\nlines"])
+def test_an_objective_whose_name_a_table_cannot_show_is_refused(name: str, tmp_path: Path) -> None:
+    objective = make(1.0)
+    objective.__name__ = name
+    with pytest.raises(ConfigError, match=r"^objective: .* tables can show"):
+        sweep.run(sweep.expand(objective=objective), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
