@@ -241,8 +241,8 @@ def _check_aggregation(
         valid = f"a number > 0 with loss_agg_mode {mode!r} and segment_ids"
         raise ConfigError("max_tokens", max_tokens, valid)
     for name, value in (("max_tokens", max_tokens), ("denominator", denominator)):
-        known = isinstance(value, int | float)
-        if value is not None and (not _is_scalar(value) or (known and not 0 < value < math.inf)):
+        usable = value is None or _is_scalar(value)
+        if not usable or (isinstance(value, int | float) and not 0 < value < math.inf):
             raise ConfigError(name, value, "a finite number > 0")
 
 
