@@ -19,6 +19,8 @@ REPRODUCED, PARTLY, NOT = "reproduced", "partly", "not reproduced here"
 OPEN = "open"
 """While what a verdict needs has not finished."""
 
+HIDDEN = "beside it the mean, and the share of pairs of which both end at the ceiling"
+
 CLAIMS = {
     1: "Non-zero gradients at extreme ratios",
     2: "Implicit, tunable bound on the update magnitude",
@@ -48,6 +50,16 @@ def cell(row: Any, name: str = "difference", low: str = "", high: str = "") -> s
     """An estimate with its interval."""
     low, high = low or "low", high or "high"
     return f"{row[name]:.3g} [{row[low]:.3g}, {row[high]:.3g}]"
+
+
+def share(value: float) -> str:
+    """A share of runs or pairs; "-" where there is none."""
+    return "-" if np.isnan(value) else f"{value:.0%}"
+
+
+def paired(row: Any, name: str = "difference") -> str:
+    """A paired difference by its interquartile mean, with what that may hide beside it."""
+    return f"{cell(row, name)}; mean {row['mean']:+.2g}, {share(row.both_at_ceiling)}"
 
 
 def ends(name: str) -> tuple[str, str, str]:
@@ -102,10 +114,9 @@ def _replay(read: Read) -> tuple[str, str]:
     table = read("replay_sizes_comparison")
     part = table[(table.score == "final_return") & (table.age == 0)]
     part = part[part.method.isin([PPO.label, SAPO.label])]
-    names = ends("difference")
-    found = _on(part, *names[1:], 1) if part.regime.nunique() == len(REGIMES) else NOT
-    cells = [f"{REUSE[r.regime]}, {r.method}: {cell(r, *names)}" for _, r in part.iterrows()]
-    return found, f"final return, IQM of GIPO minus the baseline: {'; '.join(cells)}"
+    found = _on(part, "low", "high", 1) if part.regime.nunique() == len(REGIMES) else NOT
+    cells = [f"{REUSE[row.regime]}, {row.method}: {paired(row)}" for _, row in part.iterrows()]
+    return found, f"final return, IQM of GIPO minus the baseline ({HIDDEN}): {'; '.join(cells)}"
 
 
 def _bias_variance(read: Read) -> tuple[str, str]:
@@ -124,8 +135,9 @@ def _stability(read: Read) -> tuple[str, str]:
     table = read("stability")
     part = table[(table.quantity == "drop_difference") & (table.regime == "reuse-heavy")]
     part = part[part.method.isin([PPO.label, SAPO.label])]
-    cells = [f"{row.method} {cell(row, 'value')}" for _, row in part.iterrows()]
-    return _on(part, "low", "high", -1), f"drop from the peak, GIPO minus: {', '.join(cells)}"
+    cells = [f"{row.method} {paired(row, 'value')}" for _, row in part.iterrows()]
+    decides = f"drop from the peak, IQM of GIPO minus ({HIDDEN}): {'; '.join(cells)}"
+    return _on(part, "low", "high", -1), decides
 
 
 def _efficiency(read: Read) -> tuple[str, str]:

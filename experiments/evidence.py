@@ -17,12 +17,6 @@ from .scores import OURS, regimes_of, scored
 from .store import NotRunError, Store
 from .tasks import NO_CLIP, PPO, SAPO
 
-CEILINGS = {"CartPole-v1": 475.0, "Acrobot-v1": -100.0, "Catch-bsuite": 0.9}
-"""Final return from which a run counts as at the ceiling; the other tasks have none.
-
-Gym registers the first two as solved there; in Catch it is 19 of 20 balls.
-"""
-
 PHASES = {"first tenth": (0.0, 0.1), "all of it": (0.0, 1.0), "second half": (0.5, 1.0)}
 """Shares of training over which policy lag on Meta-World is averaged."""
 
@@ -118,39 +112,41 @@ def interactions(scored: pd.DataFrame) -> pd.DataFrame:
         scored: as ``metaworld.score_runs`` gives it.
 
     Returns:
-        a row an effect, method, score and statistic: ``difference`` with ``low`` and ``high`` over
-        paired seeds within tasks. Effect ``stale`` or ``fresh`` is GIPO minus the method there,
+        a row an effect, method and score: the columns of ``scores.PAIRED`` over paired seeds within
+        tasks. Effect ``stale`` or ``fresh`` is GIPO minus the method there,
         ``gain`` a method's stale minus its two-episode score, ``interaction`` the gain of GIPO
         minus that of the method; ``without TASK`` leaves a task out of it.
     """
     rows: list[tuple[Any, ...]] = []
     methods, tasks = scored.method.unique().tolist(), sorted(scored.task.unique())
+    others = [name for name in methods if name != OURS and OURS in methods]
+    tops = {
+        (regime, method): _pivot(scored, regime, method, "top")
+        for regime in metaworld.REGIMES
+        for method in methods
+    }
+    all_top = {method: tops["stale", method] * tops["fresh", method] for method in methods}
     for score in ("final", "area"):
         for regime in metaworld.REGIMES:
-            for method in (name for name in methods if name != OURS and OURS in methods):
+            for method in others:
                 left, right = (_pivot(scored, regime, name, score) for name in (OURS, method))
-                for name, statistic in (("mean", stats.mean), ("IQM", stats.iqm)):
-                    found = stats.paired_difference(left, right, statistic)
-                    rows.append((regime, method, score, name, *found))
-        gain = {
-            method: _pivot(scored, "stale", method, score) - _pivot(scored, "fresh", method, score)
-            for method in methods
-        }
-        for name, statistic in (("mean", stats.mean), ("IQM", stats.iqm)):
-            for method, own in gain.items():
-                rows.append(("gain", method, score, name, *stats.bootstrap(own, statistic)))
-            for method in methods:
-                if method == OURS or OURS not in gain:
-                    continue
-                ours, own = gain[OURS], gain[method]
-                found = stats.paired_difference(ours, own, statistic)
-                rows.append(("interaction", method, score, name, *found))
-                for index, task in enumerate(tasks if len(tasks) > 1 else []):
-                    left, right = (np.delete(values, index, axis=1) for values in (ours, own))
-                    found = stats.paired_difference(left, right, statistic)
-                    rows.append((f"without {task}", method, score, name, *found))
-    names = ["effect", "method", "score", "statistic", "difference", "low", "high"]
-    return pd.DataFrame(rows, columns=names)
+                both = tops[regime, OURS] * tops[regime, method]
+                found = stats.trimmed_difference(left, right, both)
+                rows.append((regime, method, score, *found))
+        gain = {}
+        for method in methods:
+            stale, fresh = (_pivot(scored, regime, method, score) for regime in ("stale", "fresh"))
+            found = stats.trimmed_difference(stale, fresh, all_top[method])
+            rows.append(("gain", method, score, *found))
+            gain[method] = stale - fresh
+        for method in others:
+            parts = gain[OURS], gain[method], all_top[OURS] * all_top[method]
+            rows.append(("interaction", method, score, *stats.trimmed_difference(*parts)))
+            for index, task in enumerate(tasks if len(tasks) > 1 else []):
+                left, right, both = (np.delete(values, index, axis=1) for values in parts)
+                found = stats.trimmed_difference(left, right, both)
+                rows.append((f"without {task}", method, score, *found))
+    return scores._frame(rows, f"effect method score {scores.PAIRED}")
 
 
 def _widths(store: Store) -> Tables:
@@ -248,34 +244,26 @@ def _compare(store: Store) -> Tables:
         names = ["case", "method", "age", "difference", "low", "high"]
         found["evidence_times"] = pd.DataFrame(times, columns=names)
     rows = [row for study, (own, normal) in studies.items() for row in _means(study, own, normal)]
-    names = ["study", "regime", "method", "age", "iqm", "iqm_low", "iqm_high"]
-    names += ["mean", "low", "high", "ceiling", "ceiling_other", "both", "runs"]
-    return found | {"evidence_means": pd.DataFrame(rows, columns=names)}
+    columns = f"study regime method age {scores.PAIRED} ceiling ceiling_other runs"
+    return found | {"evidence_means": scores._frame(rows, columns)}
 
 
 def _means(study: str, chosen: pd.DataFrame, all_runs: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
     """Rows of ``evidence_means``: differences in final return by regime, method and size.
 
     Scores are normalised over ``all_runs``, as the verdicts are. ``ceiling`` and ``ceiling_other``
-    are the shares of GIPO's and the other's runs at the ceiling, among the tasks that have one,
-    ``both`` that of the pairs of runs in which both are.
+    are the shares of GIPO's and the other's runs at the ceiling, among the tasks that have one.
     """
     ours = scores.case_label(study if study in scores.CASES else "papers", "gipo")
     for regime in regimes_of(chosen):
         found = scored(all_runs, regime, "final_return")
-        own = chosen[(chosen.regime == regime) & chosen.env.isin(CEILINGS)]
-        own = own.assign(top=own.final_return >= own.env.map(CEILINGS))
         for method in (name for name in chosen.method.unique() if name != ours):
             for age in (None, *found.ages):
-                pair = found.of(ours, age), found.of(method, age)
-                at = own if age is None else own[own.age == age]
-                keys = ["env", "age", "seed"]
-                tops = [at[at.method == name].set_index(keys).top for name in (ours, method)]
-                both = (tops[0] & tops[1].reindex(tops[0].index)).mean()
-                shares = (tops[0].mean(), tops[1].mean(), both, len(tops[0]))
-                iqm = stats.paired_difference(*pair)
-                mean = stats.paired_difference(*pair, stats.mean)
-                yield (study, regime, method, age or 0, *iqm, *mean, *shares)
+                tops = [found.at_ceiling(name, age=age) for name in (ours, method)]
+                shares = map(stats.known_mean, tops)
+                difference = found.minus(ours, method, age)
+                count = int(np.isfinite(tops[0]).sum())
+                yield (study, regime, method, age or 0, *difference, *shares, count)
 
 
 def _times(case: str, runs: pd.DataFrame, curves: pd.DataFrame) -> Iterator[tuple[Any, ...]]:

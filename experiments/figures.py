@@ -235,7 +235,10 @@ def bands(axis: Axes, part: pd.DataFrame, figure: Figure) -> None:
 
 
 def forest(axis: Axes, part: pd.DataFrame, figure: Figure) -> None:
-    """Intervals from left to right, a row for each of ``x``, a mark for each of ``line``."""
+    """Intervals from left to right, a row for each of ``x``, a mark for each of ``line``.
+
+    A tick is the mean of paired differences beside their interquartile mean.
+    """
     labels = list(dict.fromkeys(part[figure.x]))
     rows: Any = part.itertuples()
     for row in rows:
@@ -246,6 +249,8 @@ def forest(axis: Axes, part: pd.DataFrame, figure: Figure) -> None:
         axis.plot([row.low, row.high], [y, y], color=look.color, lw=1.4)
         value = getattr(row, figure.y)
         axis.plot(value, y, look.marker, color=look.color, markersize=4.5, fillstyle=filled)
+        if "both_at_ceiling" in part:
+            axis.plot(row.mean, y, "|", color="black", markersize=8)
     axis.set_yticks([-i for i in range(len(labels))], labels, fontsize=7.5)
     axis.set_ylim(-len(labels) + 0.4, 0.6)
     if figure.zero is not None:
@@ -507,7 +512,7 @@ FIGURES = (
         panel="claim",
         x="where",
         y="difference",
-        label=("GIPO minus the other", ""),
+        label=("GIPO minus the other\n(tick: mean of the pairs)", ""),
         titles={claim: f"{claim}: {title}" for claim, title in CLAIMS.items()},
         zero=0,
         size=(10, 3.4),
@@ -593,7 +598,7 @@ FIGURES = (
         line="size",
         x="method",
         y="difference",
-        label=(f"area of {scores.PROPOSAL} minus that of the other", ""),
+        label=(f"area of {scores.PROPOSAL} minus that of the other\n(tick: mean of the pairs)", ""),
         zero=0,
         size=(5.2, 2.8),
     ),

@@ -149,10 +149,11 @@ def score_runs(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """Scores of the runs of the seeds that every regime, task and method has finished.
 
     Returns:
-        regime, task, method, seed, ``success`` (mean rate of the last tenth), and, in units of what
-        a task has to gain, ``final``, ``area`` (mean of the learning curve) and ``drop`` (from the
-        best logged return to the final one, >= 0). A task's 0 is the mean of the first logged
-        returns and its 1 the best final mean of a method and regime.
+        regime, task, method, seed, ``success`` (mean rate of the last tenth), ``top`` (1 where that
+        is 1, the ceiling of every task), and, in units of what a task has to gain, ``final``,
+        ``area`` (mean of the learning curve) and ``drop`` (from the best logged return to the final
+        one, >= 0). A task's 0 is the mean of the first logged returns and its 1 the best final mean
+        of a method and regime.
 
     Raises:
         DataError: no seed has finished them all.
@@ -169,11 +170,13 @@ def score_runs(runs: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     low = first.groupby(runs.task).transform("mean")
     means = runs.groupby(["task", "method", "regime"]).final_return.mean()
     gain = runs.task.map(means.groupby("task").max()) - low
+    success = runs.run.map(late.success_rate.mean())
     return runs[["regime", "task", "method", "seed"]].assign(
         final=(runs.final_return - low) / gain,
         area=(area - low) / gain,
         drop=((peak - runs.final_return) / gain).clip(lower=0),
-        success=runs.run.map(late.success_rate.mean()),
+        success=success,
+        top=(success == 1).astype(float),
     )
 
 
@@ -222,7 +225,7 @@ def compare(scored: pd.DataFrame) -> pd.DataFrame:
     """GIPO (sigma 1) minus every other method: final return in each regime, the others over both.
 
     Returns:
-        claim, regime, method, ``difference`` (IQM over tasks and seeds) with ``low`` and ``high``,
+        claim, regime, method, the fields of ``stats.TrimmedDifference`` over tasks and seeds,
         judged (against PPO-Clip and SAPO), seeds.
     """
     ours, deciding = GIPO.label, {PPO.label, SAPO.label}
@@ -235,10 +238,11 @@ def compare(scored: pd.DataFrame) -> pd.DataFrame:
             for method in part.method.unique():
                 if method == ours:
                     continue
-                pair = _matrix(part, ours, score), _matrix(part, method, score)
-                found = stats.paired_difference(*pair)
-                rows.append((claim, regime, method, *found, method in deciding, len(pair[0])))
-    names = ["claim", "regime", "method", "difference", "low", "high", "judged", "seeds"]
+                first, second = (_matrix(part, name, score) for name in (ours, method))
+                tops = _matrix(part, ours, "top") * _matrix(part, method, "top")
+                found = stats.trimmed_difference(first, second, tops)
+                rows.append((claim, regime, method, *found, method in deciding, len(first)))
+    names = ["claim", "regime", "method", *stats.TrimmedDifference._fields, "judged", "seeds"]
     return pd.DataFrame(rows, columns=names)
 
 

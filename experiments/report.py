@@ -66,8 +66,17 @@ def markdown(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
 def signed(row: Any, name: str = "difference") -> str:
     """An estimate with its sign and its interval, two digits each."""
-    low, high = ("iqm_low", "iqm_high") if name == "iqm" else ("low", "high")
+    low, high = ("low", "high") if name == "difference" else ends(name)[1:]
     return f"{row[name]:+.2f} [{row[low]:.2f}, {row[high]:.2f}]"
+
+
+BESIDE = ["mean", "both at ceiling"]
+"""Columns beside a paired difference by its interquartile mean."""
+
+
+def beside(row: Any) -> list[str]:
+    """What stands in them."""
+    return [signed(row, "mean"), claims.share(row.both_at_ceiling)]
 
 
 def sources(store: Store) -> str:
@@ -129,10 +138,9 @@ def _ceilings(read: Read) -> str:
     for study, regime in [*pairs, ("papers", "gentle"), ("protocol 1", "gentle")]:
         row = means.loc[(study, regime, PPO.label, 16)]
         shares = [f"{row.ceiling:.0%}", f"{row.ceiling_other:.0%}"]
-        rows.append(
-            [STUDIES[study], REUSE[regime], signed(row, "iqm"), signed(row, "mean"), *shares]
-        )
-    return markdown(["study", "reuse", "IQM", "mean", "GIPO at ceiling", "PPO at ceiling"], rows)
+        rows.append([STUDIES[study], REUSE[regime], signed(row), *beside(row), *shares])
+    header = ["study", "reuse", "IQM", *BESIDE, "GIPO at ceiling", "PPO at ceiling"]
+    return markdown(header, rows)
 
 
 def _weights(read: Read) -> str:
@@ -148,7 +156,7 @@ def _weights(read: Read) -> str:
 def _protocol_1(read: Read) -> str:
     table = read("replay_sizes_comparison")
     table = table[table.score == "final_return"]
-    sizes = _wide(table, ["regime", "method"], lambda row: cell(row, *ends("difference")))
+    sizes = _wide(table, ["regime", "method"], claims.paired)
     better = [cell(row, *ends("better")) for _, row in table[table.age == 0].iterrows()]
     lines = sizes.splitlines()
     extra = ["P(better)", "---", *better]
@@ -197,8 +205,10 @@ def _stability(read: Read) -> str:
             values = own.groupby("quantity").value
             cells = [f"{values.mean()[name]:.3g}" for name in ("spread", "worst")]
             count = f"{values.sum()['diverged']:.0f}"
-            rows.append([REUSE[row.regime], row.method, cell(row, "value"), *cells, count])
-    header = ["reuse", "method", "GIPO σ=1 minus it, drop", "its spread", "its worst seed"]
+            drop = [cell(row, "value"), *beside(row)]
+            rows.append([REUSE[row.regime], row.method, *drop, *cells, count])
+    header = ["reuse", "method", "GIPO σ=1 minus it, drop", *BESIDE]
+    header += ["its spread", "its worst seed"]
     return markdown([*header, "diverged"], rows)
 
 
@@ -220,16 +230,12 @@ def _efficiency(read: Read) -> str:
 
 def _protocol_2(read: Read) -> str:
     table = read("tuned_sizes_comparison")
-    means: Any = read("evidence_means").set_index(["study", "regime", "method", "age"])
     rows = []
     for _, row in table[table.judged].sort_values("claim", kind="stable").iterrows():
-        key = row.case, row.regime, row.method, 0
-        mean = signed(means.loc[key], "mean") if row.claim == 4 else "-"
         where = [row.claim, row.case, REUSE.get(row.regime, row.regime), row.method]
-        rows.append([*where, cell(row), mean, f"{row.p:.2g}", f"{row.p_holm:.2g}"])
-    return markdown(
-        ["claim", "case", "reuse", "GIPO minus", "difference", "mean", "p", "Holm p"], rows
-    )
+        rows.append([*where, cell(row), *beside(row), f"{row.p:.2g}", f"{row.p_holm:.2g}"])
+    header = ["claim", "case", "reuse", "GIPO minus", "difference", *BESIDE, "p", "Holm p"]
+    return markdown(header, rows)
 
 
 def _protocol_2_verdicts(read: Read) -> str:
@@ -248,7 +254,7 @@ def _protocol_2_verdicts(read: Read) -> str:
 
 def _protocol_2_sizes(read: Read) -> str:
     table = read("tuned_sizes_comparison")
-    return _wide(table[table.claim == 4], ["case", "regime", "method"], cell)
+    return _wide(table[table.claim == 4], ["case", "regime", "method"], claims.paired)
 
 
 def _metaworld_scores(read: Read) -> str:
@@ -272,21 +278,23 @@ def _metaworld_comparison(read: Read) -> str:
             metaworld.SHOWN_AS.get(row.regime, row.regime),
             row.method,
             f"{row.difference:.3f} [{row.low:.3f}, {row.high:.3f}]",
+            *beside(row),
             "yes" if row.judged else "no",
         ]
         for _, row in read("metaworld_comparison").iterrows()
     ]
-    return markdown(["claim", "regime", "GIPO σ=1 minus", "difference", "judged"], rows)
+    header = ["claim", "regime", "GIPO σ=1 minus", "difference", *BESIDE, "judged"]
+    return markdown(header, rows)
 
 
 def _metaworld_means(read: Read) -> str:
     both = read("metaworld_interaction_differences")
-    both = both[both.effect.isin(metaworld.REGIMES) & (both.statistic == "mean")]
+    both = both[both.effect.isin(metaworld.REGIMES)]
     rows = [
         [
             metaworld.SHOWN_AS[str(regime)],
             method,
-            *(signed(part.set_index("score").loc[score]) for score in ("final", "area")),
+            *(signed(part.set_index("score").loc[score], "mean") for score in ("final", "area")),
         ]
         for (regime, method), part in both.groupby(["effect", "method"], sort=False)
     ]
@@ -337,26 +345,28 @@ def _age(read: Read) -> str:
 def _proposal(read: Read) -> str:
     table, units = read("proposal"), read("proposal_units")
     rows = [
-        [row.method, cell(row), f"{row.p_holm:.2g}"] for _, row in table[table.age == 0].iterrows()
+        [row.method, cell(row), *beside(row), f"{row.p_holm:.2g}"]
+        for _, row in table[table.age == 0].iterrows()
     ]
     aim = f"Aim: **{claims.proposal(read)}**, {units.finished.sum()} of {len(units)} units."
-    return f"{aim}\n\n" + markdown(["method", "difference", "Holm p"], rows)
+    return f"{aim}\n\n" + markdown(["method", "difference", *BESIDE, "Holm p"], rows)
 
 
 def _proposal_by_size(read: Read) -> str:
     table = read("proposal")
     best = table[table.best & (table.age > 0)]
-    rows = [[row.age, row.method, cell(row)] for _, row in best.iterrows()]
-    return markdown(["replay", "best other", "difference"], rows)
+    rows = [[row.age, row.method, cell(row), *beside(row)] for _, row in best.iterrows()]
+    return markdown(["replay", "best other", "difference", *BESIDE], rows)
 
 
 def _proposal_missed(read: Read) -> str:
     table = read("proposal_by_unit")
     rows = [
-        [REUSE[row.regime], row.env, row.age, row.best, cell(row)]
+        [REUSE[row.regime], row.env, row.age, row.best, cell(row), *beside(row)]
         for _, row in table[table.high < 0].iterrows()
     ]
-    return markdown(["reuse", "task", "replay", "best other", "difference"], rows)
+    header = ["reuse", "task", "replay", "best other", "difference", *BESIDE]
+    return markdown(header, rows)
 
 
 def _utilization(read: Read) -> str:

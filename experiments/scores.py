@@ -17,6 +17,7 @@ from gipo_jax.analysis import plots, stats
 from .engine import KEYS, Arm, Tables, Trained, best_rates
 from .store import DataError, Store
 from .tasks import (
+    CEILINGS,
     GIPO,
     GIPO_02,
     GIPO_05,
@@ -74,10 +75,13 @@ class Grid:
 
     Attributes:
         values: ``[methods, ages, seeds, tasks]``.
+        top: 1 for a run that ends at the ceiling of its task, 0 otherwise, NaN without one; the
+            same shape.
         methods, ages, tasks: what the axes are.
     """
 
     values: np.ndarray
+    top: np.ndarray
     methods: list[str]
     ages: list[int]
     tasks: list[str]
@@ -87,6 +91,16 @@ class Grid:
         chosen = self.values[self.methods.index(method)]
         return np.asarray(chosen.mean(axis=0) if age is None else chosen[self.ages.index(age)])
 
+    def at_ceiling(self, *methods: str, age: int | None = None) -> np.ndarray:
+        """1 where the runs of all these methods end at the ceiling, ``[ages, seeds, tasks]``."""
+        chosen = self.top[[self.methods.index(method) for method in methods]].min(axis=0)
+        return np.asarray(chosen if age is None else chosen[[self.ages.index(age)]])
+
+    def minus(self, ours: str, method: str, age: int | None = None) -> stats.TrimmedDifference:
+        """The first method minus the second, at an age; ages averaged within a seed if None."""
+        at_ceiling = self.at_ceiling(ours, method, age=age)
+        return stats.trimmed_difference(self.of(ours, age), self.of(method, age), at_ceiling)
+
     def intervals(self) -> Iterator[tuple[int, str, stats.Interval]]:
         """Age, method and interquartile mean with its interval."""
         for method in self.methods:
@@ -94,28 +108,47 @@ class Grid:
                 yield age, method, stats.bootstrap(self.of(method, age))
 
 
+PAIRED = " ".join(stats.TrimmedDifference._fields)
+"""Columns of a paired difference."""
+
+
+def at_ceiling(runs: pd.DataFrame) -> pd.Series:
+    """1 for runs that end at the ceiling of their task, 0 for others, NaN where it has none."""
+    ceiling = runs["env"].map(CEILINGS)
+    return (runs["final_return"] >= ceiling).astype(float).where(ceiling.notna())
+
+
 def grid(runs: pd.DataFrame, value: str = "score") -> Grid:
     """The scores of one regime as an array.
+
+    Args:
+        runs: with ``top``, as ``at_ceiling`` gives it.
+        value: column of the scores.
 
     Raises:
         DataError: the regime's tasks do not share one grid.
     """
     methods, tasks = runs.method.unique().tolist(), runs.env.unique().tolist()
     ages, seeds = sorted(runs.age.unique().tolist()), sorted(runs.seed.unique().tolist())
-    table = runs.set_index(["method", "age", "seed", "env"])[value]
+    table = runs.set_index(["method", "age", "seed", "env"])[[value, "top"]]
     index = pd.MultiIndex.from_product([methods, ages, seeds, tasks])
     if table.index.has_duplicates or not index.isin(table.index).all():
         raise DataError("runs", f"regime {runs.regime.iloc[0]!r} has no full grid of runs")
-    values = (
-        table.loc[index].to_numpy(float).reshape([len(x) for x in (methods, ages, seeds, tasks)])
-    )
-    return Grid(values, methods, ages, tasks)
+    shape = [len(x) for x in (methods, ages, seeds, tasks)]
+    values, top = (column.reshape(shape) for column in table.loc[index].to_numpy(float).T)
+    return Grid(values, top, methods, ages, tasks)
 
 
 def scored(runs: pd.DataFrame, regime: str, value: str) -> Grid:
     """The normalised scores of a regime, by method, replay size, seed and task."""
+    return grid(_normalized_regime(runs, regime, value))
+
+
+def _normalized_regime(runs: pd.DataFrame, regime: str, value: str) -> pd.DataFrame:
     part = runs[runs.regime == regime]
-    return grid(normalized(part, value, ["env"], ["method", "age"]))
+    # A run without a final return counts as the worst, and so at no ceiling.
+    found = normalized(part, value, ["env"], ["method", "age"])
+    return found.assign(top=at_ceiling(part))
 
 
 def regimes_of(runs: pd.DataFrame) -> list[str]:
@@ -177,13 +210,12 @@ def replay_sizes(store: Store) -> Tables:
             comparison += [
                 (
                     *(regime, score, age or 0, method),
-                    *stats.paired_difference(*pair),
-                    *stats.improvement_probability(*pair),
+                    *found.minus(OURS, method, age),
+                    *stats.improvement_probability(found.of(OURS, age), found.of(method, age)),
                 )
                 for method in found.methods
                 if method != OURS
                 for age in (None, *found.ages)
-                for pair in [(found.of(OURS, age), found.of(method, age))]
             ]
         found = scored(runs, regime, "final_return")
         methods, ages, seeds, tasks = found.values.shape
@@ -191,11 +223,10 @@ def replay_sizes(store: Store) -> Tables:
         intervals = stats.elo_interval(flat, prior_draws=1.0, resamples=200)
         pairs = zip(found.methods, intervals, strict=True)
         ratings += [(regime, method, *interval) for method, interval in pairs]
-    parts = [f"{name}{end}" for name in ("difference", "better") for end in ("", "_low", "_high")]
     tables = {
         "replay_sizes": _frame(rows, "regime score age method iqm low high"),
-        "replay_sizes_comparison": pd.DataFrame(
-            comparison, columns=["regime", "score", "age", "method", *parts]
+        "replay_sizes_comparison": _frame(
+            comparison, f"regime score age method {PAIRED} better better_low better_high"
         ),
         "replay_sizes_elo": _frame(ratings, "regime method elo low high"),
     }
@@ -213,7 +244,7 @@ def _frame(rows: Sequence[Sequence[Any]], columns: str) -> pd.DataFrame:
 
 def drops(runs: pd.DataFrame, curves: pd.DataFrame, regime: str) -> Grid:
     """Fall from a run's best logged return to its final one, in normalised units."""
-    part = normalized(runs[runs.regime == regime], "final_return", ["env"], ["method", "age"])
+    part = _normalized_regime(runs, regime, "final_return")
     peak = part.run.map(curves.groupby("run").episode_return.max())
     # A run without a final score has fallen by nothing that is known.
     known = runs.final_return.reindex(part.index)
@@ -245,15 +276,15 @@ def stability(store: Store) -> Tables:
             for method in found.methods:
                 for age in found.ages:
                     interval = stats.bootstrap(found.of(method, age), statistic)
-                    rows.append((regime, name, age, method, *interval))
+                    rows.append((regime, name, age, method, *interval, *[np.nan] * 4))
         for method in fallen.methods:
             # A drop is bad, so below zero GIPO is the more stable one.
-            difference = stats.paired_difference(fallen.of(OURS), fallen.of(method))
-            rows.append((regime, "drop_difference", 0, method, *difference))
+            rows.append((regime, "drop_difference", 0, method, *fallen.minus(OURS, method)))
             own = runs[(runs.regime == regime) & (runs.method == method)]
             count = int((own.status == "diverged").sum())
-            rows.append((regime, "diverged", 0, method, count, np.nan, np.nan))
-    return {"stability": _frame(rows, "regime quantity age method value low high")}
+            rows.append((regime, "diverged", 0, method, count, *[np.nan] * 6))
+    columns = f"regime quantity age method {PAIRED}"
+    return {"stability": _frame(rows, columns).rename(columns={"difference": "value"})}
 
 
 def times(curves: pd.DataFrame) -> pd.DataFrame:
@@ -525,8 +556,7 @@ def tuned_sizes(store: Store) -> Tables:
 
 def corrected(differences: list[tuple[Any, ...]]) -> pd.DataFrame:
     """Differences with ``p_holm``, p adjusted over the judged ones."""
-    names = "case claim regime method age difference low high judged p"
-    table = _frame(differences, names)
+    table = _frame(differences, f"case claim regime method age {PAIRED} judged p")
     # Comparisons whose units have not finished count, so that p does not fall back when they do.
     p = table.loc[table["judged"], "p"].to_numpy(float)
     missing = np.ones(max(len(JUDGED_CASES) * sum(JUDGED.values()) - len(p), 0))
@@ -540,12 +570,13 @@ def _differences(case: str, runs: pd.DataFrame, curves: pd.DataFrame) -> list[tu
     ours = case_label(case, "gipo")
     others = [case_label(case, name) for name in WIDTHS if name != "gipo"]
 
-    def add(claim: int, regime: str, method: str, age: int, pair: Any, statistic: Any) -> None:
+    def add(
+        claim: int, regime: str, method: str, age: int, found: Any, pair: Any, statistic: Any
+    ) -> None:
         judged = case in JUDGED_CASES and method in (PPO.label, SAPO.label) and age == 0
         judged &= claim != 6 or regime == "reuse-heavy"
-        interval = stats.paired_difference(pair[0], pair[1], statistic)
         p = stats.p_value(pair[0], pair[1], statistic) if judged else np.nan
-        rows.append((case, claim, regime, method, age, *interval, judged, p))
+        rows.append((case, claim, regime, method, age, *found, judged, p))
 
     keys = ["run", "regime", "env", "method", "age", "seed"]
     timed = times(curves.merge(runs[keys], on="run"))
@@ -555,10 +586,14 @@ def _differences(case: str, runs: pd.DataFrame, curves: pd.DataFrame) -> list[tu
         for method in others:
             for age in (None, *final.ages):
                 pair = final.of(ours, age), final.of(method, age)
-                add(4, regime, method, age or 0, pair, stats.iqm)
-            add(6, regime, method, 0, (fallen.of(ours), fallen.of(method)), stats.iqm)
+                found = final.minus(ours, method, age)
+                add(4, regime, method, age or 0, found, pair, stats.iqm)
+            pair = fallen.of(ours), fallen.of(method)
+            add(6, regime, method, 0, fallen.minus(ours, method), pair, stats.iqm)
     for method in others:
-        add(7, "all", method, 0, (spent[ours], spent[method]), stats.mean)
+        pair = spent[ours], spent[method]
+        mean = stats.paired_difference(*pair, stats.mean)
+        add(7, "all", method, 0, (*mean, *mean, np.nan), pair, stats.mean)
     return rows
 
 
@@ -681,7 +716,7 @@ def proposal_development(store: Store) -> Tables:
 
 def proposal(store: Store) -> Tables:
     """The proposal against every method: over all units and in each."""
-    stored = store.read("proposal_runs", [*KEYS, "seed", "auc"])
+    stored = store.read("proposal_runs", [*KEYS, "seed", "auc", "final_return"])
     planned = store.read("proposal_units", ["regime", "env", "finished"])
     runs = stored[~stored.env.isin(DROPPED)]
     if runs.empty:
@@ -698,9 +733,9 @@ def compare_proposal(runs: pd.DataFrame) -> pd.DataFrame:
     """The proposal minus every other method in normalised area, by size and over all.
 
     Returns:
-        a row a size (0: all together) and method: ``difference``, the IQM over units and seeds,
-        with ``low`` and ``high``; ``best``, whether the method has the highest mean of the others
-        at that size; and for all sizes together ``p`` and, over the methods, ``p_holm``.
+        a row a size (0: all together) and method: the columns of ``PAIRED`` over units and seeds;
+        ``best``, whether the method has the highest mean of the others at that size; and for all
+        sizes together ``p`` and, over the methods, ``p_holm``.
     """
     found = [scored(runs, regime, "auc") for regime in regimes_of(runs)]
     rows = []
@@ -713,10 +748,11 @@ def compare_proposal(runs: pd.DataFrame) -> pd.DataFrame:
         ours = values.pop(PROPOSAL)
         best = max(values, key=lambda method: float(values[method].mean()))
         for method, theirs in values.items():
-            interval = stats.paired_difference(ours, theirs)
+            tops = [one.at_ceiling(PROPOSAL, method, age=age) for one in found]
+            difference = stats.trimmed_difference(ours, theirs, np.concatenate(tops, axis=-1))
             p = stats.p_value(ours, theirs) if age is None else np.nan
-            rows.append((age or 0, method, *interval, method == best, p))
-    table = _frame(rows, "age method difference low high best p")
+            rows.append((age or 0, method, *difference, method == best, p))
+    table = _frame(rows, f"age method {PAIRED} best p")
     overall = table["age"] == 0
     table.loc[overall, "p_holm"] = stats.holm(table.loc[overall, "p"])
     return table
@@ -726,8 +762,8 @@ def proposal_by_unit(runs: pd.DataFrame) -> pd.DataFrame:
     """The proposal minus the best other method of each unit and size, in normalised area.
 
     Returns:
-        a row a regime, task and size: the ``best`` other method by its mean over seeds, and
-        ``difference`` (IQM over seeds) with ``low`` and ``high``.
+        a row a regime, task and size: the ``best`` other method by its mean over seeds, and the
+        columns of ``PAIRED`` over seeds.
     """
     rows = []
     for regime in regimes_of(runs):
@@ -737,6 +773,7 @@ def proposal_by_unit(runs: pd.DataFrame) -> pd.DataFrame:
                 values = {method: found.of(method, age)[:, column] for method in found.methods}
                 ours = values.pop(PROPOSAL)
                 best = max(values, key=lambda method: float(values[method].mean()))
-                interval = stats.paired_difference(ours[:, None], values[best][:, None])
-                rows.append((regime, task, age, best, *interval))
-    return _frame(rows, "regime env age best difference low high")
+                tops = found.at_ceiling(PROPOSAL, best, age=age)[..., column]
+                difference = stats.trimmed_difference(ours, values[best], tops)
+                rows.append((regime, task, age, best, *difference))
+    return _frame(rows, f"regime env age best {PAIRED}")

@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Who reads has seen enough, as head does; Python would write the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
+    except OSError as error:
+        code = _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", FAILED)
     except KeyboardInterrupt:
         code = _fail("stopped at once; continue from the last checkpoint with --resume", 130)
     return cluster.leave(code)
@@ -80,6 +82,21 @@ class _UsageError(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Once(argparse.Action):
+    """Takes all values of an option at once: of a second list, one would be lost."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string} is given twice; expected all its values at once")
+        setattr(namespace, self.dest, values)
 
 
 def _renamed(arguments: Sequence[str]) -> list[str]:
@@ -125,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         help="say whether the folder of a sweep is whole",
         description="A line for each part of the folder. Exit code 0: it is whole; 1: it is not.",
     )
-    checking.add_argument("directory", metavar="DIR", help="folder of a sweep")
+    checking.add_argument("directory", type=_folder, metavar="DIR", help="folder of a sweep")
     checking.set_defaults(act=_check)
 
     _add_reproduce(commands)
@@ -150,7 +167,9 @@ def _add_sweep(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(act=_sweep)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--out", required=True, type=_folder, metavar="DIR", help="folder for the results"
+    )
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -183,23 +202,20 @@ def _add_reproduce(commands: Any) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments (default: all)")
     parser.add_argument(
         "--preset",
-        default="quick",
         help="scale: a check in minutes (quick, default), that of the published results"
         " (committed), or one for a GPU (full; metaworld stays on CPU)",
     )
     parser.add_argument(
         "--out",
-        type=Path,
-        default=Path("runs/reproduce"),
+        type=_folder,
         metavar="DIR",
-        help="folder for data and figures (default: %(default)s); what it holds is continued",
+        help="folder for data and figures (default: runs/reproduce); what it holds is continued",
     )
     parser.add_argument(
         "--part",
-        default="1/1",
         metavar="I/N",
         help="train only the I-th of N shares, to spread work over processes or evenings; whoever"
-        " comes last draws everything (default: %(default)s)",
+        " comes last draws everything (default: 1/1)",
     )
     parser.add_argument(
         "--report",
@@ -219,7 +235,7 @@ def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
     for field in dataclasses.fields(settings):
         if field.name in _SWEEP_ONLY:
             continue
-        option = "--" + field.name.replace("_", "-")
+        option = "--" + _dashed(field.name)
         meaning, valid = field.metadata["help"], field.metadata["valid"]
         if field.metadata["domains"] != tuple(DOMAINS):
             domains = " and ".join(DOMAINS[domain] for domain in field.metadata["domains"])
@@ -229,7 +245,9 @@ def _add_fields(group: Any, settings: type, listed: Sequence[str]) -> None:
         default: Any = field.default
         kind = str if isinstance(default, str) else _number
         several = field.name in listed or isinstance(default, tuple)
-        form: dict[str, Any] = {"type": kind, "metavar": "VALUE", "nargs": "+" if several else None}
+        form: dict[str, Any] = {"type": kind, "metavar": "VALUE"}
+        if several:
+            form |= {"nargs": "+", "action": _Once}
         if valid.startswith("true or false"):
             form = {"action": argparse.BooleanOptionalAction}
             default = {True: "yes", False: "no"}.get(default)
@@ -254,8 +272,8 @@ def _add_objective_parameters(parser: argparse.ArgumentParser, taken: set[str]) 
             if parameter not in taken:
                 owners.setdefault(parameter, []).append(f"{name} {default:g}")
     for parameter, defaults in owners.items():
-        option, text = "--" + parameter.replace("_", "-"), f"(default: {', '.join(defaults)})"
-        several(option, type=_number, metavar="VALUE", help=text)
+        option, text = f"--{_dashed(parameter)}", f"(default: {', '.join(defaults)})"
+        several(option, type=_number, metavar="VALUE", help=text, action=_Once)
     form: dict[str, Any] = {"action": "append", "metavar": ("NAME=VALUE", "VALUE")}
     text = "values of any parameter of an objective, such as one of your own"
     several("--objective-arg", help=text, **form)
@@ -291,15 +309,18 @@ def _sweep(given: dict[str, Any]) -> int:
     from gipo_jax import sweep
     from gipo_jax.sweep import cluster, grid, results
 
-    out, resume = str(Path(given.pop("out")).expanduser()), given.pop("resume", False)
+    out, resume = str(given.pop("out")), given.pop("resume", False)
 
     def begun_with() -> dict[str, Any]:
-        """A sweep goes on with the flags of the command that began it."""
+        """A sweep goes on with what it was begun with of what is seen and logged."""
         if not resume or not (Path(out) / results.CONFIG).exists():
             return {}
-        words = shlex.split(results.read_config(out)["command"])
-        flags = ("quiet", "no_figures", "tensorboard")
-        return {name: True for name in flags if "--" + name.replace("_", "-") in words}
+        begun = results.read_config(out)
+        words, options = shlex.split(begun["command"]), begun["options"]
+        kept = {"quiet": options["quiet"], "no_figures": "--no-figures" in words}
+        # An earlier version had one logger.
+        log = options.get("log") or ("tensorboard" if options.get("tensorboard") else None)
+        return {name: value for name, value in (kept | {"log": log}).items() if value}
 
     given = cluster.run_on_all_processes(begun_with) | given
     draw = not given.pop("no_figures", False)
@@ -355,11 +376,17 @@ def _named_values(option: str, given: Sequence[Sequence[str]]) -> dict[str, list
     values = {}
     for words in given:
         name, equals, first = words[0].partition("=")
+        field = _dashed(option)
         if not equals:
-            field = option.replace("_", "-")
             raise _UsageError(f"{field}: {words[0]!r} is not valid; expected NAME=VALUE ...")
+        if name in values:
+            raise _UsageError(f"{field}: {name} is given twice; expected all its values at once")
         values[name] = [_number(word) for word in (first, *words[1:])]
     return values
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def _join_cluster(given: dict[str, Any]) -> None:
@@ -370,11 +397,14 @@ def _join_cluster(given: dict[str, Any]) -> None:
     if given.pop("distributed", False):
         cluster.start(**where)
     elif where:
-        flag = "--" + next(iter(where)).replace("_", "-")
+        flag = "--" + _dashed(next(iter(where)))
         raise _UsageError(f"{flag} goes with --distributed")
 
 
 def _folder(text: str) -> Path:
+    if not text:
+        # That is the current one, where a variable of a shell is not set.
+        raise argparse.ArgumentTypeError("'' is not valid; expected a folder")
     return Path(text).expanduser()
 
 
@@ -395,7 +425,7 @@ def _plot(given: dict[str, Any]) -> int:
 def _check(given: dict[str, Any]) -> int:
     from gipo_jax.sweep import audit, results
 
-    directory = Path(given["directory"]).expanduser()
+    directory = given["directory"]
     results.check_holds_sweep(directory, "directory")
     whole = True
     for finding in audit.check(directory):
@@ -432,12 +462,19 @@ def _reproduce(given: dict[str, Any]) -> int:
         package = "experiments"
         sys.path.insert(0, str(checkout))
     reproduce = importlib.import_module(f"{package}.reproduce")
-    if given.pop("list"):
+    given = {name: value for name, value in given.items() if value}
+    training = [name for name in ("preset", "part") if name in given]
+    if given.pop("list", False):
+        if given:
+            raise _UsageError("--list goes alone, without names and other options")
         for name, study in reproduce.STUDIES.items():
             print(f"{name:22} {study.question}")
         return 0
+    if training and "plot_only" in given:
+        raise _UsageError(f"--{training[0]} is for training; --plot-only redraws what is stored")
+    defaults = {"names": [], "preset": "quick", "out": Path("runs/reproduce")}
     try:
-        reproduce.run(**given)
+        reproduce.run(**defaults | given)
     except reproduce.DataError as error:
         raise _UsageError(str(error)) from error
     return 0

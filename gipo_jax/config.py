@@ -5,7 +5,6 @@ fields that depends. ``check_fields`` and ``check_applies`` read all of it off t
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -68,15 +67,24 @@ def _is_integer(v: Any) -> bool:
     return isinstance(v, int) and not isinstance(v, bool)
 
 
-def _is_finite(v: Any) -> bool:
-    return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+_LARGEST, _SMALLEST = (float(getattr(np.finfo(np.float32), name)) for name in ("max", "tiny"))
+
+
+def is_finite(v: Any) -> bool:
+    """Whether a setting is a number, and finite in float32, in which it is computed with."""
+    return isinstance(v, int | float) and not isinstance(v, bool) and abs(v) <= _LARGEST
+
+
+def is_positive(v: Any) -> bool:
+    """Whether a setting is such a number > 0; below the normal ones of float32 it would be 0."""
+    return is_finite(v) and v >= _SMALLEST
 
 
 index = Validator("an integer in [0, 2^31)", lambda v: _is_integer(v) and 0 <= v < 2**31)
 count = Validator("an integer in [1, 2^31)", lambda v: _is_integer(v) and 1 <= v < 2**31)
-positive = Validator("a finite number > 0", lambda v: _is_finite(v) and v > 0)
-not_negative = Validator("a finite number >= 0", lambda v: _is_finite(v) and v >= 0)
-unit_interval = Validator("a number in [0, 1]", lambda v: _is_finite(v) and 0 <= v <= 1)
+positive = Validator("a finite number > 0, in float32", is_positive)
+not_negative = Validator("a finite number >= 0, in float32", lambda v: is_finite(v) and v >= 0)
+unit_interval = Validator("a number in [0, 1]", lambda v: is_finite(v) and 0 <= v <= 1)
 flag = Validator("true or false", lambda v: isinstance(v, bool))
 environment = Validator(
     "a name, FILE.py:NAME, or an environment or a task itself", lambda v: v is not None
@@ -461,7 +469,7 @@ class HParams:
         optional(
             Validator(
                 "finite numbers by name",
-                lambda v: isinstance(v, dict) and all(map(_is_finite, v.values())),
+                lambda v: isinstance(v, dict) and all(map(is_finite, v.values())),
             ),
             "None",
         ),
@@ -527,6 +535,11 @@ def check_sizes(config: Config, hparams: HParams) -> None:
 
     rules = (
         ("total_steps", config.total_steps % block == 0, f"a {multiple(config.total_steps)}"),
+        (
+            "total_steps",
+            config.num_iterations < 2**31,
+            f"fewer than 2^31 iterations of {product}",
+        ),
         (
             "policy_delay",
             reuse % config.policy_delay == 0,

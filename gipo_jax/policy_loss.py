@@ -1,5 +1,6 @@
 """The policy's loss on responses of several tokens, for any trainer in JAX."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ RANKED = 1024  # Tokens that percentiles are taken of
 # By the names of trainers, the ratio levels at which a rollout policy is corrected for
 ROLLOUT_LEVELS = {"token": "token", "sequence": "joint", "mean": "sequence"}
 ROLLOUT_MODES = ("truncate", "mask")
+ROLLOUT_BOUNDS = (0.0, 2.0)
 
 
 def policy_loss(
@@ -34,7 +36,7 @@ def policy_loss(
     rollout_log_prob: Array | None = None,
     rollout_level: str = "token",
     rollout_mode: str = "truncate",
-    rollout_bounds: tuple[ArrayLike, ArrayLike] = (0.0, 2.0),
+    rollout_bounds: tuple[ArrayLike, ArrayLike] = ROLLOUT_BOUNDS,
     metrics: bool = True,
     **parameters: Any,
 ) -> tuple[Array, dict[str, Any]]:
@@ -68,7 +70,8 @@ def policy_loss(
             ``[batch, tokens]``, 0 at padding. The tokens of a response lie side by side.
         rollout_log_prob: log-probability under the engine that sampled, where ``old_log_prob`` is
             the trainer's own, same shape. The surrogate of each token is then weighted by
-            w = exp(old_log_prob - rollout_log_prob), which is not trained.
+            w = exp(old_log_prob - rollout_log_prob), which is not trained. The three options below
+            need it.
         rollout_level: w of the ``token``, of the whole response (``sequence``), or e to the
             ``mean`` of the log-ratios of its tokens.
         rollout_mode: w beyond the bounds is moved to the nearer one (``truncate``), or set to 0
@@ -88,8 +91,8 @@ def policy_loss(
         (share of tokens). Each is 0, not NaN, over nothing, for loggers that take means.
 
     Raises:
-        ConfigError: arrays that do not fit each other, an unknown name, or a ratio level, parameter
-            or mask that the objective cannot have.
+        ConfigError: arrays that do not fit each other, an unknown name, a ratio level, parameter or
+            mask that the objective cannot have, or an option that would do nothing.
 
     >>> log_prob = jnp.log(jnp.array([[0.5, 0.2], [0.4, 0.1]]))
     >>> old_log_prob = jnp.log(jnp.array([[0.4, 0.2], [0.4, 0.2]]))
@@ -102,8 +105,17 @@ def policy_loss(
     level = ratio_levels.choose(ratio_level, spec)
     _check_aggregation(loss_agg_mode, max_tokens, denominator, segment_ids is not None)
     given = _check_parameters(spec, parameters)
-    log_prob, old_log_prob, advantages = map(jnp.asarray, (log_prob, old_log_prob, advantages))
-    response_mask = None if response_mask is None else jnp.asarray(response_mask)
+    if rollout_log_prob is None:
+        _check_no_rollout(rollout_level, rollout_mode, rollout_bounds)
+    log_prob = _array("log_prob", log_prob)
+    old_log_prob = _array("old_log_prob", old_log_prob)
+    advantages = _array("advantages", advantages)
+    if response_mask is not None:
+        response_mask = _array("response_mask", response_mask)
+    if segment_ids is not None:
+        segment_ids = _array("segment_ids", segment_ids, whole=True)
+    if rollout_log_prob is not None:
+        rollout_log_prob = _array("rollout_log_prob", rollout_log_prob)
     arrays = {"old_log_prob": old_log_prob, "rollout_log_prob": rollout_log_prob}
     mask = _check_arrays(spec, log_prob, arrays, advantages, response_mask, segment_ids)
     first = None if segment_ids is None else segments.starts(segment_ids)
@@ -168,8 +180,9 @@ def _rollout_weight(
         raise ConfigError("rollout_level", level, f"one of {', '.join(ROLLOUT_LEVELS)}")
     if mode not in ROLLOUT_MODES:
         raise ConfigError("rollout_mode", mode, f"one of {', '.join(ROLLOUT_MODES)}")
-    numbers = [bound for bound in bounds if isinstance(bound, int | float)]
-    if len(bounds) != 2 or (len(numbers) == 2 and not 0 <= numbers[0] < numbers[1]):
+    pair = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(_is_scalar, bounds))
+    numbers = [bound for bound in bounds if isinstance(bound, int | float)] if pair else []
+    if not pair or (len(numbers) == 2 and not 0 <= numbers[0] < numbers[1]):
         raise ConfigError("rollout_bounds", bounds, "two numbers, 0 <= low < high")
     low, high = bounds
     log_ratio = stop_gradient(log_ratio)
@@ -185,6 +198,37 @@ def _rollout_weight(
     }
 
 
+def _array(name: str, value: Any, whole: bool = False) -> Array:
+    """An array of real numbers, or of integers; ConfigError for anything else."""
+    kind = jnp.integer if whole else jnp.floating
+    try:
+        array = jnp.asarray(value)
+        usable = jnp.issubdtype(array.dtype, kind) or (not whole and array.dtype.kind in "iub")
+    except (TypeError, ValueError):
+        usable = False
+    if not usable:
+        shown = getattr(value, "dtype", type(value).__name__)
+        raise ConfigError(
+            name, str(shown), f"an array of {'integers' if whole else 'real numbers'}"
+        )
+    return array
+
+
+def _check_no_rollout(level: str, mode: str, bounds: Any) -> None:
+    """Refuses options of a rollout policy, where there is none."""
+    left_out = isinstance(bounds, tuple) and all(
+        isinstance(bound, int | float) and bound == default
+        for bound, default in itertools.zip_longest(bounds, ROLLOUT_BOUNDS)
+    )
+    for name, value, default, same in (
+        ("rollout_level", level, "token", level == "token"),
+        ("rollout_mode", mode, "truncate", mode == "truncate"),
+        ("rollout_bounds", bounds, ROLLOUT_BOUNDS, left_out),
+    ):
+        if not same:
+            raise ConfigError(name, value, f"{default!r} without rollout_log_prob")
+
+
 def _check_aggregation(
     mode: str, max_tokens: ArrayLike | None, denominator: ArrayLike | None, packed: bool
 ) -> None:
@@ -197,8 +241,14 @@ def _check_aggregation(
         valid = f"a number > 0 with loss_agg_mode {mode!r} and segment_ids"
         raise ConfigError("max_tokens", max_tokens, valid)
     for name, value in (("max_tokens", max_tokens), ("denominator", denominator)):
-        if isinstance(value, int | float) and not 0 < value < math.inf:
+        usable = value is None or _is_scalar(value)
+        if not usable or (isinstance(value, int | float) and not 0 < value < math.inf):
             raise ConfigError(name, value, "a finite number > 0")
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether a value is a number, traced or not."""
+    return isinstance(value, int | float) or (hasattr(value, "dtype") and jnp.ndim(value) == 0)
 
 
 def _check_parameters(spec: signatures.Spec, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def choose(level: str | None, spec: Spec) -> str:
     if "behavior_log_prob" in spec.inputs:
         del valid["prefix_min"]
     level = spec.ratio_level if level is None else level
-    if level not in valid:
-        reason = f", because {spec.name} reads probabilities" if level in LEVELS else ""
+    if not isinstance(level, str) or level not in valid:
+        reason = f", because {spec.name} reads probabilities" if level == "prefix_min" else ""
         raise ConfigError("ratio_level", level, f"one of {', '.join(valid)}{reason}")
     return level
 

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from gipo_jax.config import RATIO_LEVELS, Config, ConfigError, HParams
+from gipo_jax.config import RATIO_LEVELS, Config, ConfigError, HParams, is_finite, is_positive
 
 Objective = Callable[..., Any]
 InitialState = Callable[[Mapping[str, ArrayLike]], Any]
@@ -244,11 +243,12 @@ def check_params(spec: Spec, params: Mapping[str, Any]) -> None:
         if key == "which" and spec.choices and value not in range(len(spec.choices)):
             names = ", ".join(f"{i} for {name}" for i, name in enumerate(spec.choices))
             raise ConfigError(key, value, names)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        usable = number and (math.isfinite(value) or value == spec.params[key])
         positive = key in spec.positive
-        if not usable or (positive and value <= 0):
-            raise ConfigError(key, value, "a finite number > 0" if positive else "a finite number")
+        usable = is_positive(value) if positive else is_finite(value)
+        # A default may be infinite.
+        if not usable and (isinstance(value, bool) or value != spec.params[key]):
+            valid = f"a finite number{' > 0' if positive else ''}, in float32"
+            raise ConfigError(key, value, valid)
 
 
 def first_state(spec: Spec, params: Mapping[str, ArrayLike]) -> Any:

@@ -408,6 +408,11 @@ def _ended_in_a_line(ended: tuple[int, str], *words: str) -> list[str]:
     return [f"{word!r} is not in: {line}" for word in words if word not in line]
 
 
+def _newest(directory: Path) -> int:
+    """Number of the newest checkpoint of a folder."""
+    return checkpoint.numbers(directory / results.CHECKPOINTS)[-1]
+
+
 def _checkpoint_stands(directory: Path) -> list[str]:
     """Whether the newest checkpoint of a folder is whole."""
     warned: list[str] = []
@@ -442,8 +447,10 @@ def _full_disk(
         shutil.copytree(begun, out, dirs_exist_ok=True)
         space = os.statvfs(out)
         used = (space.f_blocks - space.f_bfree) * space.f_frsize // 1024
-        newest = max((out / results.CHECKPOINTS).iterdir())
-        needed = sum(path.stat().st_blocks for path in newest.rglob("*")) // 2
+        newest = out / results.CHECKPOINTS / f"{_newest(out):08d}"
+        # Folders take no space in memory.
+        files = [path for path in newest.rglob("*") if path.is_file()]
+        needed = sum(path.stat().st_blocks for path in files) // 2
         # Room for a part of the next checkpoint.
         room = used + chance.randrange(16, needed)
         say(f"full disk: a file system of {room} KB in memory, {used} KB of it taken")
@@ -565,9 +572,12 @@ def _one_of_two_stopped(
     victim, other = chance.sample(processes, 2)
     victim.send_signal(signal.SIGSTOP)
     code = other.wait(timeout=cluster.START_SECONDS + cluster.HEARTBEAT_SECONDS + 120)
-    # Where JAX notes the silence before a collective does, it aborts the process itself.
-    if code not in (cluster.LOST_CODE, -signal.SIGABRT):
-        yield f"the other process ended with {code}"
+    said = (out.parent / f"process-{processes.index(other)}.log").read_text(errors="replace")
+    # Where JAX notes the silence before a collective does, it aborts the process itself: what it
+    # calls then cannot be a function of Python (jaxlib 0.10 fails to convert its argument).
+    aborted = code == -signal.SIGABRT and JAX_ABORTS in said
+    if not aborted and code != cluster.LOST_CODE:
+        yield f"the other process ended with {code}: {said[-500:]}"
     say(f"the other process ended with {code}")
     victim.send_signal(signal.SIGCONT)
     if victim.wait(timeout=cluster.START_SECONDS + 120) == 0:
@@ -575,6 +585,9 @@ def _one_of_two_stopped(
     yield from [str(finding) for finding in audit.check(out) if not finding.whole]
     yield from _ended_well(_attempt(out, ["--resume"]))
 
+
+JAX_ABORTS = "JAX distributed service detected fatal errors"
+"""What JAX says where it aborts a process because another one is silent."""
 
 Fault = Callable[[Path, Path, random.Random, Callable[[str], None]], Iterable[str]]
 FAULTS: dict[str, Fault] = {

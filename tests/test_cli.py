@@ -4,19 +4,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import gipo_jax
-from gipo_jax import cli
+from gipo_jax import cli, sweep
+from gipo_jax.config import ConfigError
 from gipo_jax.sweep import results, runner
 
-SMALL = (
+BARE = (
     *("--num-envs", "2", "--rollout-length", "4", "--batch-size", "8", "--total-steps", "96"),
-    *("--hidden-sizes", "8", "--num-logs", "3", "--eval-episodes", "0", "--buffer-size", "16"),
+    *("--hidden-sizes", "8", "--num-logs", "3", "--eval-episodes", "0"),
     "--quiet",
     "--no-figures",
 )
+SMALL = (*BARE, "--buffer-size", "16")
 
 MINE = """
 import jax.numpy as jnp
@@ -71,20 +74,57 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) ->
         ("--objective-arg width=3", ("width", "sigma")),
         ("--objective nowhere.py:f", ("objective", "nowhere.py")),
         ("--num-processes 2", ("--num-processes", "--distributed")),
+        ("--sigma 1 --sigma 2", ("--sigma", "twice")),
+        ("--clip-eps .1 --clip-eps .2 --objective ppo_clip", ("--clip-eps", "twice")),
+        ("--objective-arg sigma=1 --objective-arg sigma=2", ("objective-arg", "sigma", "twice")),
+        ("--sigma 3 --objective-arg sigma=2", ("sigma", "2", "[3]", "twice")),
+        ("--env-arg gravity=1 --env-arg gravity=2", ("env-arg", "gravity", "twice")),
+        ("--map-lanes 2 --batch-mode loop", ("map_lanes", "batch mode map")),
+        ("--sigma 1e-46", ("sigma", "1e-46", "float32")),
+        ("--learning-rate 1e39", ("learning_rate", "1e+39", "float32")),
+        ("--objective spo --objective-arg eps=1e39", ("eps", "1e+39", "float32")),
+        ("--total-steps 137438953472", ("total_steps", "137438953472", "2^31 iterations")),
+        ("--env CartPole-v1:gravity=nan", ("env", "gravity=nan", "gravity=9.8")),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: str, names: tuple[str, ...]
 ) -> None:
     out = tmp_path / "out"
-    error = fails(capsys, "sweep", *SMALL, *arguments.split(), "--out", str(out))
+    settings = BARE if "--buffer-size" in arguments else SMALL
+    error = fails(capsys, "sweep", *settings, *arguments.split(), "--out", str(out))
     for name in names:
         assert name in error
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("--list --preset full", ("--list", "alone")),
+        ("--list bounds", ("--list", "alone")),
+        ("bounds --plot-only --preset full", ("--preset", "--plot-only")),
+        ("--plot-only --part 2/2", ("--part", "--plot-only")),
+    ],
+)
+def test_an_option_of_reproduce_that_would_do_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: str, names: tuple[str, ...]
+) -> None:
+    error = fails(capsys, "reproduce", *arguments.split())
+    assert all(name in error for name in names), error
+
+
 def test_a_sweep_without_out_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--out" in fails(capsys, "sweep")
+
+
+def test_a_folder_without_a_name_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["sweep", *SMALL, "--out", ""], ["plot", "", "--out", "x"], ["check", ""]):
+        assert "'' is not valid; expected a folder" in fails(capsys, *command)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_inside_a_file_is_refused(
@@ -193,6 +233,14 @@ def test_sweeps_are_shown_and_drawn_together_with_the_setting_that_tells_them_ap
     assert "learning_rate=0.001" in text and "learning_rate=0.01" in text
     assert text.count("3 of 3 seeds") == 2
     assert "--out" in fails(capsys, "plot", *two_sweeps)
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/x", str(tmp_path / "file")):
+        assert out in fails(capsys, "plot", *two_sweeps, "--out", out, code=1)
+    cut = shutil.copytree(two_sweeps[1], tmp_path / "cut")
+    config = (cut / results.CONFIG).read_text()
+    (cut / results.CONFIG).write_text(config.replace('"groups"', '"group"'))
+    for command in ("show", "plot"):
+        assert "has no groups" in fails(capsys, command, str(cut), code=1)
     assert cli.main(["plot", *two_sweeps, "--out", str(tmp_path)]) == 0
     assert list(tmp_path.glob("*.png"))
 
@@ -227,12 +275,27 @@ def test_a_users_objective_is_swept_and_resumed(
 ) -> None:
     out = str(tmp_path / "out")
     settings = [*SMALL, "--objective", f"{mine}:mine", "--objective-arg", "bound=1.5", "3"]
-    begun = ["sweep", *settings, "--seeds", "2", "--out", out]
+    begun = ["sweep", *settings, "--seeds", "2", "--log", "tensorboard", "--out", out]
     monkeypatch.setattr(sys, "argv", ["gipo-jax", *begun])
     assert cli.main() == 0
     assert f"4 runs; results in {out}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"^env: 'CartPole-v1' .* this sweep has CartPole-v1"):
+        gipo_jax.load(out, env="CartPole-v1")
     table = results.read_runs(out)
     assert table.objective.tolist() == ["mine"] * 4
+
+    # It goes on to log where it was begun to.
+    taken: list[sweep.Options] = []
+
+    def run(runs: object, out: str, options: sweep.Options, resume: bool) -> SimpleNamespace:
+        taken.append(options)
+        return SimpleNamespace(diverged=())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "run", run)
+        assert cli.main(["sweep", "--resume", "--out", out]) == 0
+    assert (taken[0].log, taken[0].quiet) == ("tensorboard", True)
+    capsys.readouterr()
     assert table.bound.tolist() == [1.5, 1.5, 3, 3]
 
     # Everything is there: going on finds nothing to do, with or without the settings.

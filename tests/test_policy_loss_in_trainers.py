@@ -254,6 +254,19 @@ def test_advantages_of_zero_leave_no_metric_undefined(
         ("rollout_mode", {"rollout_mode": "clip"}),
         ("rollout_bounds", {"rollout_bounds": (2.0, 1.0)}),
         ("rollout_bounds", {"rollout_bounds": (2.0,)}),
+        ("rollout_bounds", {"rollout_bounds": 2.0}),
+        ("rollout_bounds", {"rollout_bounds": ("0", "2")}),
+        ("segment_ids", {"segment_ids": jnp.ones((len(ROWS), WIDTH))}),
+        ("log_prob", {"log_prob": jnp.ones((len(ROWS), WIDTH), complex)}),
+        ("old_log_prob", {"old_log_prob": None}),
+        ("advantages", {"advantages": "high"}),
+        ("denominator", {"denominator": jnp.ones(2)}),
+        ("max_tokens", {"loss_agg_mode": "seq-mean-token-sum-norm", "max_tokens": np.ones(3)}),
+        ("ratio_level", {"ratio_level": ["token"]}),
+        ("rollout_level", {"rollout_level": "sequence", "rollout_log_prob": None}),
+        ("rollout_mode", {"rollout_mode": "mask", "rollout_log_prob": None}),
+        ("rollout_bounds", {"rollout_bounds": (0.5, 2.0), "rollout_log_prob": None}),
+        ("rollout_bounds", {"rollout_bounds": (0.0, jnp.ones(())), "rollout_log_prob": None}),
     ],
 )
 def test_what_a_trainer_gets_wrong_is_refused_by_name(
@@ -263,3 +276,12 @@ def test_what_a_trainer_gets_wrong_is_refused_by_name(
     del arrays["log_ratio_start"]
     with pytest.raises(ConfigError, match=f"^{field}: "):
         losses.policy_loss(**arrays | change)
+
+
+def test_lists_of_numbers_are_taken_as_the_arrays_that_they_are(
+    responses: list[dict[str, Any]],
+) -> None:
+    arrays = rows_of(responses, ROWS)
+    del arrays["log_ratio_start"]
+    lists = {name: np.asarray(array).tolist() for name, array in arrays.items()}
+    assert losses.policy_loss(**lists)[0] == losses.policy_loss(**arrays)[0]

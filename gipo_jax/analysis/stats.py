@@ -98,6 +98,51 @@ def paired_difference(
     )
 
 
+class TrimmedDifference(NamedTuple):
+    """An interquartile mean of paired differences, and what it may hide.
+
+    Where most pairs are at a ceiling, their differences are about 0 and the failures of one side
+    are what is trimmed. So the mean and the share of those pairs stand beside it.
+
+    Attributes:
+        difference, low, high: interquartile mean with its interval.
+        mean, mean_low, mean_high: mean with its interval.
+        both_at_ceiling: share of pairs of which both are at the ceiling; NaN where none is known.
+    """
+
+    difference: float
+    low: float
+    high: float
+    mean: float
+    mean_low: float
+    mean_high: float
+    both_at_ceiling: float
+
+
+def trimmed_difference(
+    first: ArrayLike, second: ArrayLike, at_ceiling: ArrayLike
+) -> TrimmedDifference:
+    """Interquartile mean of ``first - second`` with what it may hide beside it.
+
+    Args:
+        first, second: as in ``paired_difference``.
+        at_ceiling: 1 where both of a pair are at the ceiling, 0 where not, and NaN where there is
+            none; any shape.
+
+    >>> trimmed_difference([1, 1, 1, 1, 1, 0], [1] * 6, [1, 1, 1, 1, 1, 0])[::3]
+    (0.0, -0.16666666666666666, 0.8333333333333334)
+    """
+    estimates = (paired_difference(first, second, statistic) for statistic in (iqm, mean))
+    return TrimmedDifference(*next(estimates), *next(estimates), known_mean(at_ceiling))
+
+
+def known_mean(values: ArrayLike) -> float:
+    """Mean of the values that are not NaN; NaN where all are."""
+    values = np.asarray(values, float)
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
 def p_value(
     first: ArrayLike,
     second: ArrayLike,

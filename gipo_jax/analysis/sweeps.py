@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,16 +21,25 @@ def read(directories: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs and the logged points of sweeps, numbered through.
 
     Settings that are the same in each sweep and differ between them become columns, as in a sweep
-    of all. A run that several sweeps have counts once, as it is in the first of them.
+    of all. Objects of one name that are not the same are called by the first sweep that has each. A
+    run that several sweeps have counts once, as it is in the first of them.
 
     Raises:
         ResultsError: a folder holds no sweep, or none of them a logged point.
     """
     tables, points, settings, first = [], [], [], 0
-    for directory in directories:
+    stored = [results.read_config(directory)["groups"] for directory in directories]
+    names = _names([grid.named_objects(groups) for groups in stored], directories)
+    for directory, groups, called in zip(directories, stored, names, strict=True):
         runs = results.read_runs(directory).assign(sweep=str(directory))
         metrics = results.read_metrics(directory)
-        settings += grid.settings_of_runs(results.read_config(directory)["groups"])
+        of_runs = grid.settings_of_runs(groups)
+        for (field, alone), together in called.items():
+            for run in of_runs:
+                run[field] = together if run[field] == alone else run[field]
+            if field in runs:
+                runs[field] = runs[field].replace(alone, together)
+        settings += of_runs
         tables.append(runs.assign(run=runs["run"] + first))
         points.append(metrics.assign(run=metrics["run"] + first))
         first += len(runs)
@@ -47,6 +57,28 @@ def read(directories: Sequence[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
             runs[name] = runs[name].where(runs[name].notna(), given[name])
     runs = runs[kept].reset_index(drop=True)
     return runs, metrics[metrics["run"].isin(runs["run"])]
+
+
+Names = dict[tuple[str, str], str]  # What tables call objects, by field and their own name
+
+
+def _names(objects: Sequence[dict[tuple[str, str], Any]], places: Sequence[Path]) -> list[Names]:
+    """What tells objects of one name in several sweeps apart, where they are not the same."""
+    kinds: dict[tuple[str, str], list[tuple[Any, Path]]] = {}
+    for found, place in zip(objects, places, strict=True):
+        for key, value in found.items():
+            known = kinds.setdefault(key, [])
+            if not any(grid.same_setting(value, other) for other, _ in known):
+                known.append((value, place))
+    return [
+        {
+            key: f"{key[1]} of {place}"
+            for key, value in found.items()
+            for other, place in kinds[key]
+            if len(kinds[key]) > 1 and grid.same_setting(value, other)
+        }
+        for found in objects
+    ]
 
 
 def draw(directories: Sequence[Path], out: Path) -> list[Path]:

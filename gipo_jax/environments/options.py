@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gipo_jax.config import ConfigError
+from gipo_jax.config import ConfigError, is_finite
 
 
 def base_name(name: str) -> str:
@@ -20,6 +20,8 @@ def read(field: str, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
         try:
             kind = type(defaults[key])
             found[key] = {"true": True, "false": False}[text] if kind is bool else kind(text)
+            if kind is float and not is_finite(found[key]):
+                raise ValueError(text)
         except (KeyError, ValueError) as error:
             raise ConfigError(field, name, valid(base, defaults)) from error
     return found

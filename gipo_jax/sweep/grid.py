@@ -56,7 +56,8 @@ def expand(
     if not isinstance(seeds, int) or isinstance(seeds, bool) or seeds < 1:
         raise ConfigError("seeds", seeds, "an integer >= 1")
     top = 2**31 - seeds
-    if not isinstance(seed_offset, int) or not 0 <= seed_offset <= top:
+    whole = isinstance(seed_offset, int) and not isinstance(seed_offset, bool)
+    if not whole or not 0 <= seed_offset <= top:
         raise ConfigError("seed_offset", seed_offset, f"an integer in [0, {top}]")
     if "seed" in settings:
         raise ConfigError("seed", settings["seed"], "left out: give seeds and seed_offset")
@@ -65,7 +66,12 @@ def expand(
     static = {k: _values(k, v) for k, v in settings.items() if k in CONFIG_FIELDS}
     traced = {k: _values(k, v) for k, v in settings.items() if k in HPARAM_FIELDS}
     own = {k: v for k, v in settings.items() if k not in static and k not in traced}
-    own |= objective_args or {}
+    if not isinstance(objective_args or {}, Mapping):
+        raise ConfigError("objective_args", objective_args, "values by name")
+    for name, value in (objective_args or {}).items():
+        if name in settings:
+            raise ConfigError(name, value, f"one of this and {settings[name]!r}: it is given twice")
+        own[name] = value
     specs = [objectives.spec(o) for o in static.get("objective", [_CONFIG_DEFAULTS.objective])]
     known = {name for spec in specs for name in spec.params}
     if protocol is not None:
@@ -147,6 +153,12 @@ def decode(
 ) -> list[Run]:
     """Runs from ``encode``'s JSON, with the objects of runs that were made with some."""
     given = {"env": env, "objective": objective}
+    groups = list(groups)
+    for field, value in given.items():
+        stored = [group["config"][field] for group in groups]
+        if value is not None and not any(isinstance(one, dict) for one in stored):
+            valid = f"left out: this sweep has {', '.join(dict.fromkeys(stored))} by name"
+            raise ConfigError(field, _CALLED[field](value), valid)
     runs: dict[int, Run] = {}
     for group in groups:
         config = Config(**{k: _from_json(k, v, given.get(k)) for k, v in group["config"].items()})
@@ -161,6 +173,8 @@ def _check_names(config: Config, objects: dict[tuple[str, str], Any]) -> None:
     for field, called in _CALLED.items():
         value = getattr(config, field)
         name = called(value)
+        if not name.strip() or not name.isprintable():
+            raise ConfigError(field, name, "an object whose name tables can show")
         if field == "objective" and objectives.KNOWN.get(name) is value:
             value = name
         if len({value, objects.setdefault((field, name), value)}) > 1:
@@ -220,16 +234,16 @@ def difference(stored: Sequence[Any], given: Sequence[Any]) -> tuple[str, Any, A
         for old, new in zip(before, now, strict=True):
             for name in names:
                 values = old.get(name), new.get(name)
-                if not _same(*values):
+                if not same_setting(*values):
                     return name, values[0], values[1]
         return None
     for name in names:
         taken: list[list[Any]] = [[], []]
         for runs, values_taken in zip((before, now), taken, strict=True):
             for run in runs:
-                if not any(_same(run.get(name), value) for value in values_taken):
+                if not any(same_setting(run.get(name), value) for value in values_taken):
                     values_taken.append(run.get(name))
-        known = [any(_same(value, other) for other in taken[1]) for value in taken[0]]
+        known = [any(same_setting(value, other) for other in taken[1]) for value in taken[0]]
         if not all(known) or len(taken[0]) != len(taken[1]):
             return name, taken[0], taken[1]
     return "number of runs", len(before), len(now)
@@ -244,6 +258,21 @@ def settings_of_runs(groups: Sequence[Any]) -> list[dict[str, Any]]:
         {name: _called(name, value) for name, value in run.items() if name != "max_buffer_size"}
         for run in _by_run(groups)
     ]
+
+
+def named_objects(groups: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], Any]:
+    """What stands for each environment, objective and selection in a result of ``encode``, by its
+    field and what it is called.
+    """
+    stored = [(field, group["config"][field]) for group in groups for field in _CALLED]
+    return {(field, _called(field, value)): value for field, value in stored}
+
+
+def same_setting(one: Any, other: Any) -> bool:
+    """Whether two settings in results of ``encode`` are the same; code may lie elsewhere."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return Reference.from_json(one).same(Reference.from_json(other))
+    return bool(one == other)
 
 
 def _called(field: str, value: Any) -> Any:
@@ -264,13 +293,6 @@ def _by_run(groups: Sequence[Any]) -> list[dict[str, Any]]:
             dropped = ("run", "name", "objective_params")
             runs[entry["run"]] = {k: v for k, v in settings.items() if k not in dropped}
     return [runs[index] for index in sorted(runs)]
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two stored settings are the same; code may lie elsewhere."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return Reference.from_json(one).same(Reference.from_json(other))
-    return bool(one == other)
 
 
 def load_objective(reference: str) -> Callable[..., Any]:

@@ -48,14 +48,17 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         version = stored["format"]
+        lost = {"command", "options", "metrics", "groups"} - set(stored)
     except FileNotFoundError as error:
         raise ResultsError(f"{directory} holds no sweep: there is no {CONFIG} in it") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResultsError(f"{path} cannot be read: {error}") from error
     if version != FORMAT:
         raise ResultsError(
-            f"{path} has format {version}; this version of gipo_jax reads format {FORMAT}"
+            f"{path} has format {version!r}; this version of gipo_jax reads format {FORMAT}"
         )
+    if lost:
+        raise ResultsError(f"{path} cannot be read: it has no {min(lost)}")
     return stored
 
 

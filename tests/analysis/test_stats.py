@@ -69,6 +69,19 @@ def test_paired_difference_removes_what_seeds_share() -> None:
         stats.paired_difference(RUNS, RUNS[1:])
 
 
+def test_failures_that_an_iqm_trims_show_in_its_mean_and_ceiling_share() -> None:
+    both = np.ones((8, 1))
+    fails = both.copy()
+    fails[:2] = -3.0
+    unknown = np.full(8, np.nan)
+    at_ceiling = np.concatenate([fails[:, 0] == 1, unknown])
+    found = stats.trimmed_difference(fails, both, at_ceiling)
+    assert (found.difference, found.mean, found.both_at_ceiling) == (0, -1, 0.75)
+    assert found[:3] == stats.paired_difference(fails, both, stats.iqm)
+    assert found[3:6] == stats.paired_difference(fails, both, stats.mean)
+    assert np.isnan(stats.trimmed_difference(fails, both, unknown).both_at_ceiling)
+
+
 def test_performance_profile_by_hand() -> None:
     share, low, high = stats.performance_profile([[0.0, 1.0], [2.0, 3.0]], [-1, 0, 1.5, 3])
     np.testing.assert_allclose(share, [1, 0.75, 0.5, 0])

@@ -167,6 +167,15 @@ def test_mean_beside_the_iqm_at_replay_16_with_high_reuse(papers: pd.DataFrame) 
     )
 
     ceiling = papers.env.map({"CartPole-v1": 475, "Acrobot-v1": -100, "Catch-bsuite": 0.9})
+    tops = papers[papers.age == 16].assign(top=papers.final_return >= ceiling)
+    for reuse, words in (("reuse-heavy", "high reuse"), ("gentle", "low reuse")):
+        by_pair = tops[tops.regime == reuse].pivot(
+            index=["env", "seed"], columns="method", values="top"
+        )
+        both = (by_pair.gipo & by_pair.ppo_clip).mean()
+        start = f"| protocol 2, paper's widths | {words} | "
+        row = next(line for line in sentence.splitlines() if line.startswith(start))
+        assert f"] | {both:.0%} | " in row
     at = papers[(papers.age == 16) & (papers.regime == "reuse-heavy")]
     shares = (at.final_return >= ceiling[at.index]).groupby(at.method).mean()
     assert f"{shares['gipo']:.0%} of GIPO's runs end at the ceiling and " in sentence

@@ -448,10 +448,10 @@ def test_the_proposal_is_compared_with_every_method(
 def test_the_best_other_method_is_found_in_each_unit_apart() -> None:
     """Every method gains the same by a seed, so that differences are exact."""
     level = {scores.PROPOSAL: 2.0, "GIPO σ=1": 1.0, "PPO-Clip": 0.0}
-    columns = ["regime", "env", "method", "age", "seed", "auc"]
+    columns = ["regime", "env", "method", "age", "seed", "final_return", "auc"]
     rows = [
         # On the second task the order is turned round.
-        ("gentle", env, method, 1, seed, sign * value + 0.1 * seed)
+        ("gentle", env, method, 1, seed, 0.0, sign * value + 0.1 * seed)
         for env, sign in (("first", 1), ("second", -1))
         for method, value in level.items()
         for seed in range(2)
