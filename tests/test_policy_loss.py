@@ -81,7 +81,7 @@ def tis(x: float, a: float, t: int) -> tuple[float, None]:
     return min(np.exp(x), 2.0), None
 
 
-def minpro(x: float, a: float, t: int) -> tuple[float, None]:
+def floored(x: float, a: float, t: int) -> tuple[float, None]:
     return float(np.clip(np.exp(x), 0.8, 1.2)), None
 
 
@@ -100,7 +100,8 @@ CASES: dict[str, tuple[dict[str, Any], str, Rule]] = {
     "SAPO": ({"objective": "sapo"}, "token", sapo),
     "TIS": ({"objective": "tis"}, "token", tis),
     "CTPO": ({"objective": "ctpo"}, "prefix_product", ctpo),
-    "MinPRO": ({"objective": "minpro"}, "prefix_min", minpro),
+    "MinPRO": ({"objective": "minpro"}, "prefix_min", cispo),
+    "MinPRO with a port's floor": ({"objective": "minpro", "eps_low": 0.2}, "prefix_min", floored),
     "PPO at prefix_min": (
         {"objective": "ppo_clip", "ratio_level": "prefix_min"},
         "prefix_min",
