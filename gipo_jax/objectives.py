@@ -584,51 +584,112 @@ def proximal_gipo(
     return ratio(log_weight + log_ratio) * advantage
 
 
-@_built_in(
-    kind="other-input",
-    source="arXiv:2602.04879",
-    positive=("delta", "max_ratio"),
-    discrete_only=True,
-)
+_DPPO: dict[str, Any] = {
+    "kind": "other-input",
+    "source": "arXiv:2602.04879",
+    "positive": ("delta_low", "delta_high", "max_ratio"),
+    "discrete_only": True,
+}
+
+
+@_built_in(**_DPPO)
 def dppo_tv(
     log_ratio: Array,
     advantage: Array,
     behavior_log_prob: Array,
-    delta: ArrayLike = 0.15,
+    delta_low: ArrayLike = 0.15,
+    delta_high: ArrayLike = 0.15,
     max_ratio: ArrayLike = 20.0,
 ) -> Array:
-    """Divergence mask by total variation (DPPO, arXiv:2602.04879); discrete heads only.
+    """Divergence mask by binary total variation (DPPO, arXiv:2602.04879); discrete heads only.
 
-    Surrogate sg(m min(r, c)) A log pi, effective weight u = m min(r, c); m = 0 where A (r - 1) > 0
-    and |pi - mu| > delta for the probabilities of the action taken, else 1. c is ``max_ratio``.
+    Surrogate sg(m min(r, c)) A log pi, effective weight u = m min(r, c); m = 0 where the update
+    leads away from mu and the divergence D = |pi - mu|, of the action taken against all others, is
+    too large: A > 0, r > 1 and D > delta_high, or A < 0, r < 1 and D > delta_low. c is
+    ``max_ratio``.
     """
     _check_shapes(log_ratio, advantage, behavior_log_prob)
     mu, pi = (jnp.exp(p) for p in _log_probabilities(log_ratio, behavior_log_prob))
-    return _masked_score(jnp.abs(pi - mu) > delta, log_ratio, advantage, max_ratio)
+    return _dppo(jnp.abs(pi - mu), log_ratio, advantage, delta_low, delta_high, max_ratio)
 
 
-@_built_in(
-    kind="other-input",
-    source="arXiv:2602.04879",
-    positive=("delta", "max_ratio"),
-    discrete_only=True,
-)
+@_built_in(**_DPPO)
 def dppo_kl(
     log_ratio: Array,
     advantage: Array,
     behavior_log_prob: Array,
-    delta: ArrayLike = 0.05,
+    delta_low: ArrayLike = 0.05,
+    delta_high: ArrayLike = 0.05,
     max_ratio: ArrayLike = 20.0,
 ) -> Array:
     """Divergence mask by binary KL (DPPO, arXiv:2602.04879); discrete heads only.
 
-    As ``dppo_tv`` with the divergence mu ln(mu / pi) + (1 - mu) ln((1 - mu) / (1 - pi)) > delta.
+    As ``dppo_tv`` with the divergence D = mu ln(mu / pi) + (1 - mu) ln((1 - mu) / (1 - pi)).
     """
     _check_shapes(log_ratio, advantage, behavior_log_prob)
     log_mu, log_pi = _log_probabilities(log_ratio, behavior_log_prob)
     mu, pi = jnp.exp(log_mu), jnp.exp(log_pi)
     divergence = mu * (log_mu - log_pi) + (1 - mu) * (jnp.log1p(-mu) - jnp.log1p(-pi))
-    return _masked_score(divergence > delta, log_ratio, advantage, max_ratio)
+    return _dppo(divergence, log_ratio, advantage, delta_low, delta_high, max_ratio)
+
+
+@_built_in(**_DPPO)
+def dppo_topk_tv(
+    log_ratio: Array,
+    advantage: Array,
+    behavior_distribution: Array,
+    policy_distribution: Array,
+    top_k: ArrayLike = 20.0,
+    delta_low: ArrayLike = 0.15,
+    delta_high: ArrayLike = 0.15,
+    max_ratio: ArrayLike = 20.0,
+) -> Array:
+    """Divergence mask by top-k total variation (DPPO, arXiv:2602.04879); token tasks only.
+
+    As ``dppo_tv`` with D = 1/2 sum |pi - mu| over the ``top_k`` tokens that are most likely under
+    mu and one bucket for the rest. Once ``top_k`` reaches the size of the vocabulary D is exact. Of
+    equally likely tokens the first count. Unverified: whether the authors' code adds the token that
+    was sampled to the top k.
+    """
+    log_mu, log_pi = _buckets(log_ratio, behavior_distribution, policy_distribution, top_k)
+    divergence = jnp.sum(jnp.abs(jnp.exp(log_pi) - jnp.exp(log_mu)), axis=-1) / 2
+    return _dppo(divergence, log_ratio, advantage, delta_low, delta_high, max_ratio)
+
+
+@_built_in(**_DPPO)
+def dppo_topk_kl(
+    log_ratio: Array,
+    advantage: Array,
+    behavior_distribution: Array,
+    policy_distribution: Array,
+    top_k: ArrayLike = 20.0,
+    delta_low: ArrayLike = 0.05,
+    delta_high: ArrayLike = 0.05,
+    max_ratio: ArrayLike = 20.0,
+) -> Array:
+    """Divergence mask by top-k KL (DPPO, arXiv:2602.04879); token tasks only.
+
+    As ``dppo_topk_tv`` with D = sum mu ln(mu / pi) over the same tokens and the bucket.
+    """
+    log_mu, log_pi = _buckets(log_ratio, behavior_distribution, policy_distribution, top_k)
+    terms = jnp.where(jnp.isneginf(log_mu), 0, jnp.exp(log_mu) * (log_mu - log_pi))
+    return _dppo(jnp.sum(terms, axis=-1), log_ratio, advantage, delta_low, delta_high, max_ratio)
+
+
+def _buckets(
+    log_ratio: Array, log_mu: Array, log_pi: Array, top_k: ArrayLike
+) -> tuple[Array, Array]:
+    """Log-probabilities of the k tokens likeliest under mu (-inf for others) and of the rest."""
+    chex.assert_shape((log_mu, log_pi), (*jnp.shape(log_ratio), log_mu.shape[-1]))
+    # Ranks, not the k largest: k may be traced.
+    rank = jnp.argsort(jnp.argsort(-log_mu, axis=-1, stable=True), axis=-1)
+    in_top = rank < top_k
+
+    def join(log_prob: Array) -> Array:
+        rest = jax.nn.logsumexp(log_prob, axis=-1, keepdims=True, where=~in_top)
+        return jnp.concatenate([jnp.where(in_top, log_prob, -jnp.inf), rest], axis=-1)
+
+    return join(stop_gradient(log_mu)), join(stop_gradient(log_pi))
 
 
 def _log_probabilities(log_ratio: Array, behavior_log_prob: Array) -> tuple[Array, Array]:
@@ -640,9 +701,17 @@ def _log_probabilities(log_ratio: Array, behavior_log_prob: Array) -> tuple[Arra
     )
 
 
-def _masked_score(far: Array, log_ratio: Array, advantage: Array, max_ratio: ArrayLike) -> Array:
-    weight = jnp.minimum(ratio(log_ratio), max_ratio)
+def _dppo(
+    divergence: Array,
+    log_ratio: Array,
+    advantage: Array,
+    delta_low: ArrayLike,
+    delta_high: ArrayLike,
+    max_ratio: ArrayLike,
+) -> Array:
+    far = divergence > jnp.where(advantage > 0, delta_high, delta_low)
     masked = far & _moves_away(log_ratio, advantage)
+    weight = jnp.minimum(ratio(log_ratio), max_ratio)
     return weighted_score(jnp.where(masked, 0.0, weight), log_ratio, advantage)
 
 
@@ -732,6 +801,10 @@ gspo = _preset("gspo", _clip_each_side, "arXiv:2507.18071", "sequence", eps_low=
 
 # Unverified: the formula is second-hand. One port clips from below too, eps_low 0.2
 minpro = _preset("minpro", cispo, "arXiv:2601.22718", "prefix_min")
+
+# The divergence of the whole distributions, which is cheap where the vocabulary is small
+dppo_exact_tv = _preset("dppo_exact_tv", dppo_topk_tv, "arXiv:2602.04879", top_k=math.inf)
+dppo_exact_kl = _preset("dppo_exact_kl", dppo_topk_kl, "arXiv:2602.04879", top_k=math.inf)
 
 # Their own forms, on whole answers. Unverified against the authors' code
 topr_joint = _preset("topr_joint", topr, "arXiv:2503.14286", "joint")

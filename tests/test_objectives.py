@@ -223,6 +223,8 @@ class EffectiveWeightTest(chex.TestCase):
             ((a > 0) & (np.exp(x) > 1.5)) | ((a < 0) & (np.exp(x) < 0.5)), 0, np.exp(x))),
         ("sapo", {"tau_neg": 2.0}, lambda x, a: soft_gate(x, np.where(a > 0, 1, 2))),
         ("cispo", {"eps_high": 1.0}, lambda x, a: np.minimum(np.exp(x), 2)),
+        ("dppo_tv", {"delta_low": 0.05, "delta_high": 0.3}, lambda x, a: dppo(
+            np.abs(np.minimum(0.3 * np.exp(x), 1) - 0.3) > np.where(a > 0, 0.3, 0.05), x, a)),
         ("cispo", {"eps_low": 0.2}, lambda x, a: np.clip(np.exp(x), 0.8, 1.2)),
         ("tis", {"max_ratio": 1.0}, lambda x, a: np.minimum(np.exp(x), 1)),
         ("spo", {"max_log_ratio": 1.0, "eps": 0.5}, lambda x, a: np.exp(np.minimum(x, 1))
@@ -235,7 +237,8 @@ def test_parameters_change_the_effective_weight_as_written(
     name: str, params: dict[str, Any], expected: Callable[[Floats, Floats], Floats]
 ) -> None:
     x, advantage = grid()
-    weight = objectives.gradient_weight(name, x, advantage, **params)
+    inputs = {key: np.full(x.size, np.log(0.3)) for key in objectives.spec(name).inputs}
+    weight = objectives.gradient_weight(name, x, advantage, **inputs, **params)
     np.testing.assert_allclose(weight, expected(x, advantage), rtol=1e-4, atol=1e-12)
 
 

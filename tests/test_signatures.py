@@ -53,9 +53,9 @@ def test_a_plain_function_is_an_objective() -> None:
 
 
 def test_a_partial_keeps_what_its_function_declares() -> None:
-    spec = objectives.spec(partial(objectives.dppo_kl, delta=0.1))
+    spec = objectives.spec(partial(objectives.dppo_kl, delta_low=0.1))
     assert spec.name == "dppo_kl" and spec.discrete_only
-    assert spec.params == {"delta": 0.1, "max_ratio": 20.0}
+    assert spec.params == {"delta_low": 0.1, "delta_high": 0.05, "max_ratio": 20.0}
 
 
 def no_advantage(log_ratio: jax.Array, weight: float = 1.0) -> jax.Array:
