@@ -15,6 +15,7 @@ from . import (
     evidence,
     flow,
     metaworld,
+    mismatch,
     scores,
     selection,
     sequences,
@@ -541,6 +542,13 @@ _ROWS = (
         scores=sequence_bias.scores,
     ),
     sequences.STALENESS,
+    sequences.LAG,
+    Study(
+        name="mismatch",
+        question="Which rare tokens do PPO-Clip and DPPO mask where sampler and trainer differ?",
+        measure=mismatch.measure,
+        scores=mismatch.scores,
+    ),
     sequences.LEARNING,
     Study(
         name="evidence",
