@@ -59,7 +59,8 @@ STYLES = {
     "DPO": Style("#222222", "v", "-", "DPO"),
     "DPO, trust weight of width 4": Style("#009E73", "^", "-.", "DPO, trust weight of width 4"),
     "DPO, SAGE's pairs": Style("#CC79A7", "P", "--", "DPO, SAGE's pairs"),
-    # Log-ratios of flows.
+    # Flows.
+    **{m.look.label: m.look for m in flow.METHODS.values()},
     "token": Style("#D55E00", "o", "-", "x, log-ratio of a step"),
     "ratio_norm": Style("#009E73", "s", "-", "(x + b) s, GRPO-Guard"),
     "above": Style("#0072B2", "^", "-", "r > 1.2"),
@@ -395,6 +396,11 @@ def _distances(table: pd.DataFrame) -> pd.DataFrame:
     return _ordered("level", *ratio_levels.LEVELS)(own)
 
 
+def _flow_methods(table: pd.DataFrame) -> pd.DataFrame:
+    labels = [flow.METHODS[name].look.label for name in table.method]
+    return _ordered("reward", "proxy", "gold")(table.assign(method=labels))
+
+
 def _ratios(table: pd.DataFrame) -> pd.DataFrame:
     """Mean of log-ratios in units of their spread, and shares outside PPO's clip, by step."""
     error = 2 * table.error / table["std"]
@@ -623,6 +629,19 @@ FIGURES = (
         titles={name: method.look.label for name, method in flow.METHODS.items()},
         size=(11, 1.6),
         options={"sharex": True, "sharey": True},
+    ),
+    Figure(
+        name="flow_proxy",
+        study="flow_proxy",
+        kind=lines,
+        table="flow_proxy_curves",
+        prepare=_flow_methods,
+        panel="shift",
+        row="reward",
+        x="samples",
+        label=("samples", ["proxy reward", "gold reward"]),
+        titles={1.0: "equal steps", 3.0: "shift 3"},
+        size=(7, 2.4),
     ),
     Figure(
         name="flow_ratios",

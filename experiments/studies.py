@@ -534,6 +534,12 @@ _ROWS = (
         measure=flow.measure,
         scores=flow.scores,
     ),
+    Study(
+        name="flow_proxy",
+        question="Does GRPO-Guard hold back over-optimisation of a wrong reward model?",
+        measure=flow.measure_proxy,
+        scores=flow.proxy_scores,
+    ),
     selection.STUDY,
     Study(
         name="sequence_bias",

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import mismatch, selection, sequences
+from experiments import flow, mismatch, selection, sequences
 from experiments.exact import sequence_bias
 from gipo_jax import objectives, ratio_levels, train
 from gipo_jax.analysis import plots, sequence_tree
@@ -189,6 +189,42 @@ def test_the_study_of_rare_tokens_compares_every_method_with_a_clip(
     masked = rare.set_index("method").estimate.to_dict()
     assert set(masked) == set(mismatch.METHODS)
     assert masked["PPO-Clip"] > 0.1 and masked["DPPO TV, exact"] == 0
+
+
+def test_over_optimisation_is_a_fall_from_the_peak_of_the_mean_at_a_proxy_that_rises() -> None:
+    gold = {"ppo_clip": ([0.4, 0.9, 0.7, 0.5, 0.5], [0.4, 0.7, 0.9, 0.5, 0.5])}
+    gold["guard_0.2"] = ([0.4, 0.7, 0.8, 0.9, 0.9], [0.4, 0.7, 0.8, 0.9, 0.9])
+    proxy = {"ppo_clip": [0.3, 0.8, 0.95, 1.0, 1.0], "guard_0.2": [0.3, 0.5, 0.6, 0.8, 0.8]}
+    rows = [
+        (3.0, method, seed, 64 * point, value, proxy[method][point])
+        for method, seeds in gold.items()
+        for seed in (1, 0)
+        for point, value in enumerate(seeds[seed])
+    ]
+    columns = ["shift", "method", "seed", "samples", "gold", "proxy"]
+    table = flow.summarize_proxy(pd.DataFrame(rows, columns=columns))
+    found = table.pivot(index="method", columns="score", values="estimate").to_dict("index")
+    # The mean peaks at both points with 0.8, and the first counts.
+    expected = {"proxy": 1.0, "rise": 0.7, "gold": 0.5, "fall": 0.3, "at_level": 0.8, "reached": 1}
+    assert found["ppo_clip"] == pytest.approx(expected)
+    expected = {"proxy": 0.8, "rise": 0.5, "gold": 0.9, "fall": 0.0, "at_level": 0.9, "reached": 0}
+    assert found["guard_0.2"] == pytest.approx(expected)
+    ahead = table[(table.method == "guard_0.2") & (table.score == "gold")].minus_ppo_low
+    assert ahead.item() == pytest.approx(0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_study_of_a_wrong_reward_model_stores_both_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "save", lambda figure, stem: [])
+    monkeypatch.setattr(flow, "METHODS", {"ppo_clip": flow.METHODS["ppo_clip"]})
+    monkeypatch.setattr(flow, "SHIFTS", (3.0,))
+    assert run(tmp_path, "flow_proxy") == 0
+    curves = pd.read_csv(tmp_path / "data" / "flow_proxy_curves.csv")
+    assert curves["shift"].tolist() == [3.0] * 8
+    assert (curves.gold != curves.proxy).all()
 
 
 def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
