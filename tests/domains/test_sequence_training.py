@@ -219,7 +219,8 @@ def test_a_policy_answers_prompts_of_any_leading_shape(runs: Any) -> None:
 
 def test_replay_keeps_the_distribution_that_the_answers_came_from() -> None:
     config = dataclasses.replace(SMALL, objective="dppo_exact_tv", env="tokens/add")
-    domain, hparams = train.make(config), settings(config, temperature=0.7, buffer_size=BLOCK)
+    domain: Any = train.make(config)
+    hparams = settings(config, temperature=0.7, buffer_size=BLOCK)
     state = jax.jit(functools.partial(train.init, domain))(hparams)
     rows = jax.jit(domain.collect)(state, hparams, jax.random.key(0)).rows
     assert rows.distribution.shape == (GROUP, PROMPTS, 4, 12)
