@@ -254,24 +254,16 @@ def test_the_divergence_of_dppo_is_over_the_likeliest_tokens_and_the_rest(
     taken[0, 0], taken[1, 0] = 5, 4  # possible under both
     old, new = (np.take_along_axis(x, taken, axis=-1)[..., 0] for x in (mu, pi))
     mask, advantage = data["response_mask"], data["advantages"].astype(np.float64)
-    delta = {"delta_low": 0.08, "delta_high": 0.03}
-    expected = {"dppo_topk_tv": np.zeros(mask.shape), "dppo_topk_kl": np.zeros(mask.shape)}
+    divergence = {"dppo_topk_tv": np.zeros(mask.shape), "dppo_topk_kl": np.zeros(mask.shape)}
     for row, t in zip(*np.nonzero(mask), strict=True):
         order = sorted(range(VOCAB), key=lambda i: -mu[row, t, i])
         top = order[: int(min(top_k, VOCAB))]
         buckets = [(mu[row, t, i], pi[row, t, i]) for i in top]
         buckets.append((1 - sum(m for m, _ in buckets), 1 - sum(p for _, p in buckets)))
-        found = {
-            "dppo_topk_tv": sum(abs(p - m) for m, p in buckets) / 2,
-            "dppo_topk_kl": sum(
-                m * (np.log(m / p) if p > 0 else np.inf) for m, p in buckets if m > 1e-12
-            ),
-        }
-        a, r = advantage[row], new[row, t] / old[row, t]
-        limit = delta["delta_high"] if a > 0 else delta["delta_low"]
-        for name, divergence in found.items():
-            masked = a * (r - 1) > 0 and divergence > limit
-            expected[name][row, t] = 0 if masked else -min(r, 20) * a / mask.sum()
+        divergence["dppo_topk_tv"][row, t] = sum(abs(p - m) for m, p in buckets) / 2
+        divergence["dppo_topk_kl"][row, t] = sum(
+            m * (np.log(m / p) if p > 0 else np.inf) for m, p in buckets if m > 1e-12
+        )
     with np.errstate(divide="ignore"):
         log_old, log_new, log_mu, log_pi = (
             jnp.array(np.log(x), jnp.float32) for x in (old, new, mu, pi)
@@ -279,10 +271,16 @@ def test_the_divergence_of_dppo_is_over_the_likeliest_tokens_and_the_rest(
     arrays = {"old_log_prob": log_old, "advantages": jnp.array(advantage, jnp.float32)}
     arrays |= {"response_mask": jnp.array(mask), "top_k": jnp.float32(top_k)}
     arrays |= {"behavior_distribution": log_mu, "policy_distribution": log_pi}
-    gradients = divergence_gradients()(log_new, arrays | delta)
-    for name, gradient in gradients.items():
-        np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-7, err_msg=name)
-        assert 0 < np.count_nonzero(gradient) < mask.sum()
+    a, r = advantage[:, None], new / old
+    # Between neighbouring divergences of tokens, so that each of them decides once.
+    for name, found in divergence.items():
+        steps = np.sort(found[mask & (a * (r - 1) > 0) & np.isfinite(found)])
+        for low in (steps[:-1] + steps[1:]) / 2:
+            delta = {"delta_low": np.float32(low), "delta_high": np.float32(1.5 * low)}
+            masked = (a * (r - 1) > 0) & (found > np.where(a > 0, 1.5 * low, low))
+            expected = np.where(mask & ~masked, -np.minimum(r, 20) * a / mask.sum(), 0)
+            gradient = divergence_gradients()(log_new, arrays | delta)[name]
+            np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7, err_msg=name)
 
 
 def test_with_two_tokens_the_exact_divergence_is_the_binary_one() -> None:
