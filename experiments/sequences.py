@@ -265,7 +265,7 @@ THREE_LEVELS = ("token", "sequence", "prefix_product")
 
 def lag_parts(study: Study, scale: tasks.Scale) -> list[Part]:
     """The on-policy runs, then each level with all lags."""
-    planned = [("sequence_lag_on_policy", "token", (GIPO,), replay(1))]
+    planned: list[Any] = [("sequence_lag_on_policy", "token", (GIPO,), replay(1))]
     for level, own in LAG_METHODS.items():
         methods = (*AT_THREE_LEVELS, *own) if level in THREE_LEVELS else own
         planned.append(("sequence_lag", level, methods, scale.cells))

@@ -290,7 +290,7 @@ def test_the_proxy_pays_beside_the_modes_and_is_what_training_sees() -> None:
     hparams = HParams()
     state = jax.jit(functools.partial(train.init, domain))(hparams)
     made_of_it = jax.jit(domain.collect)(state, hparams, jax.random.key(0))
-    seen = task.proxy(made_of_it.rows.points[..., -1, :])
+    seen = tasks.training_reward(task, made_of_it.rows.points[..., -1, :])
     assert made_of_it.counts["returns"] == pytest.approx(float(jnp.sum(seen)), rel=1e-5)
 
 

@@ -234,7 +234,8 @@ def test_replay_keeps_the_distribution_that_the_answers_came_from() -> None:
     batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
     batch = domain.batch(state, state.learner.params, batch, jnp.zeros(BLOCK), hparams)
     scores = domain.score(state.learner.params, batch, hparams)
-    np.testing.assert_allclose(*scores.distributions, rtol=1e-5)  # of one policy
+    stored, current = scores.distributions
+    np.testing.assert_allclose(stored, current, rtol=1e-5)  # of one policy
     moved = jax.tree.map(lambda x: 1.1 * x, state.learner.params)
     assert not np.allclose(*domain.score(moved, batch, hparams).distributions)
 
