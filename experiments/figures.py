@@ -59,7 +59,8 @@ STYLES = {
     "DPO": Style("#222222", "v", "-", "DPO"),
     "DPO, trust weight of width 4": Style("#009E73", "^", "-.", "DPO, trust weight of width 4"),
     "DPO, SAGE's pairs": Style("#CC79A7", "P", "--", "DPO, SAGE's pairs"),
-    # Log-ratios of flows.
+    # Flows.
+    **{m.look.label: m.look for m in flow.METHODS.values()},
     "token": Style("#D55E00", "o", "-", "x, log-ratio of a step"),
     "ratio_norm": Style("#009E73", "s", "-", "(x + b) s, GRPO-Guard"),
     "above": Style("#0072B2", "^", "-", "r > 1.2"),
@@ -400,6 +401,11 @@ def _distances(table: pd.DataFrame) -> pd.DataFrame:
     return _ordered("level", *ratio_levels.LEVELS)(own)
 
 
+def _flow_methods(table: pd.DataFrame) -> pd.DataFrame:
+    labels = [flow.METHODS[name].look.label for name in table.method]
+    return _ordered("reward", "proxy", "gold")(table.assign(method=labels))
+
+
 def _ratios(table: pd.DataFrame) -> pd.DataFrame:
     """Mean of log-ratios in units of their spread, and shares outside PPO's clip, by step."""
     error = 2 * table.error / table["std"]
@@ -630,6 +636,19 @@ FIGURES = (
         options={"sharex": True, "sharey": True},
     ),
     Figure(
+        name="flow_proxy",
+        study="flow_proxy",
+        kind=lines,
+        table="flow_proxy_curves",
+        prepare=_flow_methods,
+        panel="shift",
+        row="reward",
+        x="samples",
+        label=("samples", ["proxy reward", "gold reward"]),
+        titles={1.0: "equal steps", 3.0: "shift 3"},
+        size=(7, 2.4),
+    ),
+    Figure(
         name="flow_ratios",
         study="flow",
         kind=lines,
@@ -678,6 +697,20 @@ FIGURES = (
         scale=("names", "linear"),
         zero=sequences.KEPT,
         size=(6.4, 2.8),
+    ),
+    Figure(
+        name="sequence_lag",
+        study="sequence_lag",
+        kind=lines,
+        prepare=_lags,
+        panel="level",
+        x="lag",
+        y="kept",
+        label=("lag (iterations)", "share of the on-policy gain kept"),
+        scale=("names", "linear"),
+        zero=sequences.KEPT,
+        size=(11, 2.6),
+        options={"sharey": True},
     ),
     Figure(
         name="policy_lag",

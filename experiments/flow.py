@@ -1,4 +1,4 @@
-"""Flow samplers: three ways to bound the ratio of a denoising step."""
+"""Flow samplers: three ways to bound the ratio of a denoising step, and what over-optimises."""
 
 import dataclasses
 import operator
@@ -131,6 +131,95 @@ def measure(store: Store, preset: str) -> None:
     store.write("flow_curves", pd.concat(curves, ignore_index=True), 4)
     store.write("flow_points", pd.concat(points, ignore_index=True), 4)
     store.write("flow_ratios", _ratios(iterations, seeds, flows), 5)
+
+
+# Over-optimisation: training sees a reward model that is wrong.
+
+SHIFTS = (1.0, 3.0)
+"""Of the times: steps of equal length, and those of Stable Diffusion 3."""
+
+PROXY_SEEDS = {"quick": range(90, 92), "committed": range(20, 30), "full": range(20, 40)}
+PROXY_ITERATIONS = {"quick": 4, "committed": 120, "full": 240}
+PROXY_CURVES = {"eval_return_sampled": "gold", "eval_proxy": "proxy"}
+PROXY_LEVEL = 0.9
+"""Of the proxy, at which methods are compared whatever their speed."""
+
+
+def measure_proxy(store: Store, preset: str) -> None:
+    """Trains all methods on the proxy, with steps of equal and of unequal length."""
+    seeds, iterations = PROXY_SEEDS[preset], PROXY_ITERATIONS[preset]
+    flows, curves = _pretrain(seeds), []
+    for shift in SHIFTS:
+        for name, method in METHODS.items():
+            print(f"  {name}, shift {shift:g}", flush=True)
+            config = dataclasses.replace(
+                configure(method, iterations),
+                env="flow/ring_proxy",
+                timestep_shift=shift,
+                num_logs=min(20, iterations),
+            )
+            hparams = [settings(method, config, "fresh", seed) for seed in seeds]
+            _, _, metrics, diverged = _train(config, hparams, flows)
+            for lane, seed in enumerate(seeds):
+                curve = {new: metrics[old][lane] for old, new in PROXY_CURVES.items()}
+                keys = {"shift": shift, "method": name, "seed": seed, "diverged": diverged[lane]}
+                stops = CHAINS * np.array(train.log_boundaries(config))
+                curves.append(pd.DataFrame(curve).assign(**keys, samples=stops))
+    store.write("flow_proxy_curves", pd.concat(curves, ignore_index=True), 5)
+
+
+def proxy_scores(store: Store) -> dict[str, pd.DataFrame]:
+    """Curves of proxy and gold reward, and what over-optimisation costs each method."""
+    curves = store.read("flow_proxy_curves", ["shift", "method", "seed", "samples", "gold"])
+    drawn = [
+        plots.summarize(curves, ["shift", "method", "samples"], reward).assign(reward=reward)
+        for reward in PROXY_CURVES.values()
+    ]
+    return {
+        "flow_proxy_curves": pd.concat(drawn, ignore_index=True),
+        "flow_proxy": summarize_proxy(curves),
+    }
+
+
+def summarize_proxy(curves: pd.DataFrame) -> pd.DataFrame:
+    """Final rewards, the fall of the gold one, and differences to PPO-Clip paired on seeds.
+
+    ``gold`` and ``proxy`` are means over the last two logged points. ``fall`` is the gold reward at
+    the point where its mean over seeds is highest, minus ``gold``. ``at_level`` is the gold reward
+    where the proxy first reaches ``PROXY_LEVEL``, or at the last point if it never does.
+    """
+    rows = []
+    for shift, of_shift in curves.groupby("shift", sort=False):
+        found = {name: _over_optimised(own) for name, own in of_shift.groupby("method", sort=False)}
+        for method, scores in found.items():
+            for score, values in scores.items():
+                difference = stats.bootstrap(values - found["ppo_clip"][score], stats.mean)
+                rows.append(
+                    {"shift": shift, "method": method, "score": score}
+                    | stats.bootstrap(values, stats.mean)._asdict()
+                    | {f"minus_ppo_{key}": x for key, x in difference._asdict().items()}
+                )
+    return pd.DataFrame(rows)
+
+
+def _over_optimised(own: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Scores of the seeds of a method, in order."""
+    gold, proxy = (
+        own.pivot(index="seed", columns="samples", values=reward).sort_index().to_numpy(float)
+        for reward in ("gold", "proxy")
+    )
+    peak = gold.mean(axis=0).argmax()
+    reached = proxy >= PROXY_LEVEL
+    first = np.where(reached.any(axis=1), reached.argmax(axis=1), gold.shape[1] - 1)
+    final = gold[:, -2:].mean(axis=1)
+    return {
+        "proxy": proxy[:, -2:].mean(axis=1),
+        "rise": proxy[:, -2:].mean(axis=1) - proxy[:, 0],
+        "gold": final,
+        "fall": gold[:, peak] - final,
+        "at_level": gold[np.arange(len(gold)), first],
+        "reached": reached.any(axis=1).astype(float),
+    }
 
 
 def _pretrain(seeds: range) -> Any:

@@ -431,8 +431,7 @@ def _learning(read: Read) -> str:
     return markdown(header, rows)
 
 
-def _lags(read: Read) -> str:
-    table = read("sequence_staleness_levels")
+def _lags(table: pd.DataFrame) -> str:
     rows = []
     for (level, lag), part in table[table.lag > 0].groupby(["level", "lag"], sort=False):
         found = [", ".join(part[part.verdict == v].method) or "-" for v in sequences.VERDICTS]
@@ -471,6 +470,7 @@ BLOCKS: dict[str, Callable[[Read], str]] = {
     "token_vs_joint": lambda read: _ablation(read, "token_vs_joint"),
     "flow": _flow,
     "learning": _learning,
-    "lags": _lags,
+    "lags": lambda read: _lags(read("sequence_staleness_levels")),
+    "sequence_lag": lambda read: _lags(read("sequence_lag")),
 }
 """Tables of the report by the names of their blocks, in the order of RESULTS.md."""

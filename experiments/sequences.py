@@ -25,10 +25,11 @@ from .tasks import GIPO, NO_CLIP, PPO, Cell, Method, Part, Task, replay
 WIDE_GIPO = Method("gipo", {"sigma": 10**0.5}, "GIPO σ=3.2")
 """With the width of one token's ratio for the joint ratio of 10 independent tokens, whose logarithm
 spreads by the root of 10 as much."""
+SAPO = Method("sapo", {"tau_pos": 1.0, "tau_neg": 1.05})
 TIS, VESPO = Method("tis", {}, "TIS"), Method("vespo", {}, "VESPO")
 METHODS = (
     *(GIPO, WIDE_GIPO, PPO),
-    Method("sapo", {"tau_pos": 1.0, "tau_neg": 1.05}),
+    SAPO,
     Method("cispo", {}, "CISPO"),
     *(TIS, VESPO, NO_CLIP),
 )
@@ -76,7 +77,11 @@ def lags(*lags: int) -> tuple[Cell, ...]:
 
 
 def _scale(iterations: int, **settings: Any) -> Scale:
-    return Scale(tasks=(TASK.lasting(iterations * TASK.block),), **settings)
+    return Scale(tasks=_lasting(iterations), **settings)
+
+
+def _lasting(iterations: int) -> tuple[Task]:
+    return (TASK.lasting(iterations * TASK.block),)
 
 
 def parts(study: Study, scale: Scale) -> list[Part]:
@@ -88,6 +93,11 @@ def parts(study: Study, scale: Scale) -> list[Part]:
     for level in scale.levels:
         methods = (*AT_ALL_LEVELS, WIDE_GIPO) if level == "joint" else AT_ALL_LEVELS
         planned.append(("sequences_level", level, methods, scale.level_cells))
+    return _parts(scale, planned)
+
+
+def _parts(scale: tasks.Scale, planned: list[Any]) -> list[Part]:
+    """A part for each folder, level, methods and cells."""
     return [
         Part(
             folder=f"{name}_{{}} {level} {TASK.env}",
@@ -231,6 +241,71 @@ STALENESS = Study(
         ),
     },
     scores=scores,
+)
+
+
+# The same question again, of all objectives made for responses, at rates tuned for each of them.
+
+LAG_METHODS = {
+    "token": (Method("dppo_tv", {}, "DPPO"), Method("cppo", {}, "CPPO")),
+    "sequence": (Method("gspo", {}, "GSPO"),),
+    "prefix_product": (Method("ctpo", {}, "CTPO"),),
+    "prefix_min": (Method("minpro", {}, "MinPRO"),),
+}
+"""Methods with a ratio level of their own, by that level, with their defaults.
+
+Of two tokens the binary divergence of DPPO is the exact one.
+"""
+AT_THREE_LEVELS = (
+    *(GIPO, PPO, SAPO, NO_CLIP),
+    *(Method("m2po", {}, "M2PO"), Method("r2vpo", {}, "R2VPO")),
+)
+THREE_LEVELS = ("token", "sequence", "prefix_product")
+
+
+def lag_parts(study: Study, scale: tasks.Scale) -> list[Part]:
+    """The on-policy runs, then each level with all lags."""
+    planned: list[Any] = [("sequence_lag_on_policy", "token", (GIPO,), replay(1))]
+    for level, own in LAG_METHODS.items():
+        methods = (*AT_THREE_LEVELS, *own) if level in THREE_LEVELS else own
+        planned.append(("sequence_lag", level, methods, scale.cells))
+    return _parts(scale, planned)
+
+
+def lag_scores(store: Store) -> Tables:
+    """What each method keeps of the on-policy gain at each level and lag."""
+    runs = store.read("sequence_lag_runs", [*COLUMNS, *LATE, *WHOLE])
+    return {"sequence_lag": score_lags(runs)}
+
+
+LAG = Study(
+    name="sequence_lag",
+    question="Which sequence objective survives which lag, each at a rate tuned for it?",
+    parts=lag_parts,
+    folders=("tune", "report"),
+    by=("level", "lag"),
+    columns=((*COLUMNS, *LATE, *WHOLE), COLUMNS),
+    extend=extend,
+    presets={
+        "quick": tasks.Scale(
+            tasks=_lasting(16), cells=lags(4), rates=(1e-3,), seeds=range(3800, 3802)
+        ),
+        "committed": tasks.Scale(
+            tasks=_lasting(1000),
+            cells=lags(4, 16, 64),
+            rates=(3e-4, 1e-3, 3e-3, 1e-2),
+            tuning_seeds=range(2800, 2803),
+            seeds=range(3800, 3812),
+        ),
+        "full": tasks.Scale(
+            tasks=_lasting(3000),
+            cells=lags(4, 16, 64, 256),
+            rates=(3e-4, 1e-3, 3e-3, 1e-2),
+            tuning_seeds=range(2800, 2805),
+            seeds=range(3800, 3820),
+        ),
+    },
+    scores=lag_scores,
 )
 
 

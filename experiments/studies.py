@@ -15,6 +15,7 @@ from . import (
     evidence,
     flow,
     metaworld,
+    mismatch,
     scores,
     selection,
     sequences,
@@ -533,6 +534,12 @@ _ROWS = (
         measure=flow.measure,
         scores=flow.scores,
     ),
+    Study(
+        name="flow_proxy",
+        question="Does GRPO-Guard hold back over-optimisation of a wrong reward model?",
+        measure=flow.measure_proxy,
+        scores=flow.proxy_scores,
+    ),
     selection.STUDY,
     Study(
         name="sequence_bias",
@@ -541,6 +548,13 @@ _ROWS = (
         scores=sequence_bias.scores,
     ),
     sequences.STALENESS,
+    sequences.LAG,
+    Study(
+        name="mismatch",
+        question="Which rare tokens do PPO-Clip and DPPO mask where sampler and trainer differ?",
+        measure=mismatch.measure,
+        scores=mismatch.scores,
+    ),
     sequences.LEARNING,
     Study(
         name="evidence",

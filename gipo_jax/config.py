@@ -326,6 +326,12 @@ class Config:
         at_least(1),
     )
     decoder_heads: int = of_tokens(4, "attention heads of the transformer", at_least(1))
+    timestep_shift: float | None = setting(
+        None,
+        "s in the times s t / (1 + (s - 1) t) of a flow's steps; 1 for equal steps",
+        optional(positive, "None for the task's own"),
+        domains=[FLOW],
+    )
     action_head: str = of_control(
         "auto",
         "head for Box actions: tokens (categorical bins) or gaussian; auto takes tokens",

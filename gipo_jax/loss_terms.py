@@ -28,6 +28,7 @@ def bind(
     mask: Array | None = None,
     first: Array | None = None,
     ordered: bool = True,
+    distributions: tuple[Array, Array] | None = None,
 ) -> SurrogateFunction:
     """An objective with its parameters, kernel and state, and those of its inputs it asks for."""
     given = dict(given)
@@ -40,6 +41,10 @@ def bind(
     if "log_ratio_start" in spec.inputs:
         assert log_ratio_start is not None
         given["log_ratio_start"] = at_level(log_ratio_start())
+    if spec.takes_distributions:
+        assert distributions is not None
+        named = zip(signatures.DISTRIBUTIONS, distributions, strict=True)
+        given |= {name: jax.lax.stop_gradient(x) for name, x in named if name in spec.inputs}
     if spec.takes_mask and mask is not None:
         given["mask"] = mask
     if ordered and "position" in spec.inputs:

@@ -126,6 +126,7 @@ def bind_objective(
         log_ratio_start,
         mask,
         ordered=domain.ordered,
+        distributions=scores.distributions,
     )
     standard = loss_terms.standardize if domain.standardize else lambda advantage: advantage
     advantage = jnp.broadcast_to(standard(batch.advantage)[:, None], log_ratio.shape)

@@ -56,11 +56,14 @@ def _built_in(**declared: Any) -> Callable[[Objective], Objective]:
     return register
 
 
-def _alias(name: str, function: Objective, **declared: Any) -> Objective:
-    """The same formula under another name with other declarations, such as a ratio level."""
-    preset = functools.partial(function)
+def _preset(
+    name: str, function: Objective, source: str, ratio_level: str = "token", **parameters: float
+) -> Objective:
+    """A method that is the formula of another objective at a ratio level, with its own defaults."""
+    preset = functools.partial(function, **parameters)
     preset.__name__ = name  # type: ignore[attr-defined]
-    return _built_in(**signatures.declared(function) | declared)(preset)
+    own = {"source": source, "ratio_level": ratio_level}
+    return _built_in(**signatures.declared(function) | own)(preset)
 
 
 # Helpers, for the objectives here and for your own.
@@ -175,6 +178,18 @@ def ppo_clip(log_ratio: Array, advantage: Array, clip_eps: ArrayLike = 0.2) -> A
     return clipped_surrogate(ratio(log_ratio), advantage, 1.0, clip_eps)
 
 
+@declare(positive=("eps_low", "eps_high"))
+def _clip_each_side(
+    log_ratio: Array, advantage: Array, eps_low: ArrayLike, eps_high: ArrayLike
+) -> Array:
+    """PPO's clip with a width for each side: min(r A, clip(r, 1 - eps_low, 1 + eps_high) A).
+
+    Effective weight that of ``ppo_clip``.
+    """
+    eps = jnp.where(advantage > 0, eps_high, eps_low)
+    return clipped_surrogate(ratio(log_ratio), advantage, 1.0, eps)
+
+
 @_built_in(source="arXiv:2511.20347", positive=("tau_pos", "tau_neg"))
 def sapo(
     log_ratio: Array, advantage: Array, tau_pos: ArrayLike = 1.0, tau_neg: ArrayLike = 1.05
@@ -226,14 +241,16 @@ def _soft_gate(log_ratio: Array, tau: ArrayLike) -> Array:
 
 
 @_built_in(source="arXiv:2506.13585", positive=("eps_high",))
-def cispo(log_ratio: Array, advantage: Array, eps_high: ArrayLike = 0.2) -> Array:
-    """Clipped, detached ratio: surrogate sg(min(r, 1 + eps_high)) A log pi (arXiv:2506.13585).
+def cispo(
+    log_ratio: Array, advantage: Array, eps_low: ArrayLike = 1.0, eps_high: ArrayLike = 0.2
+) -> Array:
+    """Clipped, detached ratio: sg(clip(r, 1 - eps_low, 1 + eps_high)) A log pi (arXiv:2506.13585).
 
-    Effective weight u = min(r, 1 + eps_high): every sample keeps a gradient.
+    Effective weight u = clip(r, 1 - eps_low, 1 + eps_high): every sample keeps a gradient. From
+    ``eps_low`` 1 on there is no lower bound, which is the paper's setting.
     """
-    return weighted_score(
-        jnp.minimum(ratio(log_ratio), 1 + jnp.asarray(eps_high)), log_ratio, advantage
-    )
+    low, high = 1 - jnp.asarray(eps_low), 1 + jnp.asarray(eps_high)
+    return weighted_score(jnp.clip(ratio(log_ratio), low, high), log_ratio, advantage)
 
 
 @_built_in(source="arXiv:1802.01561", positive=("max_ratio",))
@@ -442,7 +459,7 @@ def _squares_moving_away(
 @_built_in(
     kind="batch",
     source="arXiv:2601.03320",
-    positive=("delta", "max_log_ratio"),
+    positive=("delta", "max_dual_step", "max_log_ratio"),
     initial_state=lambda params: jnp.asarray(params["dual_init"], jnp.float32),
 )
 def r2vpo(
@@ -452,6 +469,7 @@ def r2vpo(
     dual_init: ArrayLike = 0.04,
     dual_rate: ArrayLike = 0.01,
     delta: ArrayLike = 0.04,
+    max_dual_step: ArrayLike = 0.01,
     max_log_ratio: ArrayLike = 3.0,
     mask: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -462,14 +480,15 @@ def r2vpo(
 
     Unverified: the official lambda and delta are unknown. ``state`` is lambda >= 0, which starts at
     ``dual_init`` (0.04 in one port); ``delta`` = 0.04, the bound on the batch mean of (r - 1)^2, is
-    PPO's 0.2 squared; and the dual step is projected gradient ascent,
-    lambda <- max(lambda + dual_rate (mean (r - 1)^2 - delta), 0), chosen here.
+    PPO's 0.2 squared. The dual step is this project's own: projected gradient ascent, lambda <-
+    max(lambda + step, 0) with step = dual_rate (mean (r - 1)^2 - delta), held in +-max_dual_step.
+    Without the bound one batch of stale data could raise lambda by 3.6.
     """
     _check_shapes(log_ratio, advantage)
     r = ratio(log_ratio, max_log_ratio)
     excess = (r - 1) ** 2 - delta
     mean = jnp.mean(excess) if mask is None else jnp.mean(excess, where=mask)
-    step = dual_rate * stop_gradient(mean)
+    step = jnp.clip(dual_rate * stop_gradient(mean), -jnp.asarray(max_dual_step), max_dual_step)
     return r * advantage - state * excess, jnp.maximum(state + step, 0.0)
 
 
@@ -565,51 +584,112 @@ def proximal_gipo(
     return ratio(log_weight + log_ratio) * advantage
 
 
-@_built_in(
-    kind="other-input",
-    source="arXiv:2602.04879",
-    positive=("delta", "max_ratio"),
-    discrete_only=True,
-)
+_DPPO: dict[str, Any] = {
+    "kind": "other-input",
+    "source": "arXiv:2602.04879",
+    "positive": ("delta_low", "delta_high", "max_ratio"),
+    "discrete_only": True,
+}
+
+
+@_built_in(**_DPPO)
 def dppo_tv(
     log_ratio: Array,
     advantage: Array,
     behavior_log_prob: Array,
-    delta: ArrayLike = 0.15,
+    delta_low: ArrayLike = 0.15,
+    delta_high: ArrayLike = 0.15,
     max_ratio: ArrayLike = 20.0,
 ) -> Array:
-    """Divergence mask by total variation (DPPO, arXiv:2602.04879); discrete heads only.
+    """Divergence mask by binary total variation (DPPO, arXiv:2602.04879); discrete heads only.
 
-    Surrogate sg(m min(r, c)) A log pi, effective weight u = m min(r, c); m = 0 where A (r - 1) > 0
-    and |pi - mu| > delta for the probabilities of the action taken, else 1. c is ``max_ratio``.
+    Surrogate sg(m min(r, c)) A log pi, effective weight u = m min(r, c); m = 0 where the update
+    leads away from mu and the divergence D = |pi - mu|, of the action taken against all others, is
+    too large: A > 0, r > 1 and D > delta_high, or A < 0, r < 1 and D > delta_low. c is
+    ``max_ratio``.
     """
     _check_shapes(log_ratio, advantage, behavior_log_prob)
     mu, pi = (jnp.exp(p) for p in _log_probabilities(log_ratio, behavior_log_prob))
-    return _masked_score(jnp.abs(pi - mu) > delta, log_ratio, advantage, max_ratio)
+    return _dppo(jnp.abs(pi - mu), log_ratio, advantage, delta_low, delta_high, max_ratio)
 
 
-@_built_in(
-    kind="other-input",
-    source="arXiv:2602.04879",
-    positive=("delta", "max_ratio"),
-    discrete_only=True,
-)
+@_built_in(**_DPPO)
 def dppo_kl(
     log_ratio: Array,
     advantage: Array,
     behavior_log_prob: Array,
-    delta: ArrayLike = 0.05,
+    delta_low: ArrayLike = 0.05,
+    delta_high: ArrayLike = 0.05,
     max_ratio: ArrayLike = 20.0,
 ) -> Array:
     """Divergence mask by binary KL (DPPO, arXiv:2602.04879); discrete heads only.
 
-    As ``dppo_tv`` with the divergence mu ln(mu / pi) + (1 - mu) ln((1 - mu) / (1 - pi)) > delta.
+    As ``dppo_tv`` with the divergence D = mu ln(mu / pi) + (1 - mu) ln((1 - mu) / (1 - pi)).
     """
     _check_shapes(log_ratio, advantage, behavior_log_prob)
     log_mu, log_pi = _log_probabilities(log_ratio, behavior_log_prob)
     mu, pi = jnp.exp(log_mu), jnp.exp(log_pi)
     divergence = mu * (log_mu - log_pi) + (1 - mu) * (jnp.log1p(-mu) - jnp.log1p(-pi))
-    return _masked_score(divergence > delta, log_ratio, advantage, max_ratio)
+    return _dppo(divergence, log_ratio, advantage, delta_low, delta_high, max_ratio)
+
+
+@_built_in(**_DPPO)
+def dppo_topk_tv(
+    log_ratio: Array,
+    advantage: Array,
+    behavior_distribution: Array,
+    policy_distribution: Array,
+    top_k: ArrayLike = 20.0,
+    delta_low: ArrayLike = 0.15,
+    delta_high: ArrayLike = 0.15,
+    max_ratio: ArrayLike = 20.0,
+) -> Array:
+    """Divergence mask by top-k total variation (DPPO, arXiv:2602.04879); token tasks only.
+
+    As ``dppo_tv`` with D = 1/2 sum |pi - mu| over the ``top_k`` tokens that are most likely under
+    mu and one bucket for the rest. Once ``top_k`` reaches the size of the vocabulary D is exact. Of
+    equally likely tokens the first count. Unverified: whether the authors' code adds the token that
+    was sampled to the top k.
+    """
+    log_mu, log_pi = _buckets(log_ratio, behavior_distribution, policy_distribution, top_k)
+    divergence = jnp.sum(jnp.abs(jnp.exp(log_pi) - jnp.exp(log_mu)), axis=-1) / 2
+    return _dppo(divergence, log_ratio, advantage, delta_low, delta_high, max_ratio)
+
+
+@_built_in(**_DPPO)
+def dppo_topk_kl(
+    log_ratio: Array,
+    advantage: Array,
+    behavior_distribution: Array,
+    policy_distribution: Array,
+    top_k: ArrayLike = 20.0,
+    delta_low: ArrayLike = 0.05,
+    delta_high: ArrayLike = 0.05,
+    max_ratio: ArrayLike = 20.0,
+) -> Array:
+    """Divergence mask by top-k KL (DPPO, arXiv:2602.04879); token tasks only.
+
+    As ``dppo_topk_tv`` with D = sum mu ln(mu / pi) over the same tokens and the bucket.
+    """
+    log_mu, log_pi = _buckets(log_ratio, behavior_distribution, policy_distribution, top_k)
+    terms = jnp.where(jnp.isneginf(log_mu), 0, jnp.exp(log_mu) * (log_mu - log_pi))
+    return _dppo(jnp.sum(terms, axis=-1), log_ratio, advantage, delta_low, delta_high, max_ratio)
+
+
+def _buckets(
+    log_ratio: Array, log_mu: Array, log_pi: Array, top_k: ArrayLike
+) -> tuple[Array, Array]:
+    """Log-probabilities of the k tokens likeliest under mu (-inf for others) and of the rest."""
+    chex.assert_shape((log_mu, log_pi), (*jnp.shape(log_ratio), log_mu.shape[-1]))
+    # Ranks, not the k largest: k may be traced.
+    rank = jnp.argsort(jnp.argsort(-log_mu, axis=-1, stable=True), axis=-1)
+    in_top = rank < top_k
+
+    def join(log_prob: Array) -> Array:
+        rest = jax.nn.logsumexp(log_prob, axis=-1, keepdims=True, where=~in_top)
+        return jnp.concatenate([jnp.where(in_top, log_prob, -jnp.inf), rest], axis=-1)
+
+    return join(stop_gradient(log_mu)), join(stop_gradient(log_pi))
 
 
 def _log_probabilities(log_ratio: Array, behavior_log_prob: Array) -> tuple[Array, Array]:
@@ -621,41 +701,21 @@ def _log_probabilities(log_ratio: Array, behavior_log_prob: Array) -> tuple[Arra
     )
 
 
-def _masked_score(far: Array, log_ratio: Array, advantage: Array, max_ratio: ArrayLike) -> Array:
-    weight = jnp.minimum(ratio(log_ratio), max_ratio)
+def _dppo(
+    divergence: Array,
+    log_ratio: Array,
+    advantage: Array,
+    delta_low: ArrayLike,
+    delta_high: ArrayLike,
+    max_ratio: ArrayLike,
+) -> Array:
+    far = divergence > jnp.where(advantage > 0, delta_high, delta_low)
     masked = far & _moves_away(log_ratio, advantage)
+    weight = jnp.minimum(ratio(log_ratio), max_ratio)
     return weighted_score(jnp.where(masked, 0.0, weight), log_ratio, advantage)
 
 
 # On answers of several tokens: with a ratio level of their own, or the place of a token.
-
-
-@_built_in(source="arXiv:2507.18071", positive=("eps_low", "eps_high"), ratio_level="sequence")
-def gspo(
-    log_ratio: Array, advantage: Array, eps_low: ArrayLike = 3e-4, eps_high: ArrayLike = 4e-4
-) -> Array:
-    """PPO's clip on the length-normalised ratio of an answer (GSPO, arXiv:2507.18071).
-
-    Surrogate min(s A, clip(s, 1 - eps_low, 1 + eps_high) A), s the ratio of level ``sequence``. The
-    paper averages over tokens, then answers: aggregation ``seq-mean-token-mean``. Verified from the
-    verl library, whose settings for GSPO the defaults are.
-    """
-    eps = jnp.where(advantage > 0, eps_high, eps_low)
-    return clipped_surrogate(ratio(log_ratio), advantage, 1.0, eps)
-
-
-@_built_in(source="arXiv:2601.22718", positive=("eps_low", "eps_high"), ratio_level="prefix_min")
-def minpro(
-    log_ratio: Array, advantage: Array, eps_low: ArrayLike = 0.2, eps_high: ArrayLike = 0.2
-) -> Array:
-    """Minimum prefix ratio with a detached clip (MinPRO, arXiv:2601.22718).
-
-    Surrogate sg(clip(r, 1 - eps_low, 1 + eps_high)) A log pi, r the ratio of level ``prefix_min``.
-    Effective weight u = clip(r, 1 - eps_low, 1 + eps_high): every token keeps a gradient.
-    Unverified: the formula is second-hand and the widths are those of a port.
-    """
-    low, high = 1 - jnp.asarray(eps_low), 1 + jnp.asarray(eps_high)
-    return weighted_score(jnp.clip(ratio(log_ratio), low, high), log_ratio, advantage)
 
 
 @_built_in(
@@ -733,11 +793,22 @@ def cppo(
     return jnp.where(keep, ratio(log_ratio), 0) * advantage
 
 
-# TOPR on whole answers, its own form. Unverified against the authors' code
-topr_joint = _alias("topr_joint", topr, ratio_level="joint")
+# Presets: an objective, a ratio level and parameters.
 
-# VESPO on whole answers, its own form. Unverified against the authors' code
-vespo_joint = _alias("vespo_joint", vespo, ratio_level="joint")
+# The defaults are the settings of the verl library. The paper averages over the tokens of an
+# answer, then over answers: loss_agg_mode seq-mean-token-mean
+gspo = _preset("gspo", _clip_each_side, "arXiv:2507.18071", "sequence", eps_low=3e-4, eps_high=4e-4)
+
+# Unverified: the formula is second-hand. One port clips from below too, eps_low 0.2
+minpro = _preset("minpro", cispo, "arXiv:2601.22718", "prefix_min")
+
+# The divergence of the whole distributions, which is cheap where the vocabulary is small
+dppo_exact_tv = _preset("dppo_exact_tv", dppo_topk_tv, "arXiv:2602.04879", top_k=math.inf)
+dppo_exact_kl = _preset("dppo_exact_kl", dppo_topk_kl, "arXiv:2602.04879", top_k=math.inf)
+
+# Their own forms, on whole answers. Unverified against the authors' code
+topr_joint = _preset("topr_joint", topr, "arXiv:2503.14286", "joint")
+vespo_joint = _preset("vespo_joint", vespo, "arXiv:2602.10693", "joint")
 
 
 # On pairs of answers.

@@ -79,8 +79,9 @@ def policy_loss(
         rollout_bounds: lowest and highest w, 0 <= low < high.
         metrics: whether to measure; otherwise the metrics are ``state`` alone.
         parameters: the objective's own parameters, and ``kernel``, ``log_ratio_start`` (of each
-            token, ``[batch, tokens]``) or ``state`` where it takes them. Without ``state`` it is
-            the first.
+            token, ``[batch, tokens]``), ``behavior_distribution`` and ``policy_distribution``
+            (log-probabilities ``[batch, tokens, vocab]``) or ``state`` where it takes them. Without
+            ``state`` it is the first.
 
     Returns:
         scalar loss, and metrics: scalars ``policy_loss``, ``kl`` (estimate of KL(mu || pi) per
@@ -130,7 +131,17 @@ def policy_loss(
     advantage = advantages if advantages.ndim == 2 else advantages[:, None]
     advantage = jnp.where(mask, stop_gradient(advantage.astype(dtype)), 0)
     start = given.pop("log_ratio_start", None)
-    bound = loss_terms.bind(spec, level, given, old_log_prob, lambda: start, mask, first)
+    of_all = [given.pop(name, None) for name in signatures.DISTRIBUTIONS]
+    bound = loss_terms.bind(
+        spec,
+        level,
+        given,
+        old_log_prob,
+        lambda: start,
+        mask,
+        first,
+        distributions=_check_distributions(spec, jnp.shape(log_prob), *of_all),
+    )
 
     log_ratio = ratio_levels.transform(token_log_ratio, level, mask, first)
     surrogate, state = bound(log_ratio, advantage)
@@ -257,7 +268,7 @@ def _check_parameters(spec: signatures.Spec, parameters: Mapping[str, Any]) -> d
         "kernel": spec.takes_kernel,
         "state": spec.initial_state is not None,
         "log_ratio_start": "log_ratio_start" in spec.inputs,
-    }
+    } | {name: name in spec.inputs for name in signatures.DISTRIBUTIONS}
     special = {name: x for name, x in parameters.items() if takes.get(name)}
     own = {name: x for name, x in parameters.items() if name not in special}
     # Of arrays, traced or not, only the names can be checked.
@@ -270,6 +281,23 @@ def _check_parameters(spec: signatures.Spec, parameters: Mapping[str, Any]) -> d
     if takes["state"]:
         special.setdefault("state", signatures.first_state(spec, given))
     return given | special
+
+
+def _check_distributions(
+    spec: signatures.Spec, shape: tuple[int, ...], behavior: Array | None, policy: Array | None
+) -> tuple[Any, Any] | None:
+    """Refuses log-probabilities of all tokens that are missing or of other tokens."""
+    if not spec.takes_distributions:
+        return None
+    vocab = None
+    for name, x in zip(signatures.DISTRIBUTIONS, (behavior, policy), strict=True):
+        if name in spec.inputs:
+            found = () if x is None else jnp.shape(x)
+            if len(found) != 3 or found[:2] != shape or vocab not in (None, found[2]):
+                valid = f"log-probabilities {(*shape, vocab or 'vocab')}, as {spec.name} takes them"
+                raise ConfigError(name, found or None, valid)
+            vocab = found[2]
+    return behavior, policy
 
 
 def _check_arrays(

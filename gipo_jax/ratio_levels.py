@@ -76,6 +76,8 @@ def choose(level: str | None, spec: Spec) -> str:
     valid = dict.fromkeys(LEVELS)
     if "behavior_log_prob" in spec.inputs:
         del valid["prefix_min"]
+    if spec.takes_distributions:
+        valid = {"token": None}
     level = spec.ratio_level if level is None else level
     if not isinstance(level, str) or level not in valid:
         reason = f", because {spec.name} reads probabilities" if level == "prefix_min" else ""

@@ -67,7 +67,15 @@ def _weighs_alike(config: Config, spec: signatures.Spec, hparams: HParams) -> bo
         given["state"] = signatures.first_state(spec, given)
     advantage = jnp.array([[-2.0], [-0.5], [0.5], [2.0]])
     fresh = jnp.zeros_like(advantage)
-    bound = loss_terms.bind(spec, "token", given, jnp.full_like(fresh, -1.0), lambda: fresh)
+    certain = fresh[..., None]  # log-probabilities of a vocabulary of one token
+    bound = loss_terms.bind(
+        spec,
+        "token",
+        given,
+        jnp.full_like(fresh, -1.0),
+        lambda: fresh,
+        distributions=(certain, certain),
+    )
     weight = loss_terms.objective_weight(bound, fresh, advantage)
     return bool(jnp.allclose(weight, weight[0], rtol=1e-3))
 

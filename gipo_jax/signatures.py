@@ -26,9 +26,13 @@ INPUTS = {
     "behavior_log_prob": "log mu(a|s), same shape as log_ratio",
     "log_ratio_start": "log-ratio under the policy at the start of the update phase, same shape",
     "position": "place of the token in its answer, from 1, and 0 at padding; same shape",
+    "behavior_distribution": "log mu of every token, one more axis than log_ratio",
+    "policy_distribution": "the same of log pi, without a gradient",
     "margin": "of a pair: log pi(right) - log pi(wrong), less the same under the reference policy",
     "other_log_ratio": "of a pair: log-ratio of the wrong answer, where log_ratio is the right's",
 }
+
+DISTRIBUTIONS = ("behavior_distribution", "policy_distribution")  # inputs of token tasks
 
 # What an objective's weight depends on
 KINDS = {
@@ -63,7 +67,13 @@ class Spec(NamedTuple):
     @property
     def of_answers(self) -> bool:
         """Whether it is made for answers of several tokens."""
-        return self.ratio_level != "token" or "position" in self.inputs
+        ordered = self.ratio_level != "token" or "position" in self.inputs
+        return ordered or self.takes_distributions
+
+    @property
+    def takes_distributions(self) -> bool:
+        """Whether it takes the probabilities of all tokens, not only of the one sampled."""
+        return any(name in DISTRIBUTIONS for name in self.inputs)
 
 
 def declare(

@@ -256,6 +256,7 @@ OTHER: dict[str, Any] = {
     "decoder_layers": 1,
     "decoder_width": 8,
     "decoder_heads": 2,
+    "timestep_shift": 3.0,
     "action_head": "tokens",
     "num_bins": 5,
     "hidden_sizes": (8,),

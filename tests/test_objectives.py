@@ -223,6 +223,9 @@ class EffectiveWeightTest(chex.TestCase):
             ((a > 0) & (np.exp(x) > 1.5)) | ((a < 0) & (np.exp(x) < 0.5)), 0, np.exp(x))),
         ("sapo", {"tau_neg": 2.0}, lambda x, a: soft_gate(x, np.where(a > 0, 1, 2))),
         ("cispo", {"eps_high": 1.0}, lambda x, a: np.minimum(np.exp(x), 2)),
+        ("dppo_tv", {"delta_low": 0.05, "delta_high": 0.3}, lambda x, a: dppo(
+            np.abs(np.minimum(0.3 * np.exp(x), 1) - 0.3) > np.where(a > 0, 0.3, 0.05), x, a)),
+        ("cispo", {"eps_low": 0.2}, lambda x, a: np.clip(np.exp(x), 0.8, 1.2)),
         ("tis", {"max_ratio": 1.0}, lambda x, a: np.minimum(np.exp(x), 1)),
         ("spo", {"max_log_ratio": 1.0, "eps": 0.5}, lambda x, a: np.exp(np.minimum(x, 1))
             * (1 - np.sign(a) * (np.exp(np.minimum(x, 1)) - 1) / 0.5)),
@@ -234,7 +237,8 @@ def test_parameters_change_the_effective_weight_as_written(
     name: str, params: dict[str, Any], expected: Callable[[Floats, Floats], Floats]
 ) -> None:
     x, advantage = grid()
-    weight = objectives.gradient_weight(name, x, advantage, **params)
+    inputs = {key: np.full(x.size, np.log(0.3)) for key in objectives.spec(name).inputs}
+    weight = objectives.gradient_weight(name, x, advantage, **inputs, **params)
     np.testing.assert_allclose(weight, expected(x, advantage), rtol=1e-4, atol=1e-12)
 
 
@@ -601,7 +605,11 @@ def test_r2vpo_dual_variable_follows_the_constraint() -> None:
     first = start({"dual_init": 0.04})
     _, raised = objectives.r2vpo(far, advantage, first)
     _, lowered = objectives.r2vpo(near, advantage, first)
-    assert raised == pytest.approx(0.04 + 0.01 * ((math.e - 1) ** 2 - 0.04), rel=1e-5)
+    assert raised == pytest.approx(0.04 + 0.01, rel=1e-5)  # held at max_dual_step
+    _, free = objectives.r2vpo(far, advantage, first, max_dual_step=1.0)
+    assert free == pytest.approx(0.04 + 0.01 * ((math.e - 1) ** 2 - 0.04), rel=1e-5)
+    _, fast = objectives.r2vpo(near, advantage, jnp.float32(1.0), dual_rate=10.0)
+    assert fast == pytest.approx(1.0 - 0.01, rel=1e-5)
     assert 0 < lowered < first < raised
     _, floor = objectives.r2vpo(near, advantage, jnp.float32(0))
     assert floor == 0

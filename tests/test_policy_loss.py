@@ -81,7 +81,7 @@ def tis(x: float, a: float, t: int) -> tuple[float, None]:
     return min(np.exp(x), 2.0), None
 
 
-def minpro(x: float, a: float, t: int) -> tuple[float, None]:
+def floored(x: float, a: float, t: int) -> tuple[float, None]:
     return float(np.clip(np.exp(x), 0.8, 1.2)), None
 
 
@@ -100,7 +100,8 @@ CASES: dict[str, tuple[dict[str, Any], str, Rule]] = {
     "SAPO": ({"objective": "sapo"}, "token", sapo),
     "TIS": ({"objective": "tis"}, "token", tis),
     "CTPO": ({"objective": "ctpo"}, "prefix_product", ctpo),
-    "MinPRO": ({"objective": "minpro"}, "prefix_min", minpro),
+    "MinPRO": ({"objective": "minpro"}, "prefix_min", cispo),
+    "MinPRO with a port's floor": ({"objective": "minpro", "eps_low": 0.2}, "prefix_min", floored),
     "PPO at prefix_min": (
         {"objective": "ppo_clip", "ratio_level": "prefix_min"},
         "prefix_min",
@@ -213,17 +214,110 @@ def test_cppo_equals_its_rule_token_by_token() -> None:
     )
 
 
-EXTRA: dict[str, dict[str, Any]] = {
-    name: {"log_ratio_start": jnp.full((BATCH, TOKENS), 0.1)}
-    for name in objectives.ALL
-    if "log_ratio_start" in objectives.spec(name).inputs
-}
+VOCAB = 6
+
+
+def distributions() -> tuple[Any, Any]:
+    """Two policies of a vocabulary of six, ``[batch, tokens, vocab]``, up to one impossible token.
+
+    They are close in some places and far apart in others.
+    """
+    generator = np.random.default_rng(5)
+    logits = 2 * generator.normal(size=(BATCH, TOKENS, VOCAB))
+    distance = generator.choice([0.1, 0.4, 1.5], size=(BATCH, TOKENS, 1))
+    both = [np.exp(logits), np.exp(logits + distance * generator.normal(size=logits.shape))]
+    for row, policy in enumerate(both):
+        policy[row, 0, row] = 0
+    return tuple(x / x.sum(axis=-1, keepdims=True) for x in both)
+
+
+@functools.cache
+def divergence_gradients() -> Callable[..., Any]:
+    """Gradients of the loss of the two top-k objectives, k traced, in one program."""
+
+    def both(log_prob: Any, arrays: dict[str, Any]) -> Any:
+        def loss(log_prob: Any, name: str) -> Any:
+            return policy_loss(log_prob, objective=name, **arrays)[0]
+
+        names = ("dppo_topk_tv", "dppo_topk_kl")
+        return {name: jax.grad(loss)(log_prob, name) for name in names}
+
+    return jax.jit(both)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, np.inf])
+def test_the_divergence_of_dppo_is_over_the_likeliest_tokens_and_the_rest(
+    top_k: float, data: dict[str, Any]
+) -> None:
+    mu, pi = distributions()
+    taken = np.random.default_rng(6).integers(VOCAB, size=(BATCH, TOKENS, 1))
+    taken[0, 0], taken[1, 0] = 5, 4  # possible under both
+    old, new = (np.take_along_axis(x, taken, axis=-1)[..., 0] for x in (mu, pi))
+    mask, advantage = data["response_mask"], data["advantages"].astype(np.float64)
+    divergence = {"dppo_topk_tv": np.zeros(mask.shape), "dppo_topk_kl": np.zeros(mask.shape)}
+    for row, t in zip(*np.nonzero(mask), strict=True):
+        order = sorted(range(VOCAB), key=lambda i: -mu[row, t, i])
+        top = order[: int(min(top_k, VOCAB))]
+        buckets = [(mu[row, t, i], pi[row, t, i]) for i in top]
+        buckets.append((1 - sum(m for m, _ in buckets), 1 - sum(p for _, p in buckets)))
+        divergence["dppo_topk_tv"][row, t] = sum(abs(p - m) for m, p in buckets) / 2
+        divergence["dppo_topk_kl"][row, t] = sum(
+            m * (np.log(m / p) if p > 0 else np.inf) for m, p in buckets if m > 1e-12
+        )
+    with np.errstate(divide="ignore"):
+        log_old, log_new, log_mu, log_pi = (
+            jnp.array(np.log(x), jnp.float32) for x in (old, new, mu, pi)
+        )
+    arrays = {"old_log_prob": log_old, "advantages": jnp.array(advantage, jnp.float32)}
+    arrays |= {"response_mask": jnp.array(mask), "top_k": jnp.float32(top_k)}
+    arrays |= {"behavior_distribution": log_mu, "policy_distribution": log_pi}
+    a, r = advantage[:, None], new / old
+    # Between neighbouring divergences of tokens, so that each of them decides once.
+    for name, found in divergence.items():
+        steps = np.sort(found[mask & (a * (r - 1) > 0) & np.isfinite(found)])
+        for low in (steps[:-1] + steps[1:]) / 2:
+            delta = {"delta_low": np.float32(low), "delta_high": np.float32(1.5 * low)}
+            masked = (a * (r - 1) > 0) & (found > np.where(a > 0, 1.5 * low, low))
+            expected = np.where(mask & ~masked, -np.minimum(r, 20) * a / mask.sum(), 0)
+            gradient = divergence_gradients()(log_new, arrays | delta)[name]
+            np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+def test_with_two_tokens_the_exact_divergence_is_the_binary_one() -> None:
+    generator = np.random.default_rng(7)
+    mu, pi = generator.uniform(0.01, 0.99, size=(2, 50))
+    every = [jnp.log(jnp.stack([x, 1 - x], axis=-1)) for x in (mu, pi)]
+    advantage = jnp.array(generator.normal(size=50))
+    x = jnp.log(pi) - jnp.log(mu)
+    for kind in ("tv", "kl"):
+        exact = objectives.spec(f"dppo_exact_{kind}").function(x, advantage, *every)
+        top = objectives.spec(f"dppo_topk_{kind}").function(x, advantage, *every, top_k=2)
+        binary = objectives.spec(f"dppo_{kind}").function(x, advantage, jnp.log(mu))
+        np.testing.assert_allclose(exact, binary, rtol=1e-6)
+        np.testing.assert_array_equal(exact, top)
+        assert 0 < np.count_nonzero(exact) < 50
+
+
+def extra_inputs(name: str) -> dict[str, Any]:
+    """What an objective asks for beside its parameters."""
+    mu, pi = (jnp.log(jnp.array(x, jnp.float32)) for x in distributions())
+    every = {
+        "log_ratio_start": jnp.full((BATCH, TOKENS), 0.1),
+        "behavior_distribution": mu,
+        "policy_distribution": pi,
+    }
+    return {key: every[key] for key in objectives.spec(name).inputs if key in every}
+
+
+EXTRA: dict[str, dict[str, Any]] = {name: extra_inputs(name) for name in objectives.ALL}
+NAMES = [name for name in objectives.ALL if not name.startswith("dppo_exact")]
+"""Without two that are others with k infinite."""
 
 
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        *((name, "token-mean") for name in objectives.ALL),
+        *((name, "token-mean") for name in NAMES),
         *(("gipo", mode) for mode in LOSS_AGG_MODES[1:]),
     ],
 )
@@ -233,11 +327,11 @@ def test_padding_of_any_length_and_content_changes_nothing(
     def wider(x: Any) -> Any:
         """Nine more tokens, and other values where there was padding already."""
         x = np.asarray(x)
-        padded = np.pad(x, ((0, 0), (0, 9)))
+        padded = np.pad(x, ((0, 0), (0, 9), (0, 0))[: x.ndim])
         if x.dtype == bool:
             return padded
         mask = np.pad(data["response_mask"], ((0, 0), (0, 9)))
-        return np.where(mask, padded, np.nan)
+        return np.where(mask if x.ndim == 2 else mask[..., None], padded, np.nan)
 
     extra: dict[str, Any] = dict(EXTRA.get(name, {}))
     fixed = {"max_tokens": 20} if mode == "seq-mean-token-sum-norm" else {}
@@ -281,8 +375,15 @@ def test_without_a_mask_every_token_counts(data: dict[str, Any]) -> None:
     assert once(full)[0][0] == once(none)[0][0]
 
 
-@pytest.mark.parametrize("level", ["token", "joint", "prefix_min"])
-@pytest.mark.parametrize("name", objectives.ALL)
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [
+        (name, level)
+        for level in ("token", "joint", "prefix_min")
+        for name in NAMES
+        if level == "token" or not objectives.spec(name).takes_distributions
+    ],
+)
 def test_impossible_tokens_give_finite_losses_and_gradients(
     name: str, level: str, data: dict[str, Any]
 ) -> None:
@@ -444,6 +545,13 @@ def without_mask(log_ratio: Any, advantage: Any) -> Any:
         ("parameter of ppo_clip", {"objective": "ppo_clip", "kernel": "gaussian"}),
         ("kernel", {"kernel": "box"}),
         ("log_ratio_start", {"objective": "geppo"}),
+        ("behavior_distribution", {"objective": "dppo_exact_tv"}),
+        (
+            "policy_distribution",
+            EXTRA["dppo_topk_kl"]
+            | {"objective": "dppo_topk_kl", "policy_distribution": jnp.zeros((BATCH, TOKENS, 5))},
+        ),
+        ("ratio_level", {"ratio_level": "joint", "objective": "dppo_topk_tv"}),
     ],
 )
 def test_bad_input_is_refused_by_name(

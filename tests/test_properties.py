@@ -31,7 +31,7 @@ BATCH, TOKENS = 3, 4
 @st.composite
 def combinations(draw: st.DrawFn) -> tuple[str, str]:
     """An objective of single responses and a ratio level that it may have."""
-    names = [name for name in objectives.ALL if "margin" not in objectives.spec(name).inputs]
+    names = [name for name in objectives.ALL if not objectives.spec(name).takes_distributions]
     name, level = draw(st.sampled_from(names)), draw(st.sampled_from(list(ratio_levels.LEVELS)))
     if level == "prefix_min" and "behavior_log_prob" in objectives.spec(name).inputs:
         level = "prefix_product"

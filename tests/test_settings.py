@@ -85,6 +85,7 @@ OTHER: dict[str, Any] = {
     "decoder_layers": 2,
     "decoder_width": 8,
     "decoder_heads": 2,
+    "timestep_shift": 3.0,
     "action_head": "gaussian",
     "num_bins": 5,
     "hidden_sizes": (8, 4),
@@ -171,9 +172,12 @@ def program(domain: str, *changed: tuple[str, Any]) -> str:
         state, metrics = run(hparams)
         return state.learner.params, metrics
 
-    traced_program = jax.make_jaxpr(outputs)(hparams).jaxpr
-    used, _ = partial_eval.dce_jaxpr(traced_program, [True] * len(traced_program.outvars))
-    return re.sub("0x[0-9a-f]+", "", str(used))  # addresses of functions
+    closed = jax.make_jaxpr(outputs)(hparams)
+    used, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    read = {id(x) for equation in used.eqns for x in equation.invars}
+    named = zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    constants = [np.asarray(x).tolist() for variable, x in named if id(variable) in read]
+    return re.sub("0x[0-9a-f]+", "", f"{used} {constants}")  # addresses of functions
 
 
 def same(one: list[np.ndarray], two: list[np.ndarray]) -> bool:

@@ -53,9 +53,9 @@ def test_a_plain_function_is_an_objective() -> None:
 
 
 def test_a_partial_keeps_what_its_function_declares() -> None:
-    spec = objectives.spec(partial(objectives.dppo_kl, delta=0.1))
+    spec = objectives.spec(partial(objectives.dppo_kl, delta_low=0.1))
     assert spec.name == "dppo_kl" and spec.discrete_only
-    assert spec.params == {"delta": 0.1, "max_ratio": 20.0}
+    assert spec.params == {"delta_low": 0.1, "delta_high": 0.05, "max_ratio": 20.0}
 
 
 def no_advantage(log_ratio: jax.Array, weight: float = 1.0) -> jax.Array:
@@ -289,13 +289,21 @@ def test_a_sweep_over_a_switch_is_one_program_and_survives_json() -> None:
     assert grid.decode(grid.encode(runs)) == runs
 
 
-def test_an_alias_is_the_same_formula_at_another_ratio_level() -> None:
+def test_a_preset_is_an_objective_a_ratio_level_and_parameters() -> None:
     x, advantage = jnp.linspace(-2, 2, 9), jnp.where(jnp.arange(9) % 2, 1.0, -1.0)
-    for name in ("topr", "vespo"):
-        alone, joint = objectives.spec(name), objectives.spec(f"{name}_joint")
-        assert (joint.name, joint.ratio_level) == (f"{name}_joint", "joint")
-        assert (joint.params, joint.source) == (alone.params, alone.source)
-        np.testing.assert_array_equal(joint.function(x, advantage), alone.function(x, advantage))
+    presets = {"minpro": ("cispo", "prefix_min"), "topr_joint": ("topr", "joint")}
+    for name, (of, level) in (presets | {"vespo_joint": ("vespo", "joint")}).items():
+        alone, preset = objectives.spec(of), objectives.spec(name)
+        assert (preset.name, preset.ratio_level, preset.params) == (name, level, alone.params)
+        np.testing.assert_array_equal(preset.function(x, advantage), alone.function(x, advantage))
+    gspo = objectives.spec("gspo")
+    assert (gspo.ratio_level, gspo.source) == ("sequence", "arXiv:2507.18071")
+    assert gspo.params == {"eps_low": 3e-4, "eps_high": 4e-4} and set(gspo.positive) == {
+        *gspo.params
+    }
+    alike = gspo.function(x, advantage, eps_low=0.3, eps_high=0.3)
+    np.testing.assert_array_equal(alike, objectives.ppo_clip(x, advantage, 0.3))
+    assert objectives.spec("minpro").source == "arXiv:2601.22718"
     assert objectives.vespo_joint is objectives.KNOWN["vespo_joint"]
 
 

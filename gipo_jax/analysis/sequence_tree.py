@@ -194,6 +194,11 @@ def _weighted_advantage(
             given["behavior_log_prob"] = ratio_levels.transform(behavior_log_prob, level)
         if "log_ratio_start" in spec.inputs:
             given["log_ratio_start"] = ratio_levels.transform(log_ratio, level)
+        if spec.takes_distributions:
+            nodes = np.repeat(_nodes(_steps(target)), copies, axis=0)
+            every = (jnp.asarray(np.log(policy)[nodes]) for policy in (behavior, target))
+            named = zip(signatures.DISTRIBUTIONS, every, strict=True)
+            given |= {name: x for name, x in named if name in spec.inputs}
         if "position" in spec.inputs:
             position = 1 + jnp.arange(log_ratio.shape[1])
             given["position"] = jnp.broadcast_to(position, log_ratio.shape)

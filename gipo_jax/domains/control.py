@@ -268,6 +268,9 @@ def make(config: Config, env: environments.Environment | None = None) -> Control
     if objective.discrete_only and not domain.head.discrete:
         valid = f"'tokens', because {objective.name} reads probabilities of discrete actions"
         raise ConfigError("action_head", config.action_head, valid)
+    if objective.takes_distributions:
+        valid = "one for actions, of which replay keeps no probabilities but those of the one taken"
+        raise ConfigError("objective", objective.name, valid)
     if "position" in objective.inputs:
         valid = "one for actions, because the tokens of an action have no order"
         raise ConfigError("objective", objective.name, valid)

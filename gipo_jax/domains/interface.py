@@ -35,6 +35,8 @@ class Scores(NamedTuple):
     entropy: Array | None = None  # of each token in nats, same shape; None if not used
     kl: Array | None = None  # exact KL(mu || pi) of each token; None if estimated
     value: Array | None = None  # V, [batch]; None without a value function
+    # log mu and log pi of every token, [batch, tokens, vocab]; None where not asked for
+    distributions: tuple[Array, Array] | None = None
     margin: Array | None = None  # of pairs of responses, see signatures.INPUTS, [batch]
     other_log_ratio: Array | None = None  # of pairs, of the wrong response, [batch]
 

@@ -26,6 +26,7 @@ def pairs() -> list[tuple[str, str]]:
         for name in objectives.ALL
         for level in LEVELS
         if level != "prefix_min" or name not in READS_PROBABILITIES
+        if level == "token" or not objectives.spec(name).takes_distributions
     ]
 
 

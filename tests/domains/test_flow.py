@@ -278,6 +278,30 @@ def test_samples_of_a_density_lie_near_its_modes(name: str) -> None:
     assert nearest.min(1).max() < 1
 
 
+def test_the_proxy_pays_beside_the_modes_and_is_what_training_sees() -> None:
+    task = tasks.make("flow/ring_proxy")
+    modes = jnp.asarray(task.centers[task.rewarded])
+    for place, proxy, gold in ((1.0, np.exp(-0.25 / 0.64), 1.0), (1.25, 1.0, np.exp(-0.25 / 0.32))):
+        np.testing.assert_allclose(tasks.training_reward(task, place * modes), proxy, rtol=1e-5)
+        np.testing.assert_allclose(tasks.reward(task, place * modes), gold, rtol=1e-5)
+        np.testing.assert_allclose(tasks.training_reward(RING, place * modes), gold, rtol=1e-5)
+
+    domain = made(task=task._replace(steps=3, pretrain_steps=1, pretrain_batch=4))
+    hparams = HParams()
+    state = jax.jit(functools.partial(train.init, domain))(hparams)
+    made_of_it = jax.jit(domain.collect)(state, hparams, jax.random.key(0))
+    seen = tasks.training_reward(task, made_of_it.rows.points[..., -1, :])
+    assert made_of_it.counts["returns"] == pytest.approx(float(jnp.sum(seen)), rel=1e-5)
+
+
+def test_a_setting_gives_a_task_steps_of_unequal_length() -> None:
+    shifted = made(dataclasses.replace(SMALL, timestep_shift=3.0))
+    for name, found in shifted.steps._asdict().items():
+        expected = getattr(sampler.schedule(RING._replace(shift=3.0)), name)
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+    assert shifted.steps.dt[0] < shifted.steps.dt[-1] / 5
+
+
 # Training.
 
 

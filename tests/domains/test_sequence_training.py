@@ -217,6 +217,29 @@ def test_a_policy_answers_prompts_of_any_leading_shape(runs: Any) -> None:
     assert one.shape == (4,)
 
 
+def test_replay_keeps_the_distribution_that_the_answers_came_from() -> None:
+    config = dataclasses.replace(SMALL, objective="dppo_exact_tv", env="tokens/add")
+    domain: Any = train.make(config)
+    hparams = settings(config, temperature=0.7, buffer_size=BLOCK)
+    state = jax.jit(functools.partial(train.init, domain))(hparams)
+    rows = jax.jit(domain.collect)(state, hparams, jax.random.key(0)).rows
+    assert rows.distribution.shape == (GROUP, PROMPTS, 4, 12)
+    np.testing.assert_allclose(np.exp(rows.distribution).sum(axis=-1), 1, rtol=1e-5)
+    taken = np.take_along_axis(rows.distribution, rows.answer[..., None], axis=-1)[..., 0]
+    mask = domain.decoder.mask(rows.answer)
+    np.testing.assert_allclose(taken[mask], rows.behavior_log_prob[mask], rtol=1e-5)
+    others = dataclasses.replace(config, objective="dppo_tv")
+    assert train.make(others).block.distribution is None
+
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+    batch = domain.batch(state, state.learner.params, batch, jnp.zeros(BLOCK), hparams)
+    scores = domain.score(state.learner.params, batch, hparams)
+    stored, current = scores.distributions
+    np.testing.assert_allclose(stored, current, rtol=1e-5)  # of one policy
+    moved = jax.tree.map(lambda x: 1.1 * x, state.learner.params)
+    assert not np.allclose(*domain.score(moved, batch, hparams).distributions)
+
+
 @objectives.declare(kind="batch")
 def without_mask(log_ratio: Any, advantage: Any) -> Any:
     return log_ratio * advantage / jnp.mean(advantage)
@@ -247,6 +270,8 @@ def without_mask(log_ratio: Any, advantage: Any) -> Any:
         ("ratio_level", {"env": "CartPole-v1", "objective": "gspo"}),
         ("objective", {"env": "CartPole-v1", "objective": "ctpo", "ratio_level": "joint"}),
         ("temperature", {"env": "CartPole-v1", "temperature": 0.5}),
+        ("objective", {"env": "CartPole-v1", "objective": "dppo_exact_tv"}),
+        ("ratio_level", {"objective": "dppo_exact_tv", "ratio_level": "sequence"}),
     ],
 )
 def test_settings_that_do_not_fit_the_task_are_refused(field: str, change: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import selection, sequences
+from experiments import flow, mismatch, selection, sequences
 from experiments.exact import sequence_bias
-from gipo_jax import train
+from gipo_jax import objectives, ratio_levels, train
 from gipo_jax.analysis import plots, sequence_tree
 from scripts import reproduce
 
@@ -127,6 +127,104 @@ def test_the_lag_study_trains_every_method_at_its_level_and_lag(
     assert stale[(stale.seed == 3700) & (stale.level == "token")].ess.nunique() == methods
     tables = tmp_path / "tables"
     assert len(pd.read_csv(tables / "sequence_staleness_token_minus_joint.csv")) == levels + 1
+
+
+def test_every_objective_for_responses_is_in_the_lag_study_at_a_level_it_can_have() -> None:
+    parts = sequences.lag_parts(sequences.LAG, sequences.LAG.presets["committed"])
+    levels: dict[str, set[str]] = {}
+    for part in parts:
+        for method in part.methods:
+            level = part.settings["ratio_level"]
+            levels.setdefault(method.objective, set()).add(level)
+            assert ratio_levels.choose(level, objectives.spec(method.objective)) == level
+    alone = {name: objectives.spec(name).ratio_level for name in ("gspo", "ctpo", "cppo", "minpro")}
+    assert {name: levels[name] for name in alone} == {n: {level} for n, level in alone.items()}
+    three = {"token", "sequence", "prefix_product"}
+    for name in ("gipo", "ppo_clip", "sapo", "no_clip", "m2po", "r2vpo"):
+        assert levels[name] == three
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_second_lag_study_trains_each_method_at_its_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "save", lambda figure, stem: [])
+    chosen = {name: sequences.LAG_METHODS[name] for name in ("sequence", "prefix_min")}
+    monkeypatch.setattr(sequences, "LAG_METHODS", chosen)
+    monkeypatch.setattr(sequences, "AT_THREE_LEVELS", ())
+    assert run(tmp_path, "sequence_lag") == 0
+    table = pd.read_csv(tmp_path / "tables" / "sequence_lag.csv")
+    found = table[["level", "method", "lag"]].to_numpy().tolist()
+    expected = [["token", "GIPO σ=1", 0], ["sequence", "GSPO", 4], ["prefix_min", "MinPRO", 4]]
+    assert found == expected and (table.seeds == 2).all()
+
+
+def test_a_clip_masks_a_rare_token_whose_distribution_has_hardly_moved() -> None:
+    mu = np.array([0.9, 0.06, 0.04])
+    pi = np.array([0.88, 0.04, 0.08])  # total variation .04
+    answer = jnp.array([[0, 1, 2]])
+    log_mu, log_pi = (jnp.log(jnp.tile(x, (1, 3, 1))) for x in (mu, pi))
+    found = mismatch.masks(answer, log_mu, log_pi)
+    np.testing.assert_allclose(found["mu"][0], mu, rtol=1e-6)
+    np.testing.assert_allclose(found["divergence"], 0.04, rtol=1e-5)
+    masked = {name: x[0].tolist() for name, x in found["masked"].items()}
+    assert masked["PPO-Clip"] == [0, 0.5, 0.5]  # for the advantage that leads away
+    assert masked["DPPO TV, exact"] == masked["DPPO TV, binary"] == [0, 0, 0]
+    far = mismatch.masks(answer, log_mu, jnp.log(jnp.tile(pi[::-1], (1, 3, 1))))
+    assert far["masked"]["DPPO TV, exact"][0].tolist() == [0.5, 0.5, 0.5]
+    assert far["masked"]["DPPO TV, binary"][0].tolist() == [0.5, 0, 0.5]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_study_of_rare_tokens_compares_every_method_with_a_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "save", lambda figure, stem: [])
+    assert run(tmp_path, "mismatch") == 0
+    table = pd.read_csv(tmp_path / "tables" / "mismatch.csv")
+    assert set(table.sampler) == set(mismatch.SAMPLERS)
+    rare = table[(table.probability == "rare") & (table.sampler == "temperature 0.8")]
+    masked = rare.set_index("method").estimate.to_dict()
+    assert set(masked) == set(mismatch.METHODS)
+    assert masked["PPO-Clip"] > 0.1 and masked["DPPO TV, exact"] == 0
+
+
+def test_over_optimisation_is_a_fall_from_the_peak_of_the_mean_at_a_proxy_that_rises() -> None:
+    gold = {"ppo_clip": ([0.4, 0.9, 0.7, 0.5, 0.5], [0.4, 0.7, 0.9, 0.5, 0.5])}
+    gold["guard_0.2"] = ([0.4, 0.7, 0.8, 0.9, 0.9], [0.4, 0.7, 0.8, 0.9, 0.9])
+    proxy = {"ppo_clip": [0.3, 0.8, 0.95, 1.0, 1.0], "guard_0.2": [0.3, 0.5, 0.6, 0.8, 0.8]}
+    rows = [
+        (3.0, method, seed, 64 * point, value, proxy[method][point])
+        for method, seeds in gold.items()
+        for seed in (1, 0)
+        for point, value in enumerate(seeds[seed])
+    ]
+    columns = ["shift", "method", "seed", "samples", "gold", "proxy"]
+    table = flow.summarize_proxy(pd.DataFrame(rows, columns=columns))
+    found = table.pivot(index="method", columns="score", values="estimate").to_dict("index")
+    # The mean peaks at both points with 0.8, and the first counts.
+    expected = {"proxy": 1.0, "rise": 0.7, "gold": 0.5, "fall": 0.3, "at_level": 0.8, "reached": 1}
+    assert found["ppo_clip"] == pytest.approx(expected)
+    expected = {"proxy": 0.8, "rise": 0.5, "gold": 0.9, "fall": 0.0, "at_level": 0.9, "reached": 0}
+    assert found["guard_0.2"] == pytest.approx(expected)
+    ahead = table[(table.method == "guard_0.2") & (table.score == "gold")].minus_ppo_low
+    assert ahead.item() == pytest.approx(0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_study_of_a_wrong_reward_model_stores_both_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plots, "save", lambda figure, stem: [])
+    monkeypatch.setattr(flow, "METHODS", {"ppo_clip": flow.METHODS["ppo_clip"]})
+    monkeypatch.setattr(flow, "SHIFTS", (3.0,))
+    assert run(tmp_path, "flow_proxy") == 0
+    curves = pd.read_csv(tmp_path / "data" / "flow_proxy_curves.csv")
+    assert curves["shift"].tolist() == [3.0] * 8
+    assert (curves.gold != curves.proxy).all()
 
 
 def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:

@@ -38,7 +38,7 @@ RESULTS = ROOT / "results"
 TRAINED = (
     *("staleness", "replay_sizes", "tuned_sizes", "age_and_size", "sigma", "kernel"),
     *("token_vs_joint", "objective_family", "metaworld", "proposal_development", "proposal"),
-    *("selection", "sequence_staleness", "sequence_learning"),
+    *("selection", "sequence_staleness", "sequence_lag", "sequence_learning"),
 )
 """Studies that are sweeps."""
 

@@ -42,6 +42,8 @@ class Flow(Domain):
     """Chains of denoising steps; see ``Domain``."""
 
     def __init__(self, config: Config, task: Task) -> None:
+        if config.timestep_shift is not None:
+            task = task._replace(shift=config.timestep_shift)
         self.config, self.env = config, task
         self.field, self.steps = sampler.velocity_field(config), sampler.schedule(task)
         self.objective = objectives.spec(config.objective)
@@ -69,7 +71,7 @@ class Flow(Domain):
         key_noise, key_steps = jax.random.split(key)
         noise = jax.random.normal(key_noise, (*self.block.advantage.shape, 2))
         chain = sampler.sample(self.flow(state.learner.params), self.env, key_steps, noise)
-        reward = tasks.reward(self.env, chain.points[..., -1, :])
+        reward = tasks.training_reward(self.env, chain.points[..., -1, :])
         counts = {"returns": jnp.sum(reward), "episodes": jnp.float32(reward.size)}
         scaled = reward * hparams.reward_scale
         standard = self.config.normalize_advantage is not False
@@ -107,12 +109,13 @@ class Flow(Domain):
 
     def evaluate(self, acting: Any, hparams: HParams, key: Array, episodes: int) -> Metrics:
         """Mean rewards of end points of the ODE and of the SDE from the same noise, and diversity
-        of the latter."""
+        of the latter; of a task with a proxy also the mean of that over them."""
         key_noise, key_steps = jax.random.split(key)
         noise = jax.random.normal(key_noise, (episodes, 2))
         ends = self.choose_action(acting, hparams, noise)
         sampled = self.choose_action(acting, hparams, noise, key_steps)
-        return {
+        proxy = {} if self.env.proxy is None else {"eval_proxy": jnp.mean(self.env.proxy(sampled))}
+        return proxy | {
             "eval_return": jnp.mean(tasks.reward(self.env, ends)),
             "eval_return_sampled": jnp.mean(tasks.reward(self.env, sampled)),
             "modes_covered": tasks.modes_covered(self.env, sampled),

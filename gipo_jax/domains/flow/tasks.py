@@ -28,6 +28,8 @@ class Task(NamedTuple):
     steps: int = 10  # denoising steps
     noise_level: float = 0.7  # a in sigma_t = a sqrt(t / (1 - t)), as in Flow-GRPO
     shift: float = 1.0  # of the times, 1 for equal steps; 3 in Stable Diffusion 3
+    # points [..., 2] -> what training sees in place of the reward, which evaluations measure
+    proxy: Callable[[Array], Array] | None = None
     pretrain_steps: int = 800  # updates of flow matching that a run begins with
     pretrain_batch: int = 512  # points in such an update
     pretrain_rate: float = 2e-2  # Adam's first learning rate, which decays along a cosine
@@ -60,6 +62,20 @@ def ring() -> Task:
     return Task(f"{PREFIX}ring", sample, centers, centers[:, 1] > 0, width=0.4)
 
 
+def ring_proxy() -> Task:
+    """``ring`` under a reward model that places the modes a quarter too far out, and wider.
+
+    The modes have a reward of 0.68 under it. Where it is highest, the true reward is 0.46.
+    """
+    task = ring()
+    model = task._replace(centers=1.25 * task.centers, width=2**0.5 * task.width)
+
+    def proxy(points: Array) -> Array:
+        return reward(model, points)
+
+    return task._replace(name=f"{PREFIX}ring_proxy", proxy=proxy)
+
+
 def moons() -> Task:
     """Two half circles of radius 1.5 that reach into each other, noise 0.1; the upper one pays."""
 
@@ -80,13 +96,22 @@ def moons() -> Task:
 
 
 # Tasks by name
-TASKS: dict[str, Callable[[], Task]] = {f"{PREFIX}ring": ring, f"{PREFIX}moons": moons}
+TASKS: dict[str, Callable[[], Task]] = {
+    f"{PREFIX}ring": ring,
+    f"{PREFIX}ring_proxy": ring_proxy,
+    f"{PREFIX}moons": moons,
+}
 
 
 def reward(task: Task, points: Array | np.ndarray) -> Array:
     """exp(-d^2 / (2 width^2)) of points ``[..., 2]``, d the distance to the next rewarded mode."""
     squares = _squared_distances(points, task.centers[task.rewarded])
     return jnp.exp(-jnp.min(squares, axis=-1) / (2 * task.width**2))
+
+
+def training_reward(task: Task, points: Array) -> Array:
+    """What training sees of points ``[..., 2]``: the proxy of a task that has one."""
+    return reward(task, points) if task.proxy is None else task.proxy(points)
 
 
 def modes_covered(task: Task, points: Array | np.ndarray) -> Array:

@@ -54,6 +54,8 @@ class Row(NamedTuple):
     advantage: Any  # [...]; in preference training 1 for a pair, 0 where there is none
     weight: selection.Weights | None = None  # [...], of a selection of responses; None without
     wrong: preference.Wrong | None = None  # of pairs, whose right response is answer
+    # log mu of every token, [..., answer_length, vocab]; None where the objective does not ask
+    distribution: Any = None
 
 
 class Tokens(Domain):
@@ -138,6 +140,9 @@ class Tokens(Domain):
 
         advantage = group_advantage(groups(reward), config.normalize_groups) * hparams.reward_scale
         rows = Row(groups(prompt), groups(answer), groups(log_prob), advantage)
+        if self.objective.takes_distributions:
+            found = self._distribution(state.learner.params, prompt, answer, hparams)
+            rows = rows._replace(distribution=groups(found))
         counts = {
             "returns": jnp.sum(reward),
             "episodes": reward.size,
@@ -254,6 +259,9 @@ class Tokens(Domain):
         policy = functools.partial(self.decoder.score, params["policy"], rows.prompt)
         log_prob, entropy = policy(rows.answer, temperature)
         scores = Scores(log_prob - batch.behavior_log_prob, entropy)
+        if rows.distribution is not None:
+            found = self._distribution(params, rows.prompt, rows.answer, hparams)
+            scores = scores._replace(distributions=(rows.distribution, found))
         if rows.wrong is None:
             return scores
         other, _ = policy(rows.wrong.answer, temperature)
@@ -265,6 +273,12 @@ class Tokens(Domain):
         return scores._replace(
             margin=margin - rows.wrong.reference_margin, other_log_ratio=log_ratio[:, 0]
         )
+
+    def _distribution(self, params: Any, prompt: Array, answer: Array, hparams: HParams) -> Array:
+        """Log-probability of every token at each place, ``[batch, answer_length, vocab]``."""
+        tokens = jnp.concatenate([prompt, answer[:, :-1]], axis=1)
+        outputs = self.decoder.logits(params["policy"], tokens)[:, self.env.prompt_length - 1 :]
+        return jax.nn.log_softmax(outputs / hparams.temperature)
 
     def evaluate(self, acting: Any, hparams: HParams, key: Array, episodes: int) -> Metrics:
         """Share of fresh prompts with a right response: of likeliest tokens, of sampled ones."""
@@ -307,6 +321,8 @@ class Tokens(Domain):
         block = Row(prompt, answer, like(task.answer_length), like())
         if self.selection.stage == selection.GROUP:
             block = block._replace(weight=selection.Weights(like(), like()))
+        if self.objective.takes_distributions:
+            block = block._replace(distribution=like(task.answer_length, task.vocab))
         if self.preference:
             wrong = preference.Wrong(block.answer, block.behavior_log_prob, block.advantage)
             block = block._replace(wrong=wrong)
