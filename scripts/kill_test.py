@@ -451,8 +451,9 @@ def _full_disk(
         # Folders take no space in memory.
         files = [path for path in newest.rglob("*") if path.is_file()]
         needed = sum(path.stat().st_blocks for path in files) // 2
-        # Room for a part of the next checkpoint.
-        room = used + chance.randrange(16, needed)
+        # Room for a part of the next checkpoint, at most half: what a sweep that goes on removes
+        # first, such as the lock of the one before, makes some more.
+        room = used + chance.randrange(16, max(needed // 2, 17))
         say(f"full disk: a file system of {room} KB in memory, {used} KB of it taken")
         _remount(out, f"size={room}k")
         yield from _ended_in_a_line(_attempt(out, ["--resume"]), "No space left on device")

@@ -110,7 +110,12 @@ def functional(
 
 
 def stored_dtype(dtype: Any) -> np.dtype:
-    """The type that replay keeps observations in: bytes as they are, all else as float32."""
+    """The type that replay keeps observations in: bytes as they are, all else as float32.
+
+    Raises ConfigError where that would lose a part of them.
+    """
+    if np.dtype(dtype).kind == "c":
+        raise ConfigError("obs", str(dtype), "real numbers, integers or booleans")
     small = np.dtype(dtype) in (np.bool_, np.uint8)
     return np.dtype(dtype) if small else np.dtype(np.float32)
 

@@ -266,7 +266,8 @@ def summaries(metrics: Path | IO[str], iterations: Sequence[int]) -> list[dict[A
     """``env_steps``, ``final_return`` and ``eval_return`` of every run so far.
 
     ``final_return`` is the mean training return of the episodes that ended in the last logged
-    points, as many as cover at least a tenth of training; NaN when none ended there.
+    points, as many as cover at least a tenth of training; NaN when none ended there, or one of them
+    is NaN.
     """
     floats = ["episode_return", "episodes", "eval_return"]
     wanted = ["run", "iteration", "env_steps", *floats]
@@ -274,7 +275,10 @@ def summaries(metrics: Path | IO[str], iterations: Sequence[int]) -> list[dict[A
     table[floats] = table[floats].astype(np.float32).astype(float)
     late = 10 * table["iteration"] > 9 * np.asarray(iterations)[table["run"]]
     ended = table[late & (table["episodes"] > 0)]
-    sums = (ended["episode_return"] * ended["episodes"]).groupby(ended["run"]).sum()
+    returned = ended["episode_return"] * ended["episodes"]
+    sums = returned.groupby(ended["run"]).sum()
+    # A sum leaves NaN out, and a return that is no number would count as 0.
+    sums = sums.mask(returned.isna().groupby(ended["run"]).any())
     last = table.groupby("run").tail(1).set_index("run")[["env_steps", "eval_return"]]
     last["final_return"] = sums / ended.groupby("run")["episodes"].sum()
     last = last.reindex(range(len(iterations)))

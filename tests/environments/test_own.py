@@ -150,6 +150,13 @@ def broken(key: jax.Array, x: jax.Array, action: jax.Array) -> Any:
     ("change", "words"),
     [
         ({"obs_shape": (2,)}, r"w: obs of reset: 'float32\[1\]' .*float32\[2\]"),
+        (
+            {
+                "reset": lambda key: (jnp.zeros(1, complex), 0),
+                "step": lambda key, x, action: (jnp.zeros(1, complex), x, 1.0, True),
+            },
+            "obs: 'complex64' .*real numbers",
+        ),
         ({"num_actions": None}, r"w: actions: .*num_actions, or low and high"),
         ({"low": [0.0], "high": [1.0]}, r"w: actions: "),
         ({"num_actions": None, "low": [1.0], "high": [0.0]}, r"w: low: .*less than high"),

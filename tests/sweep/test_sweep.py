@@ -297,6 +297,13 @@ def test_final_return_is_empty_where_no_episode_ended_late(tmp_path: Path) -> No
     assert only["env_steps"] == 800
 
 
+def test_final_return_is_empty_where_a_late_return_is_no_number(tmp_path: Path) -> None:
+    text = "run,iteration,env_steps,episode_return,episodes\n0,95,760,,2.0\n0,100,800,3.0,2.0\n"
+    (tmp_path / "metrics.csv").write_text(text)
+    (only,) = folder.summaries(tmp_path / "metrics.csv", [100])
+    assert np.isnan(only["final_return"])
+
+
 def test_median_returns_do_not_mix_environments() -> None:
     settings = [
         {"env": "CartPole-v1", "objective": "gipo"},
