@@ -129,7 +129,7 @@ def test_the_class_for_trl_takes_the_tokens_of_the_step_and_the_weights_of_trl(
 ) -> None:
     arrays = {name: np.nan_to_num(array) for name, array in arrays.items()}
     log_prob = torch.tensor(arrays["log_prob"]).requires_grad_()
-    asked = {}
+    asked: dict[str, Any] = {}
 
     class Trainer:
         accelerator = types.SimpleNamespace(num_processes=2)
