@@ -180,6 +180,88 @@ def test_a_rollout_policy_weights_the_surrogate_as_numpy_does(
     np.testing.assert_allclose(each, each_plain * kept_weights, rtol=1e-5, atol=1e-7)
 
 
+def weights_of_trl(gap: np.ndarray, mode: str, low: float | None, high: float | None) -> Any:
+    """trl 1.9.0: ``vllm_importance_sampling_mode`` with its bounds, for one response."""
+    level, _, rule = mode.partition("_")
+    ratio = np.exp(gap) if level == "token" else np.full(len(gap), np.exp(gap.sum()))
+    low, high = -np.inf if low is None else low, np.inf if high is None else high
+    if rule == "truncate":
+        return np.minimum(np.maximum(ratio, low), high)
+    ratio[(ratio < low) | (ratio > high)] = 0
+    return ratio
+
+
+def weights_of_verl(gap: np.ndarray, level: str, threshold: str) -> Any:
+    """verl 0.9.0: ``rollout_is`` with one threshold (TIS) or two (IcePop), for one response."""
+    x = gap if level == "token" else np.repeat(gap.sum(), len(gap))
+    ratio = np.exp(np.clip(x, -20, 20))
+    low, _, high = threshold.rpartition("_")
+    if not low:
+        return np.minimum(ratio, float(high))
+    return ratio * ((ratio >= float(low)) & (ratio <= float(high)))
+
+
+def kept_by_verl(gap: np.ndarray, low: float, high: float) -> bool:
+    """verl 0.9.0: ``rollout_rs`` ``seq_mean_k1``, the geometric level, for one response."""
+    return bool(np.log(low) <= np.mean(-gap) <= np.log(high))
+
+
+@pytest.mark.parametrize(
+    ("rule", "level", "mode", "bounds"),
+    [
+        ((weights_of_trl, "token_truncate", None, 1.2), "token", "truncate", (0, 1.2)),
+        ((weights_of_trl, "token_truncate", 0.8, 1.2), "token", "truncate", (0.8, 1.2)),
+        ((weights_of_trl, "token_mask", 0.8, 1.2), "token", "mask", (0.8, 1.2)),
+        ((weights_of_trl, "sequence_truncate", None, 1.2), "sequence", "truncate", (0, 1.2)),
+        ((weights_of_trl, "sequence_mask", None, 1.2), "sequence", "mask", (0, 1.2)),
+        ((weights_of_trl, "sequence_mask", 0.8, None), "sequence", "mask", (0.8, np.inf)),
+        ((weights_of_verl, "token", "1.2"), "token", "truncate", (0, 1.2)),
+        ((weights_of_verl, "token", "0.8_1.2"), "token", "mask", (0.8, 1.2)),
+        ((weights_of_verl, "sequence", "1.2"), "sequence", "truncate", (0, 1.2)),
+        ((weights_of_verl, "sequence", "0.5_2"), "sequence", "mask", (0.5, 2)),
+    ],
+)
+def test_rollout_corrections_of_trl_and_verl_weight_ppo_as_theirs(
+    rule: Any, level: str, mode: str, bounds: Any, responses: list[dict[str, Any]]
+) -> None:
+    function, *settings = rule
+    total, tokens, moved = 0.0, 0, 0
+    for response in responses:
+        counted = response["response_mask"]
+        gap = (response["old_log_prob"] - response["rollout_log_prob"])[counted]
+        ratio = np.exp((response["log_prob"] - response["old_log_prob"])[counted])
+        a = response["advantages"][counted]
+        weight = function(gap, *settings)
+        total -= np.sum(weight * np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a))
+        tokens += len(gap)
+        moved += np.sum(weight != np.exp(gap if level == "token" else gap.sum()))
+    assert 0 < moved < tokens
+    arrays = rows_of(responses, ALONE)
+    del arrays["segment_ids"], arrays["log_ratio_start"]
+    given = {"rollout_level": level, "rollout_mode": mode, "rollout_bounds": bounds}
+    loss, _ = policy_loss(**arrays, objective="ppo_clip", metrics=False, **given)
+    np.testing.assert_allclose(loss, total / tokens, rtol=1e-5)
+
+
+def test_a_mask_at_the_mean_rejects_the_responses_that_the_geometric_level_of_verl_rejects(
+    responses: list[dict[str, Any]],
+) -> None:
+    arrays = rows_of(responses, ALONE)
+    del arrays["segment_ids"], arrays["log_ratio_start"]
+    kept = [
+        kept_by_verl(
+            (response["old_log_prob"] - response["rollout_log_prob"])[response["response_mask"]],
+            1 / 1.2,
+            1.2,
+        )
+        for response in responses
+    ]
+    assert 0 < sum(kept) < len(kept)
+    given = {"rollout_level": "mean", "rollout_mode": "mask", "rollout_bounds": (1 / 1.2, 1.2)}
+    _, gradient = evaluated(arrays, metrics=False, **given)
+    assert [bool(row.any()) for row in gradient_of_each(gradient, ALONE)] == kept
+
+
 @pytest.mark.parametrize("level", ["token", "sequence", "mean"])
 def test_a_token_impossible_in_rollout_and_old_policy_is_left_out(
     level: str, responses: list[dict[str, Any]]
