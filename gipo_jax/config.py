@@ -300,8 +300,9 @@ class Config:
     )
     packed_size: int | None = of_tokens(
         None,
-        "answers that an update back-propagates through under a selection of answers; by default"
-        " half of batch_size",
+        "rows that an update computes, each as wide as the longest prompt with its answer: short"
+        " answers are joined in them, and of those that do not fit a random part is taken; by"
+        " default batch_size, and half of it under a selection of answers",
         optional(at_least(1)),
     )
     decoder_layers: int = of_tokens(3, "layers of the transformer", at_least(1))

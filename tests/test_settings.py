@@ -58,7 +58,6 @@ BASE: dict[str, dict[str, Any]] = {
 NEEDED: dict[str, dict[str, Any]] = {
     "detach_value": {"shared_torso": True},
     "num_candidates": {"selection": "depo"},
-    "packed_size": {"selection": "prune"},
     "action_head": {"num_bins": Config.num_bins},
 }
 """Without which a setting is refused."""

@@ -15,8 +15,8 @@ Weights are >= 0. What they mean:
   without replacement in proportion to their weights, one of weight 0 only where the others are too
   few. It saves rollouts.
 - Of a ``group``, once it is answered: an answer of weight 0 is never learned from, any other counts
-  as often as its weight says. Batches are packed into ``packed_size`` rows, which saves
-  back-propagation. Answers of weight 0 keep their place in replay.
+  as often as its weight says. Batches are packed into ``packed_size`` rows (``packing``), which
+  saves back-propagation. Answers of weight 0 keep their place in replay.
 
 ``declare`` gives a selection a state, which learns from every group. ``SELECTIONS`` are:
 
@@ -30,7 +30,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,6 +38,7 @@ from jax import Array
 
 from gipo_jax import user_files
 from gipo_jax.config import Config, ConfigError
+from gipo_jax.domains.tokens import packing
 from gipo_jax.domains.tokens.tasks import Task
 from gipo_jax.signatures import Spec
 
@@ -59,13 +59,6 @@ class Group(NamedTuple):
     # in preference training, log-probability of the right minus that of the wrong answer of the
     # pair, less the same under the reference policy, [answers, prompts]; else None
     margin: Array | None = None
-
-
-class Weights(NamedTuple):
-    """Factors on what each row adds to a mean over rows, ``[rows]`` each."""
-
-    answer: Array  # for means over answers
-    token: Array  # for means over tokens
 
 
 State = Any
@@ -117,31 +110,11 @@ def draw_prompts(
     return prompts[jax.lax.top_k(last + noise, config.num_envs)[1]]
 
 
-def weigh(selection: Selection, state: State, group: Group, key: Array) -> Weights | None:
+def weigh(selection: Selection, state: State, group: Group, key: Array) -> Array | None:
     """Weights ``[answers, prompts]`` to store with answers; None where all count alike."""
     if selection.stage != GROUP:
         return None
-    weight = _checked(selection, group.advantage.shape, group, state, key)
-    return Weights(weight, weight)
-
-
-def pack(weights: Weights, length: Array, rows: int, noise: Array) -> tuple[Array, Weights]:
-    """Rows of a batch to back-propagate through: ascending indices ``[rows]``, and their weights.
-
-    Rows of weight 0 are left out. Where more are left than fit, a random part of them is taken, by
-    noise uniform in [0, 1), and the weights grow by the inverse of that part: the gradient keeps
-    its expectation. Where fewer are left, rows of weight 0 fill up. With these weights a mean over
-    the packed rows, or over their tokens, is what it would be over the whole batch.
-    """
-    chex.assert_equal_shape([*weights, length, noise])
-    kept = weights.answer > 0
-    index = jnp.sort(jnp.argsort(jnp.where(kept, noise, 2.0))[:rows])
-    crowded = jnp.maximum(jnp.sum(kept) / rows, 1.0)
-    of_tokens = jnp.sum(length[index]) / jnp.sum(length)
-    return index, Weights(
-        weights.answer[index] * crowded * (rows / length.size),
-        weights.token[index] * crowded * of_tokens,
-    )
+    return _checked(selection, group.advantage.shape, group, state, key)
 
 
 def prompts_drawn(selection: Selection, config: Config) -> int:
@@ -151,40 +124,47 @@ def prompts_drawn(selection: Selection, config: Config) -> int:
     return config.num_candidates or 4 * config.num_envs
 
 
-def packed_rows(config: Config) -> int:
-    """Rows of a packed batch."""
-    return config.packed_size or -(-config.batch_size // 2)
-
-
 # The built-in ones.
 
 
 MAX_PRUNED = 0.7  # highest probability with which prune leaves out a prompt, or an answer
 
 
-def keep_probability(advantage: Array, part: float) -> tuple[Array, Array]:
+def keep_probability(advantage: Array, size: Array, part: float) -> tuple[Array, Array]:
     """Probabilities with which ``prune`` keeps prompts ``[prompts]``, and answers of kept prompts.
 
     A prompt, and likewise an answer of it, is kept in proportion to its abs(A) over the mean, a
-    prompt's being the mean of its answers', within [1 - MAX_PRUNED, 1]. ``part`` of the answers, in
-    (0, 1] and shared evenly by the two levels, stays in the mean.
+    prompt's being the mean of its answers', within [1 - MAX_PRUNED, 1]. The proportion is the one
+    with which the answers that stay have ``part`` rows for each answer in the mean, ``size`` being
+    the rows that each takes ``[answers, prompts]``; or it is as near as these bounds allow.
     """
+    of_answer = jnp.abs(advantage) / jnp.maximum(jnp.mean(jnp.abs(advantage)), 1e-8)
+    of_prompt = jnp.mean(of_answer, axis=0)
 
-    def probability(size: Array) -> Array:
-        mean = jnp.mean(size)
-        share = jnp.where(mean > 0, size / jnp.where(mean > 0, mean, 1), 1)
-        return jnp.clip(part**0.5 * share, 1 - MAX_PRUNED, 1)
+    def probabilities(scale: Array) -> tuple[Array, Array]:
+        prompt, answer = (
+            jnp.clip(scale * share, 1 - MAX_PRUNED, 1) for share in (of_prompt, of_answer)
+        )
+        return prompt, answer
 
-    size = jnp.abs(advantage)
-    return probability(jnp.mean(size, axis=0)), probability(size)
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        prompt, answer = probabilities(middle)
+        enough = jnp.mean(prompt * answer * size) >= part
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    most = jnp.float32(advantage.size)
+    return probabilities(jax.lax.fori_loop(0, 24, halve, (jnp.zeros(()), most))[1])
 
 
-def prune(part: float) -> Selection:
-    """Unbiased dynamic pruning of all but a ``part`` of the answers in the mean (arXiv:2603.04135).
+def prune(part: float, size: Callable[[Array], Array]) -> Selection:
+    """Unbiased dynamic pruning (arXiv:2603.04135) down to ``part`` rows for each answer.
 
     A prompt with its whole group, and an answer of it, is left out with probability P each, and
     what stays has the weight 1 / (1 - P): the expected gradient is that of all answers, for any
-    objective that is a sum over answers. It saves back-propagation, not rollouts.
+    objective that is a sum over answers. It saves back-propagation, not rollouts. ``size`` gives
+    the rows that answers of so many tokens take.
 
     Unverified: the paper was read second-hand. Its scores are unknown, and it scores a prompt by
     its history; prompts here are fresh, so ``keep_probability`` scores their groups. A reader of
@@ -193,7 +173,8 @@ def prune(part: float) -> Selection:
 
     def select(group: Group, state: State, key: Array) -> Array:
         key_prompt, key_answer = jax.random.split(key)
-        of_prompt, of_answer = keep_probability(group.advantage, part)
+        length = jnp.sum(group.mask, axis=2)
+        of_prompt, of_answer = keep_probability(group.advantage, size(length), part)
         keep_prompt = jax.random.bernoulli(key_prompt, of_prompt)
         keep_answer = jax.random.bernoulli(key_answer, of_answer)
         return (keep_prompt & keep_answer) / (of_prompt * of_answer)
@@ -327,45 +308,44 @@ SELECTIONS = ("keep_all", "depo", "prune", "sage")  # Names of the built-in sele
 
 def make(config: Config, task: Task, objective: Spec) -> Selection:
     """The selection that a configuration means; raises ConfigError where it does not fit."""
-    chosen, part = config.selection, packed_rows(config) / config.batch_size
+    chosen, pairs = config.selection, "margin" in objective.inputs
+    rows = packing.rows_of(config, stage_of(chosen) == GROUP) or config.batch_size
+    part, joined = rows / config.batch_size, packing.joins(task, objective)
     if callable(chosen) or user_files.is_reference(chosen):
         selection = _own(chosen)
     elif chosen not in SELECTIONS:
         valid = f"one of {', '.join(SELECTIONS)}, FILE.py:FUNCTION or a function"
         raise ConfigError("selection", chosen, valid)
-    elif chosen == "sage" and "margin" not in objective.inputs:
+    elif chosen == "sage" and not pairs:
         raise ConfigError("selection", chosen, "one for single answers, or objective dpo")
     else:
         selection = {
             "keep_all": lambda: Selection("keep_all", None, lambda *_: jnp.ones(())),
             "depo": lambda: depo(task.vocab),
-            "prune": lambda: prune(part),
+            "prune": lambda: prune(part, lambda length: packing.size(task, length, joined)),
             "sage": lambda: sage(part),
         }[chosen]()
-    for field, stage, least, most in (
-        ("num_candidates", PROMPTS, config.num_envs, None),
-        ("packed_size", GROUP, 1, config.batch_size),
-    ):
-        value = getattr(config, field)
-        if value is None:
-            continue
-        if selection.stage != stage:
-            valid = f"left out, because selection {selection.name} does not use it"
-            raise ConfigError(field, value, valid)
-        if value < least or (most is not None and value > most):
-            bound = f" and at most batch_size {most}" if most is not None else ""
-            at_least = f"num_envs {least}" if field == "num_candidates" else str(least)
-            raise ConfigError(field, value, f"an integer, at least {at_least}{bound}")
+    packed, candidates = config.packed_size, config.num_candidates
+    if candidates is not None and selection.stage != PROMPTS:
+        valid = f"left out, because selection {selection.name} does not use it"
+        raise ConfigError("num_candidates", candidates, valid)
+    if candidates is not None and candidates < config.num_envs:
+        raise ConfigError("num_candidates", candidates, f"an integer >= num_envs {config.num_envs}")
+    if packed is not None and packed > config.batch_size:
+        valid = f"an integer from 1 to batch_size {config.batch_size}"
+        raise ConfigError("packed_size", packed, valid)
     if selection.stage == GROUP:
-        _check_additive(selection, config, objective)
+        _check_additive(config, objective, f"selection {selection.name} leaves")
+    if packed is not None:
+        _check_additive(config, objective, "packed_size may leave")
     if selection.name not in SELECTIONS:
-        _try_out(selection, config, task, "margin" in objective.inputs)
+        _try_out(selection, config, task, pairs)
     return selection
 
 
-def _check_additive(selection: Selection, config: Config, objective: Spec) -> None:
+def _check_additive(config: Config, objective: Spec, leaves: str) -> None:
     """Refuses statistics of the batch where part of it is left out. Raises ConfigError."""
-    because = f"because selection {selection.name} leaves out part of the batch"
+    because = f"because {leaves} out part of the batch"
     if config.normalize_advantage is True:
         raise ConfigError("normalize_advantage", True, f"false, {because}")
     if objective.kind == "batch" or objective.initial_state is not None:
@@ -381,11 +361,12 @@ def stage_of(chosen: Any) -> str | None:
 
 
 def own_settings(settings: Mapping[str, Any], beside: Sequence[Any]) -> dict[str, Any]:
-    """Fields of ``Config`` without sizes that only other selections of the sweep use."""
-    sizes = {PROMPTS: "num_candidates", GROUP: "packed_size", None: None}
-    others = {sizes[stage_of(chosen)] for chosen in beside}
-    others.discard(sizes[stage_of(settings["selection"])])
-    return {name: value for name, value in settings.items() if name not in others}
+    """Fields of ``Config`` without those that only other selections of the sweep use."""
+    own = dict(settings)
+    of_prompts = [stage_of(chosen) == PROMPTS for chosen in (own["selection"], *beside)]
+    if any(of_prompts) and not of_prompts[0]:
+        own.pop("num_candidates", None)
+    return own
 
 
 def name_of(selection: Any) -> str:
