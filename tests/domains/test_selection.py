@@ -484,7 +484,7 @@ def test_the_code_and_the_commands_of_the_guide_are_usable(
     monkeypatch.setattr(cli, "_draw", lambda *_: None)
     for line in commands.replace("\\\n", " ").splitlines():
         assert cli.main(shlex.split(line)[1:]) == 0
-    assert trained == [3, 4, 2]
+    assert trained == [3, 1, 4, 2]
 
 
 @pytest.mark.slow
@@ -497,6 +497,7 @@ def test_a_sweep_over_selections_is_trained_interrupted_and_resumed_to_the_same_
         "episodes 4", "episodes 0"
     )
     command = f"{short} --selection depo mine.py:only_better --packed-size 4 --num-candidates 6"
+    command += " --depo-start 2 --depo-range 0.01 0.9"
     assert cli.main(f"{command} --out whole".split()) == 0
 
     save = checkpoint.save
@@ -524,7 +525,10 @@ def test_a_sweep_over_selections_is_trained_interrupted_and_resumed_to_the_same_
     ("given", "words"),
     [
         ("--selection keep_some", ("selection", "keep_some", "prune")),
-        ("--selection sage", ("selection", "sage", "dpo")),
+        ("--selection low_margin", ("selection", "low_margin", "dpo")),
+        ("--selection depo --depo-range 0.9 0.1", ("depo_range", "low < high")),
+        ("--selection depo --depo-range 0.5", ("depo_range", "two numbers")),
+        ("--selection prune --depo-start 3", ("depo_start", "3", "depo")),
         ("--packed-size 9", ("packed_size", "9", "batch_size 8")),
         ("--selection prune --packed-size 0", ("packed_size", "0")),
         ("--selection depo --num-candidates 1", ("num_candidates", "1", "num_envs 2")),

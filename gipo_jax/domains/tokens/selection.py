@@ -23,10 +23,11 @@ Weights are >= 0. What they mean:
 - ``keep_all``: no selection, the default.
 - ``depo``: of prompts, by a learnt estimate of their difficulty (arXiv:2602.06375).
 - ``prune``: of answers, at random without bias (arXiv:2603.04135).
-- ``sage``: of preference pairs, from pools by difficulty (arXiv:2602.01207).
+- ``low_margin``: of preference pairs, those of lowest margin, from pools by difficulty.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -202,23 +203,18 @@ class Estimator(nn.Module):
         return nn.Dense(2)(nn.silu(x))
 
 
-DEPO_RANGE = (0.15, 0.85)
-DEPO_START = 100  # Iterations in which depo only learns
-DEPO_RATE = 1e-3  # learning rate of the estimate of depo
-DEPO_UPDATES = 4  # an iteration, of the estimate of depo
-
-
-def depo(vocab: int) -> Selection:
+def depo(vocab: int, config: Config) -> Selection:
     """Difficulty-estimated selection (DEPO, arXiv:2602.06375).
 
     A small network estimates the share of right answers to a prompt. Candidates with an estimate
-    in ``DEPO_RANGE`` have weight 1, the others 0; in the first ``DEPO_START`` iterations all have
+    in ``depo_range`` have weight 1, the others 0; in the first ``depo_start`` iterations all have
     weight 1. It saves rollouts: answers that are all right or all wrong teach nothing.
 
     Verified from the authors' code (github.com/AIDC-AI/Marco-o1): range, start and loss. Theirs is
     a pre-trained text encoder with learning rate 2e-4; here it is one hidden layer on tokens.
     """
-    network, optimizer = Estimator(vocab), optax.adam(DEPO_RATE)
+    network, optimizer = Estimator(vocab), optax.adam(config.depo_learning_rate)
+    low, high = config.depo_range
 
     def initial_state(task: Task, key: Array) -> DepoState:
         params = network.init(key, jnp.zeros((task.prompt_length,), jnp.int32))
@@ -227,8 +223,8 @@ def depo(vocab: int) -> Selection:
     def select(prompts: Array, state: DepoState, key: Array) -> Array:
         logits: Any = network.apply(state.params, prompts)
         success = jax.nn.sigmoid(logits[:, 0])
-        fits = (success >= DEPO_RANGE[0]) & (success <= DEPO_RANGE[1])
-        return jnp.where(state.updates < DEPO_START, 1.0, fits.astype(jnp.float32))
+        fits = (success >= low) & (success <= high)
+        return jnp.where(state.updates < config.depo_start, 1.0, fits.astype(jnp.float32))
 
     def update(state: DepoState, group: Group) -> DepoState:
         success = jnp.mean(group.exact.astype(jnp.float32), axis=0)
@@ -244,7 +240,7 @@ def depo(vocab: int) -> Selection:
             return optax.apply_updates(params, updates), opt_state
 
         params, opt_state = jax.lax.fori_loop(
-            0, DEPO_UPDATES, one_update, (state.params, state.opt_state)
+            0, config.depo_updates, one_update, (state.params, state.opt_state)
         )
         return DepoState(params, opt_state, state.updates + 1)
 
@@ -271,44 +267,46 @@ def depo_loss(logits: Array, success: Array, confidence: Array) -> Array:
     )
 
 
-SAGE_POOLS = 3
+POOLS = 3  # of low_margin, by difficulty
 
 
-def sage(part: float) -> Selection:
-    """A ``part`` of the preference pairs, from pools by difficulty (SAGE, arXiv:2602.01207).
+def low_margin(part: float) -> Selection:
+    """A ``part`` of the preference pairs: those of the lowest margin of each pool by difficulty.
 
-    The pairs of an iteration go into ``SAGE_POOLS`` pools by the share of right answers in their
-    group: up to a third, up to two thirds, above. Each pool gives the same number of pairs, those
-    with the highest score e^-z, z the margin of DPO, or all where it has fewer. As the policy
-    improves, prompts change their pool.
+    The pairs of an iteration go into ``POOLS`` pools by the share of right answers in their group:
+    up to a third, up to two thirds, above. Each pool gives the same number of pairs, those with the
+    lowest margin z of DPO, or all where it has fewer.
 
-    Unverified: the paper was read second-hand and its score, inspired by the Newton decrement, was
-    not found. e^-z = s(-z)^2 / (s(z) s(-z)) is what that gives for DPO, s the logistic function:
-    the squared gradient over the curvature. The pools' bounds are this project's.
+    It takes from SAGE (arXiv:2602.01207) that pairs come from pools by difficulty and are ranked by
+    signal to noise: e^-z = s(-z)^2 / (s(z) s(-z)), s the logistic function, is the squared gradient
+    of DPO over its curvature. It is not SAGE, whose pools persist and are refreshed as the policy
+    becomes more competent, and whose score, not found, also weighs stability.
     """
 
     def select(group: Group, state: State, key: Array) -> Array:
         assert group.margin is not None
         shape, is_pair = group.margin.shape, (group.advantage > 0).reshape(-1)
         success = jnp.mean(group.exact.astype(jnp.float32), axis=0)
-        pool = jnp.broadcast_to(jnp.ceil(SAGE_POOLS * success), shape).reshape(-1)
+        pool = jnp.broadcast_to(jnp.ceil(POOLS * success), shape).reshape(-1)
         # Pairs whose score is the same are in random order.
         order = jnp.lexsort((jax.random.uniform(key, pool.shape), group.margin.reshape(-1)))
         place = jnp.argsort(order)
         before = (pool[:, None] == pool) & (place < place[:, None]) & is_pair
-        quota = max(round(part * pool.size / SAGE_POOLS), 1)
+        quota = max(round(part * pool.size / POOLS), 1)
         chosen = is_pair & (jnp.sum(before, axis=1) < quota)
         return chosen.astype(jnp.float32).reshape(shape)
 
-    return Selection("sage", GROUP, select)
+    return Selection("low_margin", GROUP, select)
 
 
-SELECTIONS = ("keep_all", "depo", "prune", "sage")  # Names of the built-in selections
+# What the built-in selections weigh, by name
+SELECTIONS = {"keep_all": None, "depo": PROMPTS, "prune": GROUP, "low_margin": GROUP}
+RENAMED = {"sage": "low_margin"}  # names of today by the old ones
 
 
 def make(config: Config, task: Task, objective: Spec) -> Selection:
     """The selection that a configuration means; raises ConfigError where it does not fit."""
-    chosen, pairs = config.selection, "margin" in objective.inputs
+    chosen, pairs = _of_today(config.selection), "margin" in objective.inputs
     rows = packing.rows_of(config, stage_of(chosen) == GROUP) or config.batch_size
     part, joined = rows / config.batch_size, packing.joins(task, objective)
     if callable(chosen) or user_files.is_reference(chosen):
@@ -316,14 +314,14 @@ def make(config: Config, task: Task, objective: Spec) -> Selection:
     elif chosen not in SELECTIONS:
         valid = f"one of {', '.join(SELECTIONS)}, FILE.py:FUNCTION or a function"
         raise ConfigError("selection", chosen, valid)
-    elif chosen == "sage" and not pairs:
+    elif chosen == "low_margin" and not pairs:
         raise ConfigError("selection", chosen, "one for single answers, or objective dpo")
     else:
         selection = {
             "keep_all": lambda: Selection("keep_all", None, lambda *_: jnp.ones(())),
-            "depo": lambda: depo(task.vocab),
+            "depo": lambda: depo(task.vocab, config),
             "prune": lambda: prune(part, lambda length: packing.size(task, length, joined)),
-            "sage": lambda: sage(part),
+            "low_margin": lambda: low_margin(part),
         }[chosen]()
     packed, candidates = config.packed_size, config.num_candidates
     if candidates is not None and selection.stage != PROMPTS:
@@ -357,16 +355,27 @@ def stage_of(chosen: Any) -> str | None:
     """What the selection of a name, reference or function weighs; errors as of ``make``."""
     if callable(chosen) or user_files.is_reference(chosen):
         return _own(chosen).stage
-    return {"depo": PROMPTS, "prune": GROUP, "sage": GROUP}.get(str(chosen))
+    return SELECTIONS.get(RENAMED.get(str(chosen), str(chosen)))
 
 
 def own_settings(settings: Mapping[str, Any], beside: Sequence[Any]) -> dict[str, Any]:
     """Fields of ``Config`` without those that only other selections of the sweep use."""
-    own = dict(settings)
-    of_prompts = [stage_of(chosen) == PROMPTS for chosen in (own["selection"], *beside)]
-    if any(of_prompts) and not of_prompts[0]:
-        own.pop("num_candidates", None)
-    return own
+    chosen = settings["selection"]
+    others: list[str] = []
+    if stage_of(chosen) != PROMPTS and PROMPTS in map(stage_of, beside):
+        others.append("num_candidates")
+    if chosen != "depo" and "depo" in beside:
+        others += [name for name in settings if name.startswith("depo_")]
+    return {name: value for name, value in settings.items() if name not in others}
+
+
+def _of_today(chosen: Any) -> Any:
+    """The selection that a name means today, with a warning for an old one."""
+    if not isinstance(chosen, str) or chosen not in RENAMED:
+        return chosen
+    message = f"selection {chosen} is called {RENAMED[chosen]} now; the old name goes with the next"
+    warnings.warn(f"{message} release", DeprecationWarning, stacklevel=2)
+    return RENAMED[chosen]
 
 
 def name_of(selection: Any) -> str:
