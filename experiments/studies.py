@@ -541,6 +541,7 @@ _ROWS = (
         scores=flow.proxy_scores,
     ),
     selection.STUDY,
+    selection.COSTS_STUDY,
     Study(
         name="sequence_bias",
         question="Which ratio level estimates the gradient of a response best, exactly computed?",

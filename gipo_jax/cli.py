@@ -352,15 +352,17 @@ def _sweep(given: dict[str, Any]) -> int:
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """What ``expand`` takes, from what was given on the command line."""
     from gipo_jax import objectives
+    from gipo_jax.domains.tokens import selection
     from gipo_jax.sweep import grid
 
     settings = dict(given)
     for name in set(grid.CONFIG_FIELDS) - set(_LISTED):
         if isinstance(settings.get(name), list):
             settings[name] = tuple(settings[name])
+    for field, renamed in (("objective", objectives.RENAMED), ("selection", selection.RENAMED)):
+        for name in set(settings.get(field, [])) & set(renamed):
+            print(f"gipo-jax: {name} is called {renamed[name]} now", file=sys.stderr)
     if "objective" in settings:
-        for name in set(settings["objective"]) & set(objectives.RENAMED):
-            print(f"gipo-jax: {name} is called {objectives.RENAMED[name]} now", file=sys.stderr)
         settings["objective"] = [
             grid.load_objective(name) if ".py:" in name else name for name in settings["objective"]
         ]

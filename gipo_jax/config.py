@@ -84,6 +84,12 @@ index = Validator("an integer in [0, 2^31)", lambda v: _is_integer(v) and 0 <= v
 count = Validator("an integer in [1, 2^31)", lambda v: _is_integer(v) and 1 <= v < 2**31)
 positive = Validator("a finite number > 0, in float32", is_positive)
 not_negative = Validator("a finite number >= 0, in float32", lambda v: is_finite(v) and v >= 0)
+part_of_unit_interval = Validator(
+    "two numbers, 0 <= low < high <= 1",
+    lambda v: (
+        isinstance(v, tuple) and len(v) == 2 and all(map(is_finite, v)) and (0 <= v[0] < v[1] <= 1)
+    ),
+)
 unit_interval = Validator("a number in [0, 1]", lambda v: is_finite(v) and 0 <= v <= 1)
 flag = Validator("true or false", lambda v: isinstance(v, bool))
 environment = Validator(
@@ -146,6 +152,7 @@ _SHARED = Condition(lambda c: c.config.shared_torso, "shared_torso is false")
 _TRACES = Condition(
     lambda c: c.config.advantage_mode != "vtrace", "advantage_mode 'vtrace' does not use it"
 )
+_DEPO = Condition(lambda c: c.config.selection == "depo", "only selection depo uses it")
 _KERNEL = Condition(lambda c: c.objective.takes_kernel, "the objective takes no kernel")
 _NO_PAIRS = Condition(lambda c: not c.pairs, "the objective compares pairs of whole answers")
 _REWARD = Condition(lambda c: not c.pairs, "pairs have no reward")
@@ -305,7 +312,7 @@ class Config:
     selection: Any = of_tokens(
         "keep_all",
         "which prompts are answered, or which answers are learned from",
-        function_or_name("keep_all, depo, prune, sage or a function"),
+        function_or_name("keep_all, depo, prune, low_margin or a function"),
     )
     num_candidates: int | None = of_tokens(
         None,
@@ -313,10 +320,26 @@ class Config:
         " 4 times as many",
         optional(at_least(1)),
     )
+    depo_range: tuple[float, float] = of_tokens(
+        (0.15, 0.85),
+        "lowest and highest estimated share of right answers to a prompt that is answered",
+        part_of_unit_interval,
+        applies=[_DEPO],
+    )
+    depo_start: int = of_tokens(
+        100, "iterations in which the estimate only learns", at_least(0), applies=[_DEPO]
+    )
+    depo_learning_rate: float = of_tokens(
+        1e-3, "learning rate of the estimate", positive, applies=[_DEPO]
+    )
+    depo_updates: int = of_tokens(
+        4, "updates of the estimate an iteration", at_least(1), applies=[_DEPO]
+    )
     packed_size: int | None = of_tokens(
         None,
-        "answers that an update back-propagates through under a selection of answers; by default"
-        " half of batch_size",
+        "rows that an update computes, each as wide as the longest prompt with its answer: short"
+        " answers are joined in them, and of those that do not fit a random part is taken; by"
+        " default batch_size, and half of it under a selection of answers",
         optional(at_least(1)),
     )
     decoder_layers: int = of_tokens(3, "layers of the transformer", at_least(1))

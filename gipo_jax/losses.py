@@ -105,7 +105,7 @@ def bind_objective(
     spec, mask, level = domain.objective, batch.mask, domain.ratio_level
     x = scores.log_ratio if mask is None else jnp.where(mask, scores.log_ratio, 0)
     x = ratio_levels.bounded(x)
-    log_ratio = ratio_levels.transform(x, level, mask)
+    log_ratio = ratio_levels.transform(x, level, mask, batch.first)
     given: dict[str, Any] = dict(hparams.objective_params)
     if spec.takes_kernel:
         given["kernel"] = domain.config.kernel
@@ -125,11 +125,13 @@ def bind_objective(
         batch.behavior_log_prob,
         log_ratio_start,
         mask,
+        batch.first,
         ordered=domain.ordered,
         distributions=scores.distributions,
     )
-    standard = loss_terms.standardize if domain.standardize else lambda advantage: advantage
-    advantage = jnp.broadcast_to(standard(batch.advantage)[:, None], log_ratio.shape)
+    advantage = loss_terms.standardize(batch.advantage) if domain.standardize else batch.advantage
+    if advantage.ndim == 1:
+        advantage = jnp.broadcast_to(advantage[:, None], log_ratio.shape)
     if mask is not None:
         advantage = jnp.where(mask, advantage, 0)
     return BoundObjective(function, log_ratio, advantage, log_ratio, x)
@@ -140,7 +142,9 @@ def _mean_surrogate(config: Config, batch: Batch, surrogate: Array) -> Array:
         surrogate = surrogate * batch.surrogate_weight
     if batch.mask is None or surrogate.ndim == 1:
         return jnp.mean(surrogate)
-    return loss_terms.aggregate(surrogate, batch.mask, config.loss_agg_mode)
+    return loss_terms.aggregate(
+        surrogate, batch.mask, config.loss_agg_mode, batch.max_tokens, batch.first
+    )
 
 
 def _effective_sample_size(bound: BoundObjective, batch: Batch) -> Array:

@@ -252,6 +252,10 @@ OTHER: dict[str, Any] = {
     "normalize_groups": True,
     "selection": "prune",
     "num_candidates": 8,
+    "depo_range": (0.0, 0.5),
+    "depo_start": 1,
+    "depo_learning_rate": 0.1,
+    "depo_updates": 2,
     "packed_size": 8,
     "decoder_layers": 1,
     "decoder_width": 8,
@@ -303,7 +307,11 @@ def test_a_setting_of_another_domain_is_refused_unless_at_its_default(
 ) -> None:
     applies(domain, **{field: FIELDS[field].default})
     # A value head is detached from a shared torso.
-    given = {"shared_torso": True} if domain == CONTROL and field == "detach_value" else {}
+    given: dict[str, Any] = (
+        {"shared_torso": True} if domain == CONTROL and field == "detach_value" else {}
+    )
+    if field.startswith("depo_"):
+        given = {"selection": "depo"}
     if domain in FIELDS[field].metadata["domains"]:
         applies(domain, **given, **{field: OTHER[field]})
         return

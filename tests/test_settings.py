@@ -58,7 +58,10 @@ BASE: dict[str, dict[str, Any]] = {
 NEEDED: dict[str, dict[str, Any]] = {
     "detach_value": {"shared_torso": True},
     "num_candidates": {"selection": "depo"},
-    "packed_size": {"selection": "prune"},
+    "depo_range": {"selection": "depo"},
+    "depo_start": {"selection": "depo"},
+    "depo_learning_rate": {"selection": "depo"},
+    "depo_updates": {"selection": "depo"},
     "action_head": {"num_bins": Config.num_bins},
 }
 """Without which a setting is refused."""
@@ -81,6 +84,10 @@ OTHER: dict[str, Any] = {
     "loss_agg_mode": "seq-mean-token-sum",
     "selection": "prune",
     "num_candidates": 3,
+    "depo_range": (0.0, 0.5),
+    "depo_start": 1,
+    "depo_learning_rate": 0.1,
+    "depo_updates": 2,
     "packed_size": 6,
     "decoder_layers": 2,
     "decoder_width": 8,

@@ -18,12 +18,16 @@ class Batch(NamedTuple):
 
     data: Any  # what Domain.score reads
     behavior_log_prob: Array  # log mu of each token, [batch, tokens]
-    advantage: Array  # [batch]
+    advantage: Array  # [batch], or of each token where rows hold several responses
     age: Array  # iterations since collection, [batch]
     value_target: Any = None  # [batch]; None without a value function
     mask: Any = None  # false at padding, [batch, tokens]; None where every token counts
-    surrogate_weight: Any = None  # factor, [batch, 1], [1, tokens], or of pairs [batch]
-    token_weight: Any = None  # factor on entropy and KL, [batch, 1]; None for 1
+    # true where a response begins, for rows that hold several, [batch, tokens]; see segments
+    first: Any = None
+    max_tokens: int | None = None  # of a response; None for those of a row
+    # factor on the surrogate, of tokens or broadcast to them, or of pairs [batch]; None for 1
+    surrogate_weight: Any = None
+    token_weight: Any = None  # factor on entropy and KL, likewise; None for 1
     # added to TrainState.totals by an update that uses the batch, by name
     counts: Metrics = {}  # noqa: RUF012
 

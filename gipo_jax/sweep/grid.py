@@ -280,6 +280,8 @@ def _called(field: str, value: Any) -> Any:
         value = Reference.from_json(value).name
     if field == "objective":
         return objectives.RENAMED.get(value, value)
+    if field == "selection":
+        return selection.RENAMED.get(value, value)
     # JSON has no tuples.
     return tuple(value) if isinstance(value, list) else value
 

@@ -1,4 +1,4 @@
-"""Preference training: pairs, the DPO loss in closed form, SAGE's pools, and learning."""
+"""Preference training: pairs, the DPO loss in closed form, pools of pairs, and learning."""
 
 import dataclasses
 from typing import Any
@@ -130,8 +130,8 @@ def test_the_gradient_of_a_batch_of_stale_pairs_is_that_of_dpo_in_closed_form() 
     assert largest > 1e-2
 
 
-def test_sage_takes_the_lowest_margins_of_each_pool_alike() -> None:
-    chosen = selection.sage(0.5)
+def test_low_margin_takes_the_lowest_margins_of_each_pool_alike() -> None:
+    chosen = selection.low_margin(0.5)
     # Groups with 1, 2 and 3 right answers of 4, and one without a wrong answer.
     exact = jnp.arange(4)[:, None] < jnp.array([1, 2, 3, 4])
     is_pair = jnp.broadcast_to(jnp.array([1.0, 1, 1, 0]), (4, 4))
@@ -147,9 +147,15 @@ def test_sage_takes_the_lowest_margins_of_each_pool_alike() -> None:
         assert margin[:, prompt][kept].max() < margin[:, prompt][~kept].min()
 
 
+def test_the_old_name_of_low_margin_works_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="selection sage is called low_margin now"):
+        domain: Any = train.make(dataclasses.replace(SMALL, selection="sage"))
+    assert domain.selection.name == "low_margin"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("chosen", "parameters"), [("keep_all", {}), ("sage", {"pair_sigma": 3.0, "beta": 0.3})]
+    ("chosen", "parameters"), [("keep_all", {}), ("low_margin", {"pair_sigma": 3.0, "beta": 0.3})]
 )
 def test_dpo_raises_exact_match_from_a_warm_up(chosen: str, parameters: dict[str, float]) -> None:
     config = dataclasses.replace(

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from gipo_jax import buffer, cli, losses, sweep, train
-from gipo_jax.config import Config, ConfigError
-from gipo_jax.domains.tokens import selection, tasks
+from gipo_jax import buffer, cli, losses, ratio_levels, sweep, train
+from gipo_jax.config import LOSS_AGG_MODES, Config, ConfigError
+from gipo_jax.domains.tokens import decoder, packing, selection, tasks
 from gipo_jax.sweep import checkpoint
 from tests.programs import ROOT
 
@@ -40,6 +40,17 @@ SMALL = Config(
 TOKENS = ("prompts_sampled", "tokens_generated", "tokens_trained")
 
 
+def begins_alike(prompt: Any, answer: Any) -> Any:
+    """Whether the answer begins with the token of the prompt."""
+    return 1.0 * (answer[0] == prompt[0])
+
+
+# Long answers to a short prompt: several have room in one row.
+MANY = tasks.Task(
+    lambda key: jax.random.randint(key, (2,), 0, 3), begins_alike, 3, 2, 10, end=2, name="many"
+)
+
+
 def settings(config: Config, **given: Any) -> Any:
     return train.make_hparams(config, **{"buffer_size": config.max_buffer_size} | given)
 
@@ -56,12 +67,10 @@ def everything(group: Any, state: Any, key: Any) -> Any:
 @pytest.mark.optimized
 def test_weights_of_one_for_all_answers_equal_no_selection_bit_for_bit() -> None:
     results = []
-    for config in (
-        SMALL,
-        dataclasses.replace(SMALL, selection=everything, packed_size=BATCH),
-    ):
+    alone = dataclasses.replace(SMALL, env=tasks.reverse(3)._replace(demonstration=None))
+    for config in (alone, dataclasses.replace(alone, selection=everything, packed_size=BATCH)):
         domain = train.make(config)
-        hparams = settings(SMALL, kl_coef=0.1)
+        hparams = settings(alone, kl_coef=0.1)
 
         def two_steps(domain: Any = domain, hparams: Any = hparams) -> Any:
             def step(i: Any, state: Any) -> Any:
@@ -75,75 +84,134 @@ def test_weights_of_one_for_all_answers_equal_no_selection_bit_for_bit() -> None
         np.testing.assert_array_equal(x, y)
 
 
-# Pruning.
+# Packing and pruning.
 
 
 class Case:
     """A batch of one iteration's answers under a policy that has moved since, in float64."""
 
-    def __init__(self, loss_agg_mode: str, packed_size: int) -> None:
-        config = dataclasses.replace(
-            SMALL, selection="prune", packed_size=packed_size, loss_agg_mode=loss_agg_mode
-        )
+    def __init__(self, task: tasks.Task = TASK, **changed: Any) -> None:
+        config = dataclasses.replace(SMALL, env=task, **changed)
         self.domain: Any = train.make(config)
         self.hparams = settings(config, entropy_coef=0.1, kl_coef=0.2)
         state = train.init(self.domain, self.hparams)
         rows = jax.jit(lambda s: self.domain.collect(s, self.hparams, jax.random.key(1)).rows)(
             state
         )
-        self.advantage = rows.advantage
         replay = buffer.add(state.replay, rows, 0)
-        self.batch = in_float64(buffer.take_rows(replay, jnp.arange(BATCH), 0)[0])
+        self.rows = in_float64(buffer.take_rows(replay, jnp.arange(BATCH), 0)[0])
+        self.length = np.asarray(jnp.sum(decoder.answer_mask(self.rows.answer, task.end), axis=1))
         self.state = state
         self.params = in_float64(jax.tree.map(lambda x: x + 0.1, state.learner.params))
 
-    def gradient(self, batch: Any) -> Any:
-        """Gradient of the loss of a packed batch, as one vector."""
-        made = self.domain.weighted(batch, jnp.zeros(len(batch.advantage)), batch.weight)
+    def loss_and_gradient(self, batch: Any) -> Any:
+        """Loss of a batch, and its gradient as one vector."""
 
         def loss(params: Any) -> Any:
             learner = self.state.learner
-            return losses.loss(self.domain, self.state, learner, params, made, self.hparams)[0]
+            return losses.loss(self.domain, self.state, learner, params, batch, self.hparams)[0]
 
-        grads = jax.grad(loss)(self.params)
-        return jnp.concatenate([x.ravel() for x in jax.tree.leaves(grads)])
+        value, grads = jax.value_and_grad(loss)(self.params)
+        return value, jnp.concatenate([x.ravel() for x in jax.tree.leaves(grads)])
 
-    def full_gradient(self) -> Any:
-        with jax.enable_x64(True):
-            return np.asarray(jax.jit(self.gradient)(self.batch._replace(weight=None)))
+    def full(self) -> Any:
+        """Of all answers, each in a row of its own."""
+        return self.loss_and_gradient(
+            self.domain.batch(self.state, self.params, self.rows, jnp.zeros(BATCH), self.hparams)
+        )
 
-    def packed_gradients(self, weight: Any, noise: Any) -> Any:
-        """Gradients ``[cases, parameters]`` for weights and noise ``[cases, batch]``."""
-        length = np.sum(np.asarray(self.domain.decoder.mask(self.batch.answer)), axis=1)
-        rows = selection.packed_rows(self.domain.config)
-
-        def one(case: Any) -> Any:
-            w, noise = case
-            both, lengths = selection.Weights(w, w), jnp.asarray(length)
-            index, weights = selection.pack(both, lengths, rows, noise)
-            packed = jax.tree.map(lambda x: jnp.asarray(x)[index], self.batch)._replace(
-                weight=weights
-            )
-            return self.gradient(packed)
-
-        with jax.enable_x64(True):
-            cases = jnp.asarray(weight), jnp.asarray(noise)
-            return np.asarray(jax.jit(lambda c: jax.lax.map(one, c, batch_size=64))(cases))
+    def packed(self, weight: Any, noise: Any) -> Any:
+        """Of packed rows."""
+        rows = jax.tree.map(jnp.asarray, self.rows)._replace(weight=weight)
+        return self.loss_and_gradient(self.domain.packed(rows, jnp.zeros(BATCH), noise))
 
 
 def in_float64(tree: Any) -> Any:
     return jax.tree.map(lambda x: np.asarray(x, float if x.dtype == np.float32 else None), tree)
 
 
-def patterns(case: Case, rows: int) -> Any:
-    """Every pattern of kept prompts, kept answers, and rows that fit: probability, weight, noise.
+LEVELS = [{"ratio_level": level} for level in ratio_levels.LEVELS]
+MODES = [{"loss_agg_mode": mode, "ratio_level": "sequence"} for mode in LOSS_AGG_MODES]
+OBJECTIVES: list[dict[str, Any]] = [{"objective": "ctpo"}, {"objective": "decoupled_ppo"}]
 
-    Written with loops in float64, apart from the code it is compared with.
+
+@pytest.mark.slow
+def test_packed_rows_have_the_loss_and_gradient_of_a_row_for_each_answer() -> None:
+    cases = [Case(MANY, packed_size=BATCH - 1, **own) for own in LEVELS + MODES + OBJECTIVES]
+    domain = cases[0].domain
+    assert domain.joins and len(set(cases[0].length)) > 2
+    noise = np.linspace(0.9, 0.1, BATCH)
+
+    @jax.jit
+    def both() -> Any:
+        packed = domain.packed(jax.tree.map(jnp.asarray, cases[0].rows), jnp.zeros(BATCH), noise)
+        of_cases = [(case.full(), case.packed(None, jnp.asarray(noise))) for case in cases]
+        return packed.data.response, of_cases
+
+    with jax.enable_x64(True):
+        response, of_cases = both()
+    assert response.shape == (BATCH - 1, 11)
+    assert set(np.unique(response)) == set(range(BATCH + 1)), "every answer is in a row"
+    values = [full[0] for full, _ in of_cases]
+    assert len(np.unique(np.round(values, 9))) >= len(cases) - 2, "levels and modes differ"
+    for full, packed in of_cases:
+        for wanted, found in zip(full, packed, strict=True):
+            assert np.abs(wanted).max() > 1e-3
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+def longest_first(sizes: Any, rows: int, width: int) -> tuple[int, list[int]]:
+    """How many of some answers are placed before the first without room, and tokens by row."""
+    used = [0] * rows
+    for count, size in enumerate(sorted(sizes, reverse=True)):
+        row = next((row for row in range(rows) if used[row] + size <= width), None)
+        if row is None:
+            return count, used
+        used[row] += size
+    return len(sizes), used
+
+
+def test_dense_rows_hold_whole_answers_longest_first_and_leave_out_a_random_part() -> None:
+    rng = np.random.default_rng(0)
+    join = jax.jit(functools.partial(packing.join, rows=5, width=12, before=2))
+    crowded = 0
+    for _ in range(200):
+        length, noise = rng.integers(1, 11, 9), rng.random(9)
+        weight = rng.random(9) * (rng.random(9) < 0.8)
+        weight[0] = 1.0
+        found = join(jnp.asarray(weight), jnp.asarray(length), jnp.asarray(noise))
+        response, position = np.asarray(found.response), np.asarray(found.position)
+        kept = np.flatnonzero(weight)
+        count, used = longest_first(length[kept] + 2, 5, 12)
+        crowded += count < len(kept)
+        taken = kept[np.argsort(noise[kept])[:count]]
+        assert sorted(np.unique(response[response > 0]) - 1) == sorted(taken)
+        for i in taken:
+            rows, tokens = np.nonzero(response == i + 1)
+            assert len(set(rows)) == 1 and np.all(np.diff(tokens) == 1)
+            np.testing.assert_array_equal(position[rows, tokens], np.arange(length[i] + 2))
+        if count == len(kept):
+            assert list(np.sum(response > 0, axis=1)) == used
+        share = len(kept) / count * np.isin(np.arange(9), taken) * weight
+        np.testing.assert_allclose(found.weights.answer, share * count / 9, rtol=1e-5)
+        tokens_in_rows = length[taken].sum() / length.sum()
+        np.testing.assert_allclose(found.weights.token, share * tokens_in_rows, rtol=1e-5)
+    assert 20 < crowded < 180
+
+
+def test_weights_that_are_all_zero_leave_no_gradient_and_no_nan() -> None:
+    case = Case(MANY, selection=everything, packed_size=3)
+    value, gradient = jax.jit(case.packed)(jnp.zeros(BATCH), jnp.linspace(0, 0.9, BATCH))
+    assert value == 0 and np.all(gradient == 0)
+
+
+def patterns(case: Case, probabilities: Any) -> Any:
+    """Every pattern of kept prompts, kept answers and answers that fit.
+
+    Gives their probabilities, weights and noise. Written with loops in float64, apart from the
+    code it is compared with.
     """
-    of_prompt, of_answer = (
-        np.asarray(p, float)
-        for p in selection.keep_probability(case.advantage, rows / BATCH)
-    )  # fmt: skip
+    of_prompt, of_answer = (np.asarray(p, float) for p in probabilities)
     found: dict[Any, float] = {}
     for kept_prompts in itertools.product((0, 1), repeat=PROMPTS):
         for kept_answers in itertools.product((0, 1), repeat=BATCH):
@@ -157,49 +225,87 @@ def patterns(case: Case, rows: int) -> Any:
                     kept.append(row)
             key = tuple(kept)
             found[key] = found.get(key, 0.0) + chance
-    chances, weights, noises = [], [], []
+    chances, weights, noises, crowded = [], [], [], 0
+    rows, task = case.domain.packed_rows, case.domain.env
     for rows_kept, chance in found.items():
         weight = np.zeros(BATCH)
         for row in rows_kept:
             weight[row] = 1 / (of_prompt[row % PROMPTS] * of_answer[row // PROMPTS, row % PROMPTS])
-        fitting = list(itertools.combinations(rows_kept, min(rows, len(rows_kept))))
+        fit = min(rows, len(rows_kept))
+        if case.domain.joins:
+            sizes = [case.length[row] + task.prompt_length - 1 for row in rows_kept]
+            fit, _ = longest_first(sizes, rows, task.prompt_length + task.answer_length - 1)
+        crowded += fit < len(rows_kept)
+        fitting = list(itertools.combinations(rows_kept, fit))
         for chosen in fitting:
             chances.append(chance / len(fitting))
             weights.append(weight)
             noises.append([0.1 if row in chosen else 0.9 for row in range(BATCH)])
+    assert crowded, "some patterns must not fit"
     return np.array(chances), np.array(weights), np.array(noises)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
-def test_pruning_has_the_full_gradient_in_expectation_over_all_patterns(mode: str) -> None:
-    case = Case(mode, packed_size=4)
-    chance, weight, noise = patterns(case, 4)
-    assert np.sum(weight > 0, axis=1).max() > 4, "some patterns must not fit"
+@pytest.mark.parametrize(
+    ("task", "rows", "mode"),
+    [
+        (tasks.reverse(3)._replace(demonstration=None), 4, "token-mean"),
+        (MANY, 2, "token-mean"),
+        (MANY, 2, "seq-mean-token-mean"),
+    ],
+    ids=["apart", "joined", "joined-means"],
+)
+def test_pruning_has_the_full_gradient_in_expectation_over_all_patterns(
+    task: tasks.Task, rows: int, mode: str
+) -> None:
+    case = Case(task, selection="prune", packed_size=rows, loss_agg_mode=mode)
+    assert case.domain.joins == (task is MANY)
+    advantage = case.rows.advantage.reshape(ANSWERS, PROMPTS)
+    size = packing.size(task, jnp.asarray(case.length), case.domain.joins)
+    probabilities = selection.keep_probability(
+        jnp.asarray(advantage), size.reshape(advantage.shape), rows / BATCH
+    )
+    chance, weight, noise = patterns(case, probabilities)
     np.testing.assert_allclose(chance.sum(), 1, rtol=1e-12)
-    full = case.full_gradient()
-    expected = chance @ case.packed_gradients(weight, noise)
+
+    # The answers of largest abs(A) besides, a fixed half, with the inverse of it as weight.
+    kept = np.zeros(BATCH)
+    kept[np.argsort(-np.abs(advantage.reshape(-1)))[: BATCH // 2]] = 2
+    weight, noise = np.vstack([weight, kept]), np.vstack([noise, np.full(BATCH, 0.5)])
+    with jax.enable_x64(True):
+        given = jnp.asarray(weight), jnp.asarray(noise)
+        run = jax.jit(
+            lambda c: (case.full(), jax.lax.map(lambda x: case.packed(*x), c, batch_size=64))
+        )
+        (_, full), (_, gradients) = jax.tree.map(np.asarray, run(given))
     assert np.abs(full).max() > 1e-2
     assert full.dtype == np.float64
     # The probabilities of the patterns are of float32.
-    np.testing.assert_allclose(expected, full, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(chance @ gradients[:-1], full, rtol=0, atol=1e-6)
+    assert np.abs(gradients[-1] - full).max() > 1e-3
 
-    # A fixed fraction instead, the answers of largest abs(A), with the inverse of it as weight.
-    size = np.abs(np.asarray(case.advantage)).reshape(-1)
-    kept = np.zeros(BATCH)
-    kept[np.argsort(-size)[: BATCH // 2]] = 2
-    fixed = case.packed_gradients(kept[None], np.full((1, BATCH), 0.5))[0]
-    assert np.abs(fixed - full).max() > 1e-3
+
+def test_pruning_keeps_as_many_tokens_as_there_are_rows_for() -> None:
+    rng = np.random.default_rng(1)
+    advantage = rng.normal(size=(8, 16)) * (rng.random(16) < 0.6)
+    size = rng.uniform(0.3, 1, (8, 16))
+    for part in (0.15, 0.3):
+        prompt, answer = selection.keep_probability(jnp.asarray(advantage), jnp.asarray(size), part)
+        np.testing.assert_allclose(np.mean(prompt * answer * size), part, rtol=1e-4)
+    # Bounds come first: with all kept there is no more to keep, and never is less than .09 kept.
+    for part, kept in ((0.01, 0.09), (2.0, 1.0)):
+        prompt, answer = selection.keep_probability(jnp.ones((8, 16)), jnp.asarray(size), part)
+        np.testing.assert_allclose(prompt * answer, kept, rtol=1e-5)
 
 
 def test_pruning_keeps_answers_with_the_probability_that_its_weights_say() -> None:
-    pruned = selection.prune(0.5)
+    pruned = selection.prune(0.5, lambda length: length / 2)
     advantage = jnp.array([[0.5, 0.1, 0.0], [-0.4, 0.0, 0.0], [-0.1, -0.1, 0.0]])
-    nothing = jnp.zeros(())
-    group = selection.Group(nothing, nothing, nothing, nothing, nothing, advantage)
+    nothing, mask = jnp.zeros(()), jnp.ones((3, 3, 2), bool)
+    group = selection.Group(nothing, nothing, nothing, mask, nothing, advantage)
     keys = jax.random.split(jax.random.key(0), 20_000)
     weights = np.asarray(jax.vmap(lambda k: pruned.select(group, (), k))(keys), float)
-    of_prompt, of_answer = selection.keep_probability(advantage, 0.5)
+    of_prompt, of_answer = selection.keep_probability(advantage, jnp.ones((3, 3)), 0.5)
     keep = np.asarray(of_prompt * of_answer, float)
     assert keep.min() >= (1 - selection.MAX_PRUNED) ** 2 - 1e-6 and keep.max() <= 1
     assert keep[0, 0] > keep[2, 0] > keep[2, 2]
@@ -378,7 +484,7 @@ def test_the_code_and_the_commands_of_the_guide_are_usable(
     monkeypatch.setattr(cli, "_draw", lambda *_: None)
     for line in commands.replace("\\\n", " ").splitlines():
         assert cli.main(shlex.split(line)[1:]) == 0
-    assert trained == [3, 4, 2]
+    assert trained == [3, 1, 4, 2]
 
 
 @pytest.mark.slow
@@ -391,6 +497,7 @@ def test_a_sweep_over_selections_is_trained_interrupted_and_resumed_to_the_same_
         "episodes 4", "episodes 0"
     )
     command = f"{short} --selection depo mine.py:only_better --packed-size 4 --num-candidates 6"
+    command += " --depo-start 2 --depo-range 0.01 0.9"
     assert cli.main(f"{command} --out whole".split()) == 0
 
     save = checkpoint.save
@@ -418,13 +525,16 @@ def test_a_sweep_over_selections_is_trained_interrupted_and_resumed_to_the_same_
     ("given", "words"),
     [
         ("--selection keep_some", ("selection", "keep_some", "prune")),
-        ("--selection sage", ("selection", "sage", "dpo")),
-        ("--selection prune --packed-size 9", ("packed_size", "9", "batch_size 8")),
+        ("--selection low_margin", ("selection", "low_margin", "dpo")),
+        ("--selection depo --depo-range 0.9 0.1", ("depo_range", "low < high")),
+        ("--selection depo --depo-range 0.5", ("depo_range", "two numbers")),
+        ("--selection prune --depo-start 3", ("depo_start", "3", "depo")),
+        ("--packed-size 9", ("packed_size", "9", "batch_size 8")),
         ("--selection prune --packed-size 0", ("packed_size", "0")),
         ("--selection depo --num-candidates 1", ("num_candidates", "1", "num_envs 2")),
-        ("--selection depo --packed-size 4", ("packed_size", "4", "depo")),
         ("--selection keep_all prune --num-candidates 4", ("num_candidates", "4")),
-        ("--packed-size 4", ("packed_size", "4", "keep_all")),
+        ("--packed-size 4 --normalize-advantage", ("normalize_advantage", "packed_size")),
+        ("--packed-size 4 --objective r2vpo", ("objective", "r2vpo", "packed_size")),
         ("--selection prune --normalize-advantage", ("normalize_advantage", "prune")),
         ("--selection prune --objective m2po", ("objective", "m2po", "prune")),
         ("--selection mine.py:wrong_shape", ("selection", "[3]", "[8]")),

@@ -11,7 +11,7 @@ from gipo_jax.config import ConfigError
 from gipo_jax.domains.tokens import tasks
 from gipo_jax.domains.tokens.tasks import Task
 
-NAMES = ("tokens/reverse", "tokens/reverse_mixed", "tokens/add")
+NAMES = ("tokens/reverse", "tokens/reverse_mixed", "tokens/add", "tokens/count")
 
 
 def draw(task: Task, count: int = 300) -> Any:
@@ -26,6 +26,8 @@ def right_answer(name: str, prompt: list[int]) -> list[int]:
         return prompt[::-1]
     if name == "tokens/reverse_mixed":
         return [*(token for token in reversed(prompt) if token != 2), 2]
+    if name == "tokens/count":
+        return [*[0] * (prompt[0] - 1), 1]
     first, second = (int("".join(map(str, part))) for part in (prompt[:2], prompt[3:]))
     return [*(int(digit) for digit in str(first + second)), 11]
 

@@ -12,6 +12,7 @@ import pytest
 
 from experiments import flow, mismatch, selection, sequences
 from experiments.exact import sequence_bias
+from experiments.store import Store
 from gipo_jax import objectives, ratio_levels, train
 from gipo_jax.analysis import plots, sequence_tree
 from scripts import reproduce
@@ -301,3 +302,43 @@ def test_the_selection_study_trains_and_goes_on_from_what_is_stored(
     assert 0.2 < trained["prune"] / trained["keep_all"] < 0.8
     table = pd.read_csv(tmp_path / "tables" / "selection_dpo.csv")
     assert set(table.method) == {"dpo"} and (table.seeds == 2).all()
+
+
+def test_costs_of_packing_are_updates_times_those_of_the_program(tmp_path: Path) -> None:
+    store = Store(tmp_path, "selection_costs", "")
+    # keep_all gets there with 20 updates, packed with 30, of half the FLOPs and rows.
+    reached = {"keep_all": (0.5, 0.95, 1.0), "packed": (0.2, 0.3, 0.9)}
+    columns = ["case", "method", "seed", "iteration", "eval_return", *selection.COSTS]
+    rows = [
+        ("fresh", method, 0, 10 * point, value, 100 * point, 10.0 * point, 50.0 * point)
+        for method, values in reached.items()
+        for point, value in enumerate(values, start=1)
+    ]
+    store.write("selection_costs_curves", pd.DataFrame(rows, columns=columns))
+    programs = [("fresh", "keep_all", 4, 40, 1e6, 0.2), ("fresh", "packed", 2, 20, 5e5, 0.1)]
+    columns = ["case", "method", "rows", "tokens", "flops", "seconds"]
+    store.write("selection_costs_programs", pd.DataFrame(programs, columns=columns))
+    found = selection.costs_scores(store)
+    ratios = found["selection_costs"].set_index(["method", "cost"]).ratio_estimate
+    expected = {"answers": 1.5, "tokens_computed": 0.75, "flops": 0.75, "seconds": 0.75}
+    assert ratios["packed"][list(expected)].to_dict() == pytest.approx(expected)
+    filled = found["selection_costs_rows"].set_index("method").tokens_a_row
+    assert filled.to_dict() == pytest.approx({"keep_all": 150 / 120, "packed": 150 / 60})
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_study_of_costs_trains_and_measures_its_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    presets = selection.COSTS_STUDY.presets
+    monkeypatch.setitem(presets, "quick", selection.CostsScale(1, {"stale": 6}, 1))
+    methods = {name: selection.PACKING[name] for name in ("keep_all", "mixed groups, packed")}
+    stale = selection.CASES["stale"]._replace(methods=methods)
+    monkeypatch.setitem(selection.CASES, "stale", stale)
+    assert run(tmp_path, "selection_costs") == 0
+    programs = pd.read_csv(tmp_path / "tables" / "selection_costs_rows.csv").set_index("method")
+    plain, packed = programs.loc["keep_all"], programs.loc["mixed groups, packed"]
+    assert 0.3 < packed.flops / plain.flops < 0.48
+    assert packed.tokens_a_row > plain.tokens_a_row
+    assert (programs.seconds > 0).all()

@@ -60,7 +60,7 @@ def encoded(runs: Sequence[Any], fields: Sequence[str]) -> list[dict[str, Any]]:
             default, so that a new setting changes nothing here.
     """
     empty = dataclasses.replace(runs[0].hparams, **hparam_defaults())
-    (default,) = grid.encode([grid.Run("", Config(), empty)])
+    (default,) = json.loads(json.dumps(grid.encode([grid.Run("", Config(), empty)])))
     groups = json.loads(json.dumps(grid.encode(runs)))
     assert [run["run"] for group in groups for run in group["runs"]] == list(range(len(runs)))
     for group in groups:

@@ -35,6 +35,10 @@ class Decoder(NamedTuple):
     greedy: Callable[[Params, Array], Array]  # params, prompt -> answer of likeliest tokens
     # params, prompt, answer, temperature=1.0 -> log_prob, entropy in nats (anything at padding)
     score: Callable[..., tuple[Array, Array]]
+    # params, tokens, the tokens after them, their positions and responses, temperature=1.0 -> as
+    # score, all [rows, width]: of rows that hold several prompts with their responses, in which a
+    # token sees those of its own response alone
+    score_joined: Callable[..., tuple[Array, Array]]
     mask: Callable[[Array], Array]  # answer -> bool, same shape; false at padding
 
 
@@ -123,7 +127,21 @@ def make(
         outputs = logits(params, tokens)[:, prompt_length - 1 :] / temperature
         return head.log_prob(outputs, answer), head.entropy(outputs)
 
-    return Decoder(init, logits, sample, greedy, score, lambda answer: answer_mask(answer, end))
+    def score_joined(
+        params: Params,
+        tokens: Array,
+        following: Array,
+        position: Array,
+        response: Array,
+        temperature: ArrayLike = 1.0,
+    ) -> tuple[Array, Array]:
+        outputs = apply(params, tokens, None, 0, (position, response))[0] / temperature
+        return head.log_prob(outputs, following), head.entropy(outputs)
+
+    def mask(answer: Array) -> Array:
+        return answer_mask(answer, end)
+
+    return Decoder(init, logits, sample, greedy, score, score_joined, mask)
 
 
 def answer_mask(answer: Array, end: int | None) -> Array:
@@ -147,22 +165,34 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Array, cache: Cache | None = None, start: int | Array = 0
+        self,
+        tokens: Array,
+        cache: Cache | None = None,
+        start: int | Array = 0,
+        joined: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Cache]:
         """Logits ``[batch, time, vocab]`` of tokens ``[batch, time]``, and keys and values.
 
         With a cache, the tokens stand at positions ``start, start + 1, ...`` after those that the
-        cache holds, and their keys and values are written into it.
+        cache holds, and their keys and values are written into it. Rows that are ``joined`` say
+        position and response of each token, and a token sees those of its own response alone.
         """
         compute, param = self.precision
         positions = self.param("positions", _INIT, (self.max_length, self.width), param)
         x = nn.Embed(self.vocab, self.width, compute, param, embedding_init=_INIT)(tokens)
-        positions = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1])
+        if joined is None:
+            positions = jax.lax.dynamic_slice_in_dim(positions, start, tokens.shape[1])
+        else:
+            positions = positions[joined[0]]
+        response = None if joined is None else joined[1]
         x = x + positions.astype(x.dtype)
         written = []
         for layer in range(self.layers):
             mixed, entry = Attention(self.heads, self.precision)(
-                networks.norm(self.precision)(x), None if cache is None else cache[layer], start
+                networks.norm(self.precision)(x),
+                None if cache is None else cache[layer],
+                start,
+                response,
             )
             x = x + mixed
             normed = networks.norm(self.precision)(x)
@@ -174,14 +204,18 @@ class Transformer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with several heads."""
+    """Causal self-attention with several heads, within a response where rows hold several."""
 
     heads: int
     precision: networks.Precision = networks.FLOAT32
 
     @nn.compact
     def __call__(
-        self, x: Array, cache: tuple[Array, Array] | None, start: int | Array
+        self,
+        x: Array,
+        cache: tuple[Array, Array] | None,
+        start: int | Array,
+        response: Array | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         batch, time, width = x.shape
         size = width // self.heads
@@ -191,6 +225,8 @@ class Attention(nn.Module):
             key = jax.lax.dynamic_update_slice_in_dim(cache[0], key, start, axis=2)
             value = jax.lax.dynamic_update_slice_in_dim(cache[1], value, start, axis=2)
         visible = jnp.arange(key.shape[2]) <= start + jnp.arange(time)[:, None]
+        if response is not None:
+            visible &= (response[:, :, None] == response[:, None, :])[:, None]
         scores = jnp.einsum("bhqd,bhkd->bhqk", query, key) / jnp.sqrt(size)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         mixed = jnp.einsum("bhqk,bhkd->bhqd", weights, value)

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gipo_jax import loss_terms, networks, objectives, ratio_levels
+from gipo_jax import loss_terms, networks, objectives, ratio_levels, segments
 from gipo_jax.config import TOKENS, Config, ConfigError, HParams, check_applies, check_fields
 from gipo_jax.domains.interface import Batch, Collected, Domain, Scores
-from gipo_jax.domains.tokens import decoder, preference, selection, tasks
+from gipo_jax.domains.tokens import decoder, packing, preference, selection, tasks
 from gipo_jax.learner import (
     INIT_STREAM,
     Learner,
@@ -52,10 +52,19 @@ class Row(NamedTuple):
     answer: Any  # [..., answer_length], end tokens from the first one on
     behavior_log_prob: Any  # log mu of each token, [..., answer_length]; 0 at padding
     advantage: Any  # [...]; in preference training 1 for a pair, 0 where there is none
-    weight: selection.Weights | None = None  # [...], of a selection of responses; None without
+    weight: Any = None  # [...], of a selection of responses; None without
     wrong: preference.Wrong | None = None  # of pairs, whose right response is answer
     # log mu of every token, [..., answer_length, vocab]; None where the objective does not ask
     distribution: Any = None
+
+
+class Joined(NamedTuple):
+    """Prompts and responses in dense rows, ``[rows, width]`` each; see ``packing``."""
+
+    token: Array
+    following: Array  # the token after it, which it predicts
+    position: Array  # in its prompt and response
+    response: Array  # number of its response from 1, 0 at padding
 
 
 class Tokens(Domain):
@@ -70,6 +79,8 @@ class Tokens(Domain):
         if self.preference:
             preference.check(config, self.objective)
         self.selection = selection.make(config, task, self.objective)
+        self.packed_rows = packing.rows_of(config, self.selection.stage == selection.GROUP)
+        self.joins = self.packed_rows is not None and packing.joins(task, self.objective)
         self.decoder = decoder.make(
             task.vocab,
             task.prompt_length,
@@ -215,47 +226,69 @@ class Tokens(Domain):
         hparams: HParams,
         key: Array | None = None,
     ) -> Batch:
-        """A batch, of which a selection of responses keeps the rows that it packs."""
-        if key is None or rows.weight is None:
-            return self.weighted(rows, age, None)
-        length = jnp.sum(self.decoder.mask(rows.answer), axis=1)
-        noise = jax.random.uniform(key, length.shape)
-        packed = selection.packed_rows(self.config)
-        index, weights = selection.pack(rows.weight, length, packed, noise)
-        rows, age = jax.tree.map(lambda x: x[index], (rows, age))
-        return self.weighted(rows, age, weights)
+        """A batch, of which updates compute ``packed_rows`` where there are such."""
+        if key is None or self.packed_rows is None:
+            return self._of_rows(rows, age)
+        return self.packed(rows, age, jax.random.uniform(key, rows.advantage.shape))
 
-    def weighted(self, rows: Row, age: Array, weights: selection.Weights | None) -> Batch:
-        """A batch of rows that count as the weights of a selection say; all alike for None."""
-        mask = self.decoder.mask(rows.answer)
-        batch = Batch(
-            rows,
-            rows.behavior_log_prob,
-            rows.advantage,
+    def packed(self, rows: Row, age: Array, noise: Array) -> Batch:
+        """A batch of responses with their weights in ``packed_rows``; noise as of ``packing``."""
+        assert self.packed_rows is not None
+        length = jnp.sum(self.decoder.mask(rows.answer), axis=1)
+        weight = jnp.ones(length.shape) if rows.weight is None else rows.weight
+        if self.joins:
+            width = self.env.prompt_length + self.env.answer_length - 1
+            joined = packing.join(
+                weight, length, noise, self.packed_rows, width, self.env.prompt_length - 1
+            )
+            return self._joined(rows, age, joined)
+        index, weights = packing.apart(weight, length, noise, self.packed_rows)
+        rows, age = jax.tree.map(lambda x: x[index], (rows, age))
+        batch = self._of_rows(rows, age, weights.answer > 0)
+        of_rows = weights.answer if self.preference else self._factor(weights)[:, None]
+        return batch._replace(surrogate_weight=of_rows, token_weight=weights.token[:, None])
+
+    def _of_rows(self, rows: Row, age: Array, counted: Array | None = None) -> Batch:
+        """A batch with a response, or a pair, in each row, of which some are counted."""
+        masks = [self.decoder.mask(rows.answer)]
+        if rows.wrong is not None:
+            masks.append(self.decoder.mask(rows.wrong.answer))
+        length = sum(jnp.sum(mask, axis=1) for mask in masks)
+        counts = {"tokens_trained": jnp.sum(length, where=counted)}
+        log_prob, advantage = rows.behavior_log_prob, rows.advantage
+        return Batch(rows, log_prob, advantage, age, mask=masks[0], counts=counts)
+
+    def _joined(self, rows: Row, age: Array, joined: packing.Joined) -> Batch:
+        """A batch of dense rows."""
+        tokens = jnp.concatenate([rows.prompt, rows.answer], axis=1)
+        before = ((0, 0), (self.env.prompt_length - 1, 0))
+        mask = joined.take(jnp.pad(self.decoder.mask(rows.answer), before)).astype(bool)
+        response = joined.response
+        counted = mask & joined.take(joined.weights.answer > 0).astype(bool)
+        return Batch(
+            Joined(
+                joined.take(tokens[:, :-1]), joined.take(tokens[:, 1:]), joined.position, response
+            ),
+            joined.take(jnp.pad(rows.behavior_log_prob, before)),
+            joined.take(rows.advantage),
             age,
             mask=mask,
-            counts={"tokens_trained": self._tokens(rows, mask, weights)},
+            first=segments.starts(response),
+            max_tokens=self.env.answer_length,
+            surrogate_weight=joined.take(self._factor(joined.weights)),
+            token_weight=joined.take(joined.weights.token),
+            counts={"tokens_trained": jnp.sum(counted)},
         )
-        if weights is None:
-            return batch
-        if self.preference:
-            weight = weights.answer
-        else:
-            of_tokens = self.config.loss_agg_mode == "token-mean"
-            weight = (weights.token if of_tokens else weights.answer)[:, None]
-        return batch._replace(surrogate_weight=weight, token_weight=weights.token[:, None])
 
-    def _tokens(self, rows: Row, mask: Array, weights: selection.Weights | None) -> Array:
-        """Tokens of a batch that count."""
-        counted = jnp.sum(mask, axis=1)
-        if rows.wrong is not None:
-            counted += jnp.sum(self.decoder.mask(rows.wrong.answer), axis=1)
-        if weights is not None:
-            counted = jnp.where(weights.answer > 0, counted, 0)
-        return jnp.sum(counted)
+    def _factor(self, weights: packing.Weights) -> Array:
+        """Weights of responses in the mean that their surrogate is in."""
+        return weights.token if self.config.loss_agg_mode == "token-mean" else weights.answer
 
     def score(self, params: Any, batch: Batch, hparams: HParams) -> Scores:
         rows, temperature = batch.data, hparams.temperature
+        if isinstance(rows, Joined):
+            log_prob, entropy = self.decoder.score_joined(params["policy"], *rows, temperature)
+            return Scores(log_prob - batch.behavior_log_prob, entropy)
         policy = functools.partial(self.decoder.score, params["policy"], rows.prompt)
         log_prob, entropy = policy(rows.answer, temperature)
         scores = Scores(log_prob - batch.behavior_log_prob, entropy)
@@ -320,7 +353,7 @@ class Tokens(Domain):
         )
         block = Row(prompt, answer, like(task.answer_length), like())
         if self.selection.stage == selection.GROUP:
-            block = block._replace(weight=selection.Weights(like(), like()))
+            block = block._replace(weight=like())
         if self.objective.takes_distributions:
             block = block._replace(distribution=like(task.answer_length, task.vocab))
         if self.preference:

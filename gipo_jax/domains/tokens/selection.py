@@ -15,22 +15,22 @@ Weights are >= 0. What they mean:
   without replacement in proportion to their weights, one of weight 0 only where the others are too
   few. It saves rollouts.
 - Of a ``group``, once it is answered: an answer of weight 0 is never learned from, any other counts
-  as often as its weight says. Batches are packed into ``packed_size`` rows, which saves
-  back-propagation. Answers of weight 0 keep their place in replay.
+  as often as its weight says. Batches are packed into ``packed_size`` rows (``packing``), which
+  saves back-propagation. Answers of weight 0 keep their place in replay.
 
 ``declare`` gives a selection a state, which learns from every group. ``SELECTIONS`` are:
 
 - ``keep_all``: no selection, the default.
 - ``depo``: of prompts, by a learnt estimate of their difficulty (arXiv:2602.06375).
 - ``prune``: of answers, at random without bias (arXiv:2603.04135).
-- ``sage``: of preference pairs, from pools by difficulty (arXiv:2602.01207).
+- ``low_margin``: of preference pairs, those of lowest margin, from pools by difficulty.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from jax import Array
 
 from gipo_jax import user_files
 from gipo_jax.config import Config, ConfigError
+from gipo_jax.domains.tokens import packing
 from gipo_jax.domains.tokens.tasks import Task
 from gipo_jax.signatures import Spec
 
@@ -59,13 +60,6 @@ class Group(NamedTuple):
     # in preference training, log-probability of the right minus that of the wrong answer of the
     # pair, less the same under the reference policy, [answers, prompts]; else None
     margin: Array | None = None
-
-
-class Weights(NamedTuple):
-    """Factors on what each row adds to a mean over rows, ``[rows]`` each."""
-
-    answer: Array  # for means over answers
-    token: Array  # for means over tokens
 
 
 State = Any
@@ -117,31 +111,11 @@ def draw_prompts(
     return prompts[jax.lax.top_k(last + noise, config.num_envs)[1]]
 
 
-def weigh(selection: Selection, state: State, group: Group, key: Array) -> Weights | None:
+def weigh(selection: Selection, state: State, group: Group, key: Array) -> Array | None:
     """Weights ``[answers, prompts]`` to store with answers; None where all count alike."""
     if selection.stage != GROUP:
         return None
-    weight = _checked(selection, group.advantage.shape, group, state, key)
-    return Weights(weight, weight)
-
-
-def pack(weights: Weights, length: Array, rows: int, noise: Array) -> tuple[Array, Weights]:
-    """Rows of a batch to back-propagate through: ascending indices ``[rows]``, and their weights.
-
-    Rows of weight 0 are left out. Where more are left than fit, a random part of them is taken, by
-    noise uniform in [0, 1), and the weights grow by the inverse of that part: the gradient keeps
-    its expectation. Where fewer are left, rows of weight 0 fill up. With these weights a mean over
-    the packed rows, or over their tokens, is what it would be over the whole batch.
-    """
-    chex.assert_equal_shape([*weights, length, noise])
-    kept = weights.answer > 0
-    index = jnp.sort(jnp.argsort(jnp.where(kept, noise, 2.0))[:rows])
-    crowded = jnp.maximum(jnp.sum(kept) / rows, 1.0)
-    of_tokens = jnp.sum(length[index]) / jnp.sum(length)
-    return index, Weights(
-        weights.answer[index] * crowded * (rows / length.size),
-        weights.token[index] * crowded * of_tokens,
-    )
+    return _checked(selection, group.advantage.shape, group, state, key)
 
 
 def prompts_drawn(selection: Selection, config: Config) -> int:
@@ -151,40 +125,47 @@ def prompts_drawn(selection: Selection, config: Config) -> int:
     return config.num_candidates or 4 * config.num_envs
 
 
-def packed_rows(config: Config) -> int:
-    """Rows of a packed batch."""
-    return config.packed_size or -(-config.batch_size // 2)
-
-
 # The built-in ones.
 
 
 MAX_PRUNED = 0.7  # highest probability with which prune leaves out a prompt, or an answer
 
 
-def keep_probability(advantage: Array, part: float) -> tuple[Array, Array]:
+def keep_probability(advantage: Array, size: Array, part: float) -> tuple[Array, Array]:
     """Probabilities with which ``prune`` keeps prompts ``[prompts]``, and answers of kept prompts.
 
     A prompt, and likewise an answer of it, is kept in proportion to its abs(A) over the mean, a
-    prompt's being the mean of its answers', within [1 - MAX_PRUNED, 1]. ``part`` of the answers, in
-    (0, 1] and shared evenly by the two levels, stays in the mean.
+    prompt's being the mean of its answers', within [1 - MAX_PRUNED, 1]. The proportion is the one
+    with which the answers that stay have ``part`` rows for each answer in the mean, ``size`` being
+    the rows that each takes ``[answers, prompts]``; or it is as near as these bounds allow.
     """
+    of_answer = jnp.abs(advantage) / jnp.maximum(jnp.mean(jnp.abs(advantage)), 1e-8)
+    of_prompt = jnp.mean(of_answer, axis=0)
 
-    def probability(size: Array) -> Array:
-        mean = jnp.mean(size)
-        share = jnp.where(mean > 0, size / jnp.where(mean > 0, mean, 1), 1)
-        return jnp.clip(part**0.5 * share, 1 - MAX_PRUNED, 1)
+    def probabilities(scale: Array) -> tuple[Array, Array]:
+        prompt, answer = (
+            jnp.clip(scale * share, 1 - MAX_PRUNED, 1) for share in (of_prompt, of_answer)
+        )
+        return prompt, answer
 
-    size = jnp.abs(advantage)
-    return probability(jnp.mean(size, axis=0)), probability(size)
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) / 2
+        prompt, answer = probabilities(middle)
+        enough = jnp.mean(prompt * answer * size) >= part
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    most = jnp.float32(advantage.size)
+    return probabilities(jax.lax.fori_loop(0, 24, halve, (jnp.zeros(()), most))[1])
 
 
-def prune(part: float) -> Selection:
-    """Unbiased dynamic pruning of all but a ``part`` of the answers in the mean (arXiv:2603.04135).
+def prune(part: float, size: Callable[[Array], Array]) -> Selection:
+    """Unbiased dynamic pruning (arXiv:2603.04135) down to ``part`` rows for each answer.
 
     A prompt with its whole group, and an answer of it, is left out with probability P each, and
     what stays has the weight 1 / (1 - P): the expected gradient is that of all answers, for any
-    objective that is a sum over answers. It saves back-propagation, not rollouts.
+    objective that is a sum over answers. It saves back-propagation, not rollouts. ``size`` gives
+    the rows that answers of so many tokens take.
 
     Unverified: the paper was read second-hand. Its scores are unknown, and it scores a prompt by
     its history; prompts here are fresh, so ``keep_probability`` scores their groups. A reader of
@@ -193,7 +174,8 @@ def prune(part: float) -> Selection:
 
     def select(group: Group, state: State, key: Array) -> Array:
         key_prompt, key_answer = jax.random.split(key)
-        of_prompt, of_answer = keep_probability(group.advantage, part)
+        length = jnp.sum(group.mask, axis=2)
+        of_prompt, of_answer = keep_probability(group.advantage, size(length), part)
         keep_prompt = jax.random.bernoulli(key_prompt, of_prompt)
         keep_answer = jax.random.bernoulli(key_answer, of_answer)
         return (keep_prompt & keep_answer) / (of_prompt * of_answer)
@@ -221,23 +203,18 @@ class Estimator(nn.Module):
         return nn.Dense(2)(nn.silu(x))
 
 
-DEPO_RANGE = (0.15, 0.85)
-DEPO_START = 100  # Iterations in which depo only learns
-DEPO_RATE = 1e-3  # learning rate of the estimate of depo
-DEPO_UPDATES = 4  # an iteration, of the estimate of depo
-
-
-def depo(vocab: int) -> Selection:
+def depo(vocab: int, config: Config) -> Selection:
     """Difficulty-estimated selection (DEPO, arXiv:2602.06375).
 
     A small network estimates the share of right answers to a prompt. Candidates with an estimate
-    in ``DEPO_RANGE`` have weight 1, the others 0; in the first ``DEPO_START`` iterations all have
+    in ``depo_range`` have weight 1, the others 0; in the first ``depo_start`` iterations all have
     weight 1. It saves rollouts: answers that are all right or all wrong teach nothing.
 
     Verified from the authors' code (github.com/AIDC-AI/Marco-o1): range, start and loss. Theirs is
     a pre-trained text encoder with learning rate 2e-4; here it is one hidden layer on tokens.
     """
-    network, optimizer = Estimator(vocab), optax.adam(DEPO_RATE)
+    network, optimizer = Estimator(vocab), optax.adam(config.depo_learning_rate)
+    low, high = config.depo_range
 
     def initial_state(task: Task, key: Array) -> DepoState:
         params = network.init(key, jnp.zeros((task.prompt_length,), jnp.int32))
@@ -246,8 +223,8 @@ def depo(vocab: int) -> Selection:
     def select(prompts: Array, state: DepoState, key: Array) -> Array:
         logits: Any = network.apply(state.params, prompts)
         success = jax.nn.sigmoid(logits[:, 0])
-        fits = (success >= DEPO_RANGE[0]) & (success <= DEPO_RANGE[1])
-        return jnp.where(state.updates < DEPO_START, 1.0, fits.astype(jnp.float32))
+        fits = (success >= low) & (success <= high)
+        return jnp.where(state.updates < config.depo_start, 1.0, fits.astype(jnp.float32))
 
     def update(state: DepoState, group: Group) -> DepoState:
         success = jnp.mean(group.exact.astype(jnp.float32), axis=0)
@@ -263,7 +240,7 @@ def depo(vocab: int) -> Selection:
             return optax.apply_updates(params, updates), opt_state
 
         params, opt_state = jax.lax.fori_loop(
-            0, DEPO_UPDATES, one_update, (state.params, state.opt_state)
+            0, config.depo_updates, one_update, (state.params, state.opt_state)
         )
         return DepoState(params, opt_state, state.updates + 1)
 
@@ -290,82 +267,83 @@ def depo_loss(logits: Array, success: Array, confidence: Array) -> Array:
     )
 
 
-SAGE_POOLS = 3
+POOLS = 3  # of low_margin, by difficulty
 
 
-def sage(part: float) -> Selection:
-    """A ``part`` of the preference pairs, from pools by difficulty (SAGE, arXiv:2602.01207).
+def low_margin(part: float) -> Selection:
+    """A ``part`` of the preference pairs: those of the lowest margin of each pool by difficulty.
 
-    The pairs of an iteration go into ``SAGE_POOLS`` pools by the share of right answers in their
-    group: up to a third, up to two thirds, above. Each pool gives the same number of pairs, those
-    with the highest score e^-z, z the margin of DPO, or all where it has fewer. As the policy
-    improves, prompts change their pool.
+    The pairs of an iteration go into ``POOLS`` pools by the share of right answers in their group:
+    up to a third, up to two thirds, above. Each pool gives the same number of pairs, those with the
+    lowest margin z of DPO, or all where it has fewer.
 
-    Unverified: the paper was read second-hand and its score, inspired by the Newton decrement, was
-    not found. e^-z = s(-z)^2 / (s(z) s(-z)) is what that gives for DPO, s the logistic function:
-    the squared gradient over the curvature. The pools' bounds are this project's.
+    It takes from SAGE (arXiv:2602.01207) that pairs come from pools by difficulty and are ranked by
+    signal to noise: e^-z = s(-z)^2 / (s(z) s(-z)), s the logistic function, is the squared gradient
+    of DPO over its curvature. It is not SAGE, whose pools persist and are refreshed as the policy
+    becomes more competent, and whose score, not found, also weighs stability.
     """
 
     def select(group: Group, state: State, key: Array) -> Array:
         assert group.margin is not None
         shape, is_pair = group.margin.shape, (group.advantage > 0).reshape(-1)
         success = jnp.mean(group.exact.astype(jnp.float32), axis=0)
-        pool = jnp.broadcast_to(jnp.ceil(SAGE_POOLS * success), shape).reshape(-1)
+        pool = jnp.broadcast_to(jnp.ceil(POOLS * success), shape).reshape(-1)
         # Pairs whose score is the same are in random order.
         order = jnp.lexsort((jax.random.uniform(key, pool.shape), group.margin.reshape(-1)))
         place = jnp.argsort(order)
         before = (pool[:, None] == pool) & (place < place[:, None]) & is_pair
-        quota = max(round(part * pool.size / SAGE_POOLS), 1)
+        quota = max(round(part * pool.size / POOLS), 1)
         chosen = is_pair & (jnp.sum(before, axis=1) < quota)
         return chosen.astype(jnp.float32).reshape(shape)
 
-    return Selection("sage", GROUP, select)
+    return Selection("low_margin", GROUP, select)
 
 
-SELECTIONS = ("keep_all", "depo", "prune", "sage")  # Names of the built-in selections
+# What the built-in selections weigh, by name
+SELECTIONS = {"keep_all": None, "depo": PROMPTS, "prune": GROUP, "low_margin": GROUP}
+RENAMED = {"sage": "low_margin"}  # names of today by the old ones
 
 
 def make(config: Config, task: Task, objective: Spec) -> Selection:
     """The selection that a configuration means; raises ConfigError where it does not fit."""
-    chosen, part = config.selection, packed_rows(config) / config.batch_size
+    chosen, pairs = _of_today(config.selection), "margin" in objective.inputs
+    rows = packing.rows_of(config, stage_of(chosen) == GROUP) or config.batch_size
+    part, joined = rows / config.batch_size, packing.joins(task, objective)
     if callable(chosen) or user_files.is_reference(chosen):
         selection = _own(chosen)
     elif chosen not in SELECTIONS:
         valid = f"one of {', '.join(SELECTIONS)}, FILE.py:FUNCTION or a function"
         raise ConfigError("selection", chosen, valid)
-    elif chosen == "sage" and "margin" not in objective.inputs:
+    elif chosen == "low_margin" and not pairs:
         raise ConfigError("selection", chosen, "one for single answers, or objective dpo")
     else:
         selection = {
             "keep_all": lambda: Selection("keep_all", None, lambda *_: jnp.ones(())),
-            "depo": lambda: depo(task.vocab),
-            "prune": lambda: prune(part),
-            "sage": lambda: sage(part),
+            "depo": lambda: depo(task.vocab, config),
+            "prune": lambda: prune(part, lambda length: packing.size(task, length, joined)),
+            "low_margin": lambda: low_margin(part),
         }[chosen]()
-    for field, stage, least, most in (
-        ("num_candidates", PROMPTS, config.num_envs, None),
-        ("packed_size", GROUP, 1, config.batch_size),
-    ):
-        value = getattr(config, field)
-        if value is None:
-            continue
-        if selection.stage != stage:
-            valid = f"left out, because selection {selection.name} does not use it"
-            raise ConfigError(field, value, valid)
-        if value < least or (most is not None and value > most):
-            bound = f" and at most batch_size {most}" if most is not None else ""
-            at_least = f"num_envs {least}" if field == "num_candidates" else str(least)
-            raise ConfigError(field, value, f"an integer, at least {at_least}{bound}")
+    packed, candidates = config.packed_size, config.num_candidates
+    if candidates is not None and selection.stage != PROMPTS:
+        valid = f"left out, because selection {selection.name} does not use it"
+        raise ConfigError("num_candidates", candidates, valid)
+    if candidates is not None and candidates < config.num_envs:
+        raise ConfigError("num_candidates", candidates, f"an integer >= num_envs {config.num_envs}")
+    if packed is not None and packed > config.batch_size:
+        valid = f"an integer from 1 to batch_size {config.batch_size}"
+        raise ConfigError("packed_size", packed, valid)
     if selection.stage == GROUP:
-        _check_additive(selection, config, objective)
+        _check_additive(config, objective, f"selection {selection.name} leaves")
+    if packed is not None:
+        _check_additive(config, objective, "packed_size may leave")
     if selection.name not in SELECTIONS:
-        _try_out(selection, config, task, "margin" in objective.inputs)
+        _try_out(selection, config, task, pairs)
     return selection
 
 
-def _check_additive(selection: Selection, config: Config, objective: Spec) -> None:
+def _check_additive(config: Config, objective: Spec, leaves: str) -> None:
     """Refuses statistics of the batch where part of it is left out. Raises ConfigError."""
-    because = f"because selection {selection.name} leaves out part of the batch"
+    because = f"because {leaves} out part of the batch"
     if config.normalize_advantage is True:
         raise ConfigError("normalize_advantage", True, f"false, {because}")
     if objective.kind == "batch" or objective.initial_state is not None:
@@ -377,15 +355,27 @@ def stage_of(chosen: Any) -> str | None:
     """What the selection of a name, reference or function weighs; errors as of ``make``."""
     if callable(chosen) or user_files.is_reference(chosen):
         return _own(chosen).stage
-    return {"depo": PROMPTS, "prune": GROUP, "sage": GROUP}.get(str(chosen))
+    return SELECTIONS.get(RENAMED.get(str(chosen), str(chosen)))
 
 
 def own_settings(settings: Mapping[str, Any], beside: Sequence[Any]) -> dict[str, Any]:
-    """Fields of ``Config`` without sizes that only other selections of the sweep use."""
-    sizes = {PROMPTS: "num_candidates", GROUP: "packed_size", None: None}
-    others = {sizes[stage_of(chosen)] for chosen in beside}
-    others.discard(sizes[stage_of(settings["selection"])])
+    """Fields of ``Config`` without those that only other selections of the sweep use."""
+    chosen = settings["selection"]
+    others: list[str] = []
+    if stage_of(chosen) != PROMPTS and PROMPTS in map(stage_of, beside):
+        others.append("num_candidates")
+    if chosen != "depo" and "depo" in beside:
+        others += [name for name in settings if name.startswith("depo_")]
     return {name: value for name, value in settings.items() if name not in others}
+
+
+def _of_today(chosen: Any) -> Any:
+    """The selection that a name means today, with a warning for an old one."""
+    if not isinstance(chosen, str) or chosen not in RENAMED:
+        return chosen
+    message = f"selection {chosen} is called {RENAMED[chosen]} now; the old name goes with the next"
+    warnings.warn(f"{message} release", DeprecationWarning, stacklevel=2)
+    return RENAMED[chosen]
 
 
 def name_of(selection: Any) -> str:

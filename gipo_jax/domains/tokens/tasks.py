@@ -147,6 +147,25 @@ def add(digits: int = 2, kappa: float = 1.0) -> Task:
     )  # fmt: skip
 
 
+def count(longest: int = 15, kappa: float = 1.0) -> Task:
+    """As many tokens 0 as the prompt says, then the end token 1: long answers to a short prompt.
+
+    The prompt is one token, n + 1 for a number n that is uniform from 1 to ``longest``.
+    """
+    end, places = 1, jnp.arange(longest + 1)
+
+    def prompt(key: Array) -> Array:
+        return jax.random.randint(key, (1,), 2, longest + 2)
+
+    def demonstration(prompt: Array) -> Array:
+        return (places >= prompt[0] - 1).astype(jnp.int32)
+
+    reward = _graded(demonstration, end, kappa)
+    return Task(
+        prompt, reward, longest + 2, 1, longest + 1, end, None, demonstration, "count"
+    )  # fmt: skip
+
+
 def _graded(
     demonstration: Callable[[Array], Array], end: int | None, kappa: float
 ) -> Callable[[Array, Array], Array]:
@@ -168,7 +187,7 @@ def _graded(
 
 
 # Built-in tasks by the name that the setting env takes
-TASKS = {f"{PREFIX}{task.name}": task for task in (reverse(), reverse_mixed(), add())}
+TASKS = {f"{PREFIX}{task.name}": task for task in (reverse(), reverse_mixed(), add(), count())}
 
 
 def _check(task: Task) -> None:
