@@ -85,9 +85,12 @@ def plain(
     return x
 
 
-def row_numbers(columns: int) -> int:
-    """About how many numbers two networks keep for each row of so many columns in an update."""
-    return 4 * _width(columns) + 64
+def row_numbers(columns: int, platform: str) -> int:
+    """About how many numbers two networks keep for each row of so many columns in an update.
+
+    A TPU fills up the columns of every array beside the kernels to 128.
+    """
+    return 22 * 128 if platform == "tpu" else 4 * _width(columns) + 64
 
 
 def _product(x: Array, kernel: Array, precision: Precision) -> Array:

@@ -76,7 +76,7 @@ class Control(Domain):
         self.cut_once = not env.own_truncation and config.rollout_length <= env.max_episode_steps
         self.activations = 6 * sum(config.hidden_sizes)
         if config.mlp == "fused":
-            self.activations = fused.row_numbers(math.prod(env.obs_shape))
+            self.activations = fused.row_numbers(math.prod(env.obs_shape), jax.default_backend())
         if len(env.obs_shape) == 3:
             towers = 1 if config.shared_torso else 2
             self.activations += networks.image_numbers(env.obs_shape, towers)

@@ -53,9 +53,10 @@ class Joined(NamedTuple):
 def joins(task: Task, objective: Spec) -> bool:
     """Whether two responses may stand in one row.
 
-    Those of a pair, and those whose objective takes sums over a row, have a row each.
+    Those of a pair, and those whose objective takes sums over a row or the probabilities of all
+    tokens, have a row each.
     """
-    alone = objective.whole_rows or "margin" in objective.inputs
+    alone = objective.whole_rows or objective.takes_distributions or "margin" in objective.inputs
     two_shortest, width = 2 * task.prompt_length, task.prompt_length + task.answer_length - 1
     return not alone and task.end is not None and two_shortest <= width
 
