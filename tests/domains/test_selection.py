@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from gipo_jax import buffer, cli, losses, ratio_levels, sweep, train
+from gipo_jax import buffer, cli, losses, objectives, ratio_levels, sweep, train
 from gipo_jax.config import LOSS_AGG_MODES, Config, ConfigError
 from gipo_jax.domains.tokens import decoder, packing, selection, tasks
 from gipo_jax.sweep import checkpoint
@@ -573,3 +573,13 @@ def test_a_function_of_the_users_is_refused_where_its_state_changes_shape() -> N
 
     with pytest.raises(ConfigError, match=r"^selection shrinking: .*a state like the one before"):
         train.make(dataclasses.replace(SMALL, selection=shrinking))
+
+
+@pytest.mark.parametrize(
+    ("objective", "joined"),
+    [("gipo", True), ("gspo", True), ("cppo", False), ("dppo_topk_tv", False), ("dpo", False)],
+)
+def test_responses_that_need_a_row_of_their_own_are_not_joined(
+    objective: str, joined: bool
+) -> None:
+    assert packing.joins(tasks.make("tokens/count"), objectives.spec(objective)) == joined
