@@ -73,7 +73,10 @@ def register(
         mask = train_example.completion_mask
         weights = getattr(train_example, "sampler_is_weights", None)
         # Their logarithms stand for the gap between sampler and trainer that they were made from.
-        rollout = None if weights is None else old - jnp.log(weights)
+        rollout: dict[str, Any] = {}
+        if weights is not None:
+            rollout["rollout_log_prob"] = old - jnp.log(weights)
+            rollout["rollout_bounds"] = (0.0, jnp.inf)
         total, metrics = policy_loss(
             log_prob,
             old,
@@ -84,8 +87,7 @@ def register(
             loss_agg_mode=loss_agg_mode,
             denominator=1,
             segment_ids=segment_ids,
-            rollout_log_prob=rollout,
-            rollout_bounds=(0.0, jnp.inf),
+            **rollout,
             **parameters,
         )
         count = metrics.pop("denominator")
