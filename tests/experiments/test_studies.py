@@ -136,7 +136,8 @@ def pretend(runs: Sequence[Any], directory: Path, of_each: Sequence[dict[str, An
     if not table.env.str.startswith(("MetaWorld/", "tokens/")).all():
         metrics = metrics.drop(columns="success_rate")
     directory.mkdir(parents=True)
-    (directory / results.CONFIG).write_text(json.dumps({"format": results.FORMAT}))
+    config = {"format": results.FORMAT, "command": "", "options": {}, "metrics": [], "groups": []}
+    (directory / results.CONFIG).write_text(json.dumps(config))
     table.reindex(columns=[*dict.fromkeys([*table, *always])]).drop(columns=fixed).to_csv(
         directory / results.RUNS, index=False
     )

@@ -510,7 +510,8 @@ def test_a_finished_run_without_its_last_point_ends_in_an_error(
 
 
 def test_an_objective_called_null_keeps_its_name_in_tables(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(f'{{"format": {results.FORMAT}}}')
+    config = {"format": results.FORMAT, "command": "", "options": {}, "metrics": [], "groups": []}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "runs.csv").write_text("run,objective,sigma\n0,null,0.5\n1,NA,\n2,gipo,1.0\n")
     table = results.read_runs(tmp_path)
     assert table.objective.tolist() == ["null", "NA", "gipo"]
