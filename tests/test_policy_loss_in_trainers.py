@@ -76,9 +76,14 @@ def gradient_of_each(gradient: Any, rows: Any) -> list[np.ndarray]:
 
 
 def asked(arrays: dict[str, Any], name: str) -> dict[str, Any]:
-    """The arrays without those that the objective does not take."""
-    takes = "log_ratio_start" in objectives.spec(name).inputs
-    return {n: x for n, x in arrays.items() if takes or n != "log_ratio_start"}
+    """The arrays that the objective takes; distributions follow from the log-probabilities."""
+    spec = objectives.spec(name)
+    given = {n: x for n, x in arrays.items() if n in spec.inputs or n != "log_ratio_start"}
+    if spec.takes_distributions:
+        for distribution, of in (("behavior", "old_log_prob"), ("policy", "log_prob")):
+            logits = arrays[of][..., None] * jnp.array([1.0, -0.5, 0.3, 0.1], arrays[of].dtype)
+            given[f"{distribution}_distribution"] = jax.nn.log_softmax(logits)
+    return given
 
 
 def fixed(mode: str) -> dict[str, Any]:

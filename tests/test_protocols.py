@@ -22,6 +22,7 @@ def test_a_protocol_sets_everything_but_what_an_experiment_varies(name: str) -> 
     varied = {"env", "objective", "kernel", "seed", "objective_params"}
     # What is switched off by default and not of these papers.
     off = {"max_buffer_size", "max_episode_steps", "env_params", "recent_fraction", "ess_lr_power"}
+    off |= {"mlp"}  # the same network
     assert given <= CONFIG_FIELDS | HPARAM_FIELDS
     assert (CONFIG_FIELDS | HPARAM_FIELDS) - given >= varied
     # Settings of other domains are refused in control, so there is nothing to choose.

@@ -387,8 +387,8 @@ def test_a_file_without_the_task_is_refused_in_one_line(
 def test_a_mistake_in_a_sweep_of_token_tasks_is_one_line_and_writes_nothing(
     arguments: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    usual = "sweep --env tokens/reverse --num-envs 4 --rollout-length 8 --buffer-size 512"
-    usual += " --batch-size 32 --total-steps 640"
+    usual = "sweep --num-envs 4 --rollout-length 8 --buffer-size 512 --batch-size 32"
+    usual += " --total-steps 640" + (" --env tokens/reverse" if "--env" not in arguments else "")
     out = tmp_path / "out"
     assert cli.main([*usual.split(), *arguments.split(), "--out", str(out)]) == 2
     message = capsys.readouterr().err

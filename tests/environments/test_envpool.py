@@ -564,6 +564,7 @@ SMALL = Config(
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_run_in_a_simulator_trains_inside_one_program() -> None:
     env = train.open_env(SMALL, [3, 4])
     runs, _ = train.grid(SMALL, seed=[3, 4], buffer_size=200)
@@ -578,6 +579,7 @@ def test_a_run_in_a_simulator_trains_inside_one_program() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_a_run_in_a_simulator_is_evaluated_on_fresh_episodes_that_do_not_disturb_it() -> None:
     evaluated = dataclasses.replace(SMALL, eval_episodes=2)
     runs, results = {}, {}
