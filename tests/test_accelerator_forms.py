@@ -24,7 +24,10 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("env", ["CartPole-v1", "Breakout-MinAtar", "tokens/reverse"])
+@pytest.mark.parametrize(
+    "env",
+    ["CartPole-v1", pytest.param("Breakout-MinAtar", marks=pytest.mark.long), "tokens/reverse"],
+)
 def test_an_iteration_in_the_form_for_accelerators_agrees(
     env: str, request: pytest.FixtureRequest
 ) -> None:

@@ -64,7 +64,14 @@ def types(tree: Any) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("domain_of", DOMAINS)
+@pytest.mark.parametrize(
+    "domain_of",
+    [
+        in_control,
+        on_tokens,
+        *(pytest.param(d, marks=pytest.mark.long) for d in (with_gaussian_actions, of_flows)),
+    ],
+)
 def test_parameters_and_optimizer_are_bfloat16_and_the_rest_is_float32(
     toy: Any, domain_of: Any
 ) -> None:

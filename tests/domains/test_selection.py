@@ -488,6 +488,7 @@ def test_the_code_and_the_commands_of_the_guide_are_usable(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_over_selections_is_trained_interrupted_and_resumed_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -318,6 +318,7 @@ pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_parts_of_a_loop_on_two_devices_find_their_own_simulators(tmp_path: Path) -> None:
     done = on_two_devices(SWEPT, str(tmp_path))
     assert done.stderr.count(": compiled in") == 1
@@ -669,6 +670,7 @@ def test_a_sweep_in_simulators_resumes_in_mid_episode_to_the_same_bytes(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_runs_of_a_loop_share_a_program_and_a_narrow_limit_changes_no_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -304,6 +304,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_protocol_2_reports_the_settings_that_won_on_the_tuning_seeds(tuned: Path) -> None:
     tuning_runs = pd.read_csv(tuned / "data" / "tuned_sizes_tuning.csv")
     settings = sum(len(widths) for widths in scores.WIDTHS.values())
@@ -325,6 +326,7 @@ def test_protocol_2_reports_the_settings_that_won_on_the_tuning_seeds(tuned: Pat
         assert chosen.sum() == 2  # a run a reported seed
 
 
+@pytest.mark.long
 def test_a_unit_whose_tables_are_stored_is_not_trained_again(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,6 +366,7 @@ def test_tables_of_new_units_join_those_of_stored_ones(tmp_path: Path) -> None:
     assert not engine.is_stored(study, other, [("a",)])  # a study of its own
 
 
+@pytest.mark.long
 def test_protocol_2_says_which_units_are_missing(tuned: Path) -> None:
     units = numbers(tuned, "tuned_sizes_units")
     assert units.finished.tolist() == [True, False]
@@ -400,6 +403,7 @@ def test_one_rate_for_all_sizes_is_the_best_on_average() -> None:
     }
 
 
+@pytest.mark.long
 def test_age_and_size_holds_back_what_its_cells_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,6 +245,7 @@ def test_a_threshold_asks_for_the_mean_the_worst_seed_and_the_start() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_gipo_and_ppo_clip_learn_to_reverse_ten_tokens() -> None:
     case = sequences.CASES["reverse, second attempt"]._replace(first_seed=5300)
     gipo, ppo = sequences.learning_runs(case, 1, total_steps=15_000, num_logs=1)

@@ -180,7 +180,7 @@ def asked_for(name: str, preset: str, out: Path, fields: Sequence[str]) -> dict[
 
 @pytest.mark.parametrize(
     "preset",
-    [pytest.param(name, marks=pytest.mark.long if name == "full" else ()) for name in PRESETS],
+    [pytest.param(name, marks=() if name == "committed" else pytest.mark.long) for name in PRESETS],
 )
 @pytest.mark.parametrize(
     "name",

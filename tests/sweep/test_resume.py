@@ -104,7 +104,9 @@ def test_a_sweep_resumed_in_another_batch_mode_has_the_same_tables(
     ("env", "settings"),
     [
         ("flow/ring", {"hidden_sizes": (8,)}),
-        ("tokens/reverse", {"decoder_layers": 1, "decoder_width": 8}),
+        pytest.param(
+            "tokens/reverse", {"decoder_layers": 1, "decoder_width": 8}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_flows_and_token_tasks_resume_to_the_same_bytes(

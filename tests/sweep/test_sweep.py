@@ -350,6 +350,7 @@ def test_a_run_is_the_same_bits_in_a_sweep_of_any_shape(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_vmap_is_the_same_bits_in_a_sweep_of_any_shape_and_close_to_map(
     grid_of_six: list[sweep.Run], swept: Path, tmp_path: Path
 ) -> None:
