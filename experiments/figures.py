@@ -644,7 +644,7 @@ FIGURES = (
         panel="shift",
         row="reward",
         x="samples",
-        label=("samples", ["proxy reward", "gold reward"]),
+        label=("samples", {"proxy": "proxy reward", "gold": "gold reward"}),
         titles={1.0: "equal steps", 3.0: "shift 3"},
         size=(7, 2.4),
     ),
