@@ -78,7 +78,7 @@ def test_values_and_gradients_are_those_of_the_layers_one_by_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", ["tokens", "gaussian"])
+@pytest.mark.parametrize("head", [pytest.param("tokens", marks=pytest.mark.long), "gaussian"])
 def test_training_in_one_kernel_goes_like_training_layer_by_layer(head: str) -> None:
     config = Config(
         env="Pendulum-v1", action_head=head, total_steps=640, num_logs=2, eval_episodes=0

@@ -155,7 +155,11 @@ def test_the_old_name_of_low_margin_works_with_a_warning() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("chosen", "parameters"), [("keep_all", {}), ("low_margin", {"pair_sigma": 3.0, "beta": 0.3})]
+    ("chosen", "parameters"),
+    [
+        pytest.param("keep_all", {}, marks=pytest.mark.long),
+        ("low_margin", {"pair_sigma": 3.0, "beta": 0.3}),
+    ],
 )
 def test_dpo_raises_exact_match_from_a_warm_up(chosen: str, parameters: dict[str, float]) -> None:
     config = dataclasses.replace(

@@ -272,8 +272,8 @@ def test_another_scale_in_the_same_folder(
 @pytest.mark.parametrize(
     "name",
     [
-        *("staleness", "asymmetry", "token_vs_joint"),
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("sigma", "kernel")),
+        *("staleness", "token_vs_joint"),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("sigma", "asymmetry", "kernel")),
     ],
 )
 def test_training_experiments(
