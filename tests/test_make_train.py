@@ -123,6 +123,7 @@ def test_make_train_under_vmap_equals_single_runs_with_one_compilation(toy: Any)
 
 @pytest.mark.slow
 @pytest.mark.optimized
+@pytest.mark.long
 def test_make_train_under_map_and_shard_map_gives_the_bits_of_single_runs(toy: Any) -> None:
     config = whole_config(toy)
     hparams, _ = train.grid(config, seed=range(2), sigma=[0.5, 1.0], buffer_size=4 * BLOCK)
