@@ -51,7 +51,7 @@ BUTTON = "ButtonPressTopdown"
 FALLBACK = ("ButtonPress", "CoffeeButton")
 """Tasks in place of usable ones that are lacking."""
 
-TASKS = (BUTTON, "HandlePress", "WindowOpen")
+TASKS = (BUTTON, "HandlePress", "Reach")
 """Tasks of the steps after ``width_tasks``, by its rule from the tasks that it has finished."""
 
 RATES: dict[str, float] = {}
