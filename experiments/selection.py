@@ -164,15 +164,16 @@ def cost_ratios(
     curves: pd.DataFrame,
     costs: Sequence[str] = tuple(COSTS),
     threshold: float = THRESHOLD,
+    base_method: str = "keep_all",
 ) -> pd.DataFrame:
-    """Costs to reach the threshold over those of ``keep_all`` on the same seeds.
+    """Costs to reach the threshold over those of ``base_method`` on the same seeds.
 
     A run that never reaches it counts with all it has spent. Geometric means, with intervals of
     the mean log-ratio over seeds.
     """
     runs = curves.groupby(["method", "seed"], sort=False)
     spent = pd.DataFrame({key: _to_threshold(run, costs, threshold) for key, run in runs}).T
-    base = spent.loc["keep_all"] if "keep_all" in spent.index else None
+    base = spent.loc[base_method] if base_method in spent.index else None
     rows = []
     for method in spent.index.unique(0):
         own = spent.loc[method]
@@ -235,6 +236,10 @@ STUDY = Study(
 # What is computed, and in which time.
 
 
+CONTROL = "mixed groups, packed"
+"""Groups of one reward, whose advantage is 0, are dropped: what pruning has to beat."""
+
+
 def mixed_groups(group: Any, state: Any, key: Any) -> Any:
     """Weights that drop groups of equal reward, which have no advantage: what costs nothing."""
     return jnp.broadcast_to(1.0 * jnp.any(group.advantage != 0, axis=0), group.advantage.shape)
@@ -252,7 +257,7 @@ COUNTING: dict[str, Any] = {"env": "tokens/count", "imitation_updates": 0}
 PACKING: dict[str, dict[str, Any]] = {
     "keep_all": {},
     "packed": {"packed_size": 80},
-    "mixed groups, packed": {"selection": mixed_groups, "packed_size": 48},
+    CONTROL: {"selection": mixed_groups, "packed_size": 48},
     "prune, packed": {"selection": "prune", "packed_size": 48},
 }
 CASES = {
@@ -338,7 +343,9 @@ def program_costs(run: sweep.Run) -> tuple[dict[str, float], Any]:
 
 
 def costs_scores(store: Store) -> Tables:
-    """Costs to the threshold over those of ``keep_all``, and how full the rows are."""
+    """Costs to the threshold over those of ``keep_all``, those of pruning over those of the free
+    control, and how full the rows are.
+    """
     columns = ["case", "method", "seed", "iteration", "eval_return", *COSTS]
     curves = store.read("selection_costs_curves", columns)
     programs = store.read(
@@ -356,12 +363,22 @@ def costs_scores(store: Store) -> Tables:
         cost_ratios(own, ALL_COSTS, CASES[str(case)].threshold).assign(case=case)
         for case, own in spent.groupby("case", sort=False)
     ]
+    control = [
+        cost_ratios(own, ALL_COSTS, CASES[str(case)].threshold, CONTROL)
+        .assign(case=case)
+        .query("method == 'prune, packed'")
+        for case, own in spent.groupby("case", sort=False)
+    ]
     last = spent.groupby(["case", "method", "seed"], sort=False).last()
     full = (last.tokens_trained / (last.iteration * last.rows)).groupby(
         ["case", "method"], sort=False
     )
     summary = programs.merge(full.mean().rename("tokens_a_row").reset_index())
-    return {"selection_costs": pd.concat(ratios), "selection_costs_rows": summary}
+    return {
+        "selection_costs": pd.concat(ratios),
+        "selection_costs_control": pd.concat(control),
+        "selection_costs_rows": summary,
+    }
 
 
 COSTS_STUDY = Study(
