@@ -372,3 +372,24 @@ def test_lists_of_numbers_are_taken_as_the_arrays_that_they_are(
     del arrays["log_ratio_start"]
     lists = {name: np.asarray(array).tolist() for name, array in arrays.items()}
     assert losses.policy_loss(**lists)[0] == losses.policy_loss(**arrays)[0]
+
+
+@pytest.mark.parametrize("shape", [(8, 16_384), (512, 256), (1, 1)])
+def test_shapes_that_trainers_send_have_the_loss_and_gradient_of_numpy(
+    shape: tuple[int, int],
+) -> None:
+    rng = np.random.default_rng(5)
+    old = np.log(rng.uniform(0.05, 1, shape))
+    new = np.minimum(old + rng.normal(scale=0.5, size=shape), 0)
+    advantage = rng.normal(size=shape[0])
+    mask = np.arange(shape[1]) < rng.integers(1, shape[1] + 1, shape[0])[:, None]
+
+    def loss(log_prob: jax.Array) -> jax.Array:
+        given = (jnp.float32(old), jnp.float32(advantage), jnp.asarray(mask))
+        return policy_loss(log_prob, *given, objective="gipo", sigma=1.0, metrics=False)[0]
+
+    found, gradient = jax.jit(jax.value_and_grad(loss))(jnp.float32(new))
+    x = new - old
+    weighted = np.exp(x - x**2 / 2) * advantage[:, None] * mask / mask.sum()
+    np.testing.assert_allclose(found, -weighted.sum(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient, -weighted, rtol=1e-4, atol=1e-9)
