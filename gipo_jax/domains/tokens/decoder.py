@@ -35,6 +35,8 @@ class Decoder(NamedTuple):
     greedy: Callable[[Params, Array], Array]  # params, prompt -> answer of likeliest tokens
     # params, prompt, answer, temperature=1.0 -> log_prob, entropy in nats (anything at padding)
     score: Callable[..., tuple[Array, Array]]
+    # as score, and the log-probability of every token, [batch, answer_length, vocab]
+    score_all: Callable[..., tuple[Array, Array, Array]]
     # params, tokens, the tokens after them, their positions and responses, temperature=1.0 -> as
     # score, all [rows, width]: of rows that hold several prompts with their responses, in which a
     # token sees those of its own response alone
@@ -120,12 +122,17 @@ def make(
     def greedy(params: Params, prompt: Array) -> Array:
         return generate(params, prompt, lambda outputs, _: head.mode(outputs), None, 1.0)[0]
 
-    def score(
+    def score_all(
         params: Params, prompt: Array, answer: Array, temperature: ArrayLike = 1.0
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Array]:
         tokens = jnp.concatenate([prompt, answer[:, :-1]], axis=1)
         outputs = logits(params, tokens)[:, prompt_length - 1 :] / temperature
-        return head.log_prob(outputs, answer), head.entropy(outputs)
+        every = jax.nn.log_softmax(outputs)
+        return head.log_prob(outputs, answer), head.entropy(outputs), every
+
+    def score(*arguments: Any) -> tuple[Array, Array]:
+        log_prob, entropy, _ = score_all(*arguments)
+        return log_prob, entropy
 
     def score_joined(
         params: Params,
@@ -141,7 +148,7 @@ def make(
     def mask(answer: Array) -> Array:
         return answer_mask(answer, end)
 
-    return Decoder(init, logits, sample, greedy, score, score_joined, mask)
+    return Decoder(init, logits, sample, greedy, score, score_all, score_joined, mask)
 
 
 def answer_mask(answer: Array, end: int | None) -> Array:

@@ -152,8 +152,9 @@ class Tokens(Domain):
         advantage = group_advantage(groups(reward), config.normalize_groups) * hparams.reward_scale
         rows = Row(groups(prompt), groups(answer), groups(log_prob), advantage)
         if self.objective.takes_distributions:
-            found = self._distribution(state.learner.params, prompt, answer, hparams)
-            rows = rows._replace(distribution=groups(found))
+            policy = state.learner.params["policy"]
+            every = self.decoder.score_all(policy, prompt, answer, hparams.temperature)[2]
+            rows = rows._replace(distribution=groups(every))
         counts = {
             "returns": jnp.sum(reward),
             "episodes": reward.size,
@@ -289,15 +290,14 @@ class Tokens(Domain):
         if isinstance(rows, Joined):
             log_prob, entropy = self.decoder.score_joined(params["policy"], *rows, temperature)
             return Scores(log_prob - batch.behavior_log_prob, entropy)
-        policy = functools.partial(self.decoder.score, params["policy"], rows.prompt)
-        log_prob, entropy = policy(rows.answer, temperature)
+        policy = functools.partial(self.decoder.score_all, params["policy"], rows.prompt)
+        log_prob, entropy, every = policy(rows.answer, temperature)
         scores = Scores(log_prob - batch.behavior_log_prob, entropy)
         if rows.distribution is not None:
-            found = self._distribution(params, rows.prompt, rows.answer, hparams)
-            scores = scores._replace(distributions=(rows.distribution, found))
+            scores = scores._replace(distributions=(rows.distribution, every))
         if rows.wrong is None:
             return scores
-        other, _ = policy(rows.wrong.answer, temperature)
+        other, *_ = policy(rows.wrong.answer, temperature)
         other_mask = self.decoder.mask(rows.wrong.answer)
         margin = preference.difference((log_prob, other), (batch.mask, other_mask))
         log_ratio = ratio_levels.transform(
@@ -306,12 +306,6 @@ class Tokens(Domain):
         return scores._replace(
             margin=margin - rows.wrong.reference_margin, other_log_ratio=log_ratio[:, 0]
         )
-
-    def _distribution(self, params: Any, prompt: Array, answer: Array, hparams: HParams) -> Array:
-        """Log-probability of every token at each place, ``[batch, answer_length, vocab]``."""
-        tokens = jnp.concatenate([prompt, answer[:, :-1]], axis=1)
-        outputs = self.decoder.logits(params["policy"], tokens)[:, self.env.prompt_length - 1 :]
-        return jax.nn.log_softmax(outputs / hparams.temperature)
 
     def evaluate(self, acting: Any, hparams: HParams, key: Array, episodes: int) -> Metrics:
         """Share of fresh prompts with a right response: of likeliest tokens, of sampled ones."""
